@@ -1,0 +1,136 @@
+"""The mixed cell in textbook PyTorch: the oracle that every faster implementation is held against.
+
+Written to be read beside the paper (arXiv 1806.09055, sections 2.1, 2.2 and 3.1), with nothing shared
+between edges and nothing fused. All tensors are NCHW, of any floating dtype.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+
+
+def relu_conv_bn(in_channels: int, channels: int, affine: bool) -> nn.Sequential:
+    """ReLU -> 1x1 convolution -> batch norm."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(in_channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    )
+
+
+class FactorizedReduce(nn.Module):
+    """ReLU -> two 1x1 convolutions of stride 2, one shifted by a pixel, side by side -> batch norm.
+
+    [N, in_channels, H, W] -> [N, channels, H/2, W/2]; H and W must be even.
+    """
+
+    def __init__(self, in_channels: int, channels: int, affine: bool):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(channels, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
+
+
+class Zero(nn.Module):
+    """The candidate `none`: no connection."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride] * 0.0
+
+
+def separable_half(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
+    """ReLU -> depthwise -> pointwise -> batch norm; `same` padding."""
+    padding = dilation * (kernel - 1) // 2
+    return [
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    ]
+
+
+def candidate(name: str, channels: int, stride: int) -> nn.Module:
+    """One candidate operation of a mixed op, as in the search phase: batch norm without affine
+    parameters, also behind the pools (which share one scale with the other candidates only so).
+
+    Maps [N, channels, H, W] to [N, channels, H/stride, W/stride].
+    """
+    kind, kernel, dilation = CANDIDATES[name]
+    if kind == "none":
+        return Zero(stride)
+    if kind == "skip":
+        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine=False)
+    if kind == "max_pool":
+        return nn.Sequential(
+            nn.MaxPool2d(kernel, stride, padding=kernel // 2),
+            nn.BatchNorm2d(channels, affine=False),
+        )
+    if kind == "avg_pool":
+        return nn.Sequential(
+            nn.AvgPool2d(kernel, stride, padding=kernel // 2, count_include_pad=False),
+            nn.BatchNorm2d(channels, affine=False),
+        )
+    half = separable_half(channels, kernel, stride, dilation, affine=False)
+    if kind == "sep_conv":  # the separable convolution is applied twice; only the first may stride
+        half += separable_half(channels, kernel, 1, dilation, affine=False)
+    return nn.Sequential(*half)
+
+
+class MixedOp(nn.ModuleDict):
+    """Equation 2: the sum over all candidates o of p_o * o(x)."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__({name: candidate(name, channels, stride) for name in CANDIDATES})
+
+    def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
+        """x [N, C, H, W] and the edge's softmaxed alphas [8] -> [N, C, H/stride, W/stride]."""
+        return sum(p * operation(x) for p, operation in zip(probabilities, self.values(), strict=True))
+
+
+class MixedCell(nn.Module):
+    """A cell with a mixed op on every edge (equation 1): node = sum of its edges; output = all nodes.
+
+    `channels` is the width of every node; the cell's output has NODES * channels. The factorized reduce
+    before state 0 is there where the previous cell halved the image.
+    """
+
+    def __init__(
+        self,
+        channels_before_previous: int,
+        channels_previous: int,
+        channels: int,
+        reduction: bool,
+        previous_reduction: bool,
+    ):
+        super().__init__()
+        self.reduction = reduction
+        if previous_reduction:
+            self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=False)
+        else:
+            self.preprocess0 = relu_conv_bn(channels_before_previous, channels, affine=False)
+        self.preprocess1 = relu_conv_bn(channels_previous, channels, affine=False)
+        self.edges = nn.ModuleList(
+            MixedOp(channels, stride=2 if reduction and source < INPUTS else 1) for source, _ in EDGES
+        )
+
+    def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
+        """Outputs of the two cells before, and the softmaxed alphas [14, 8] -> [N, 4 * channels, H', W']."""
+        states = [self.preprocess0(before_previous), self.preprocess1(previous)]
+        for node in range(NODES):
+            states.append(
+                sum(
+                    self.edges[edge](states[source], probabilities[edge])
+                    for edge, (source, target) in enumerate(EDGES)
+                    if target == node
+                )
+            )
+        return torch.cat(states[INPUTS:], dim=1)

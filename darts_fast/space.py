@@ -1,0 +1,39 @@
+"""The search space of DARTS as one table (arXiv 1806.09055, section 3.1)."""
+
+from typing import NamedTuple
+
+NODES = 4  # intermediate nodes of a cell; their outputs are concatenated into the cell's output
+INPUTS = 2  # a cell reads the outputs of the two cells before it: states 0 and 1
+
+
+class Primitive(NamedTuple):
+    """A candidate operation: what it is, its kernel size and its dilation (0 where it has none)."""
+
+    kind: str
+    kernel: int = 0
+    dilation: int = 0
+
+
+# The eight candidates of every mixed op, in the order of the official code: column k of the alphas
+# belongs to the k-th name.
+CANDIDATES: dict[str, Primitive] = {
+    "none": Primitive("none"),
+    "max_pool_3x3": Primitive("max_pool", 3),
+    "avg_pool_3x3": Primitive("avg_pool", 3),
+    "skip_connect": Primitive("skip"),
+    "sep_conv_3x3": Primitive("sep_conv", 3, 1),
+    "sep_conv_5x5": Primitive("sep_conv", 5, 1),
+    "dil_conv_3x3": Primitive("dil_conv", 3, 2),
+    "dil_conv_5x5": Primitive("dil_conv", 5, 2),
+}
+
+# Edges of a cell, in the order of the alphas' rows: (source state, node). Node n is state n + 2 and
+# has an edge from every state before it.
+EDGES: tuple[tuple[int, int], ...] = tuple(
+    (source, node) for node in range(NODES) for source in range(INPUTS + node)
+)
+
+
+def reduction_layers(layers: int) -> tuple[int, int]:
+    """Indices of the two cells that halve the image and double the channels."""
+    return layers // 3, 2 * layers // 3

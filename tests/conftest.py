@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """A file of tests/golden: the official implementation's state, inputs and outputs."""
+
+    def __init__(self, name):
+        self.arrays = dict(np.load(GOLDEN / name))
+        self.meta = eval_literal(str(self.arrays["meta"]))
+
+    def __getitem__(self, key):
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def text(self, key):
+        return str(self.arrays[key])
+
+    def group(self, prefix, dtype):
+        """The tensors below a prefix, by the rest of their name, floats in `dtype`."""
+        found = {}
+        for key in self.arrays:
+            if key.startswith(prefix + "/"):
+                tensor = self[key]
+                found[key[len(prefix) + 1 :]] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return found
+
+    def batch(self, index, dtype):
+        return self[f"batch/{index}/images"].to(dtype), self[f"batch/{index}/labels"]
+
+
+def eval_literal(text):
+    import ast
+
+    return ast.literal_eval(text)
+
+
+@pytest.fixture(scope="session")
+def golden_search():
+    return Golden("official_search_c4_l4.npz")
+
+
+def relative_error(found, expected):
+    """|found - expected| / |expected|, in float64; NaN anywhere gives NaN, which passes no bound."""
+    found = torch.as_tensor(found).detach().double().flatten()
+    expected = torch.as_tensor(expected).detach().double().flatten()
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
