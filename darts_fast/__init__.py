@@ -1,3 +1,15 @@
-"""darts_fast: exact, fast differentiable architecture search (DARTS, arXiv 1806.09055)."""
+"""darts_fast: exact, fast differentiable architecture search (DARTS, arXiv 1806.09055).
+
+from darts_fast import SearchConfig, search
+result = search(SearchConfig(dataset="digits"))
+print(result.genotype)
+"""
 
 __version__ = "0.1.0"
+
+from darts_fast.config import SearchConfig
+from darts_fast.errors import InputError, RunError
+from darts_fast.genotype import Genotype
+from darts_fast.search import SearchResult, resume, search
+
+__all__ = ["Genotype", "InputError", "RunError", "SearchConfig", "SearchResult", "resume", "search"]

@@ -1,8 +1,12 @@
-"""The one exception that means: the user's input, files or disk are at fault, not the program."""
+"""The two exceptions that a person is meant to read: each message is one sentence."""
 
 
 class InputError(ValueError):
-    """Bad input. Its message is one sentence that says what is wrong and what would be right.
+    """Bad input: settings, data files, a full or read-only disk. Says what is wrong and what would be right.
 
-    The programs print it and exit with 2; library users may catch it.
+    The programs print it and exit with 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, as when its loss is no longer finite. The programs exit with 1."""

@@ -34,6 +34,16 @@ class Genotype(NamedTuple):
             "reduce_concat": list(self.reduce_concat),
         }
 
+    @classmethod
+    def from_json(cls, content: dict[str, list]) -> "Genotype":
+        """The inverse of `as_json`."""
+        return cls(
+            [[(name, source) for name, source in node] for node in content["normal"]],
+            _range_if_consecutive(content["normal_concat"]),
+            [[(name, source) for name, source in node] for node in content["reduce"]],
+            _range_if_consecutive(content["reduce_concat"]),
+        )
+
 
 def derive(alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax") -> Genotype:
     """The genotype of the alphas ([14, 8] each): section 2.4 of the paper.
@@ -64,3 +74,9 @@ def _strongest(strength: list[list[float]]) -> Gene:
         edges.sort(key=lambda edge: -strength[edge][best[edge]])  # stable: equals stay in order
         gene.append([(names[best[edge]], EDGES[edge][0]) for edge in edges[:EDGES_KEPT]])
     return gene
+
+
+def _range_if_consecutive(states: list[int]) -> range | list[int]:
+    """Equal genotypes compare equal and print alike, however their concat was written."""
+    run = range(states[0], states[0] + len(states)) if states else range(0)
+    return run if list(run) == list(states) and states else list(states)

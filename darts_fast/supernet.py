@@ -65,7 +65,9 @@ class Supernet(nn.Module):
             before_previous, previous = previous, output
         return self.classifier(previous.mean(dim=(2, 3)))
 
-    def loss(self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], alphas: dict[str, Tensor]) -> Tensor:
+    def loss(
+        self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], alphas: dict[str, Tensor]
+    ) -> Tensor:
         """Cross entropy (mean over the batch) of the network with the given weights and alphas.
 
         A function of its arguments: the module's own parameters are neither used nor touched.
