@@ -115,6 +115,11 @@ class SearchConfig(Config):
     seed: int = option(2, "seed of weights, alphas, data order and augmentation", SEED)
     device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.w_lr_min > self.w_lr:
+            raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
+
     SMALL = {"epochs": 5, "init_channels": 4, "layers": 3}
     PAPER = {"epochs": 50, "init_channels": 16, "layers": 8}
 
@@ -142,7 +147,8 @@ def available_device(name: str | None) -> torch.device:
         raise InputError(f"device must be cpu, cuda or cuda:N, not {name!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "cpu is always there"
         )
     return torch.device(name)
 

@@ -85,20 +85,24 @@ def render(dot_source: str, file_format: str) -> bytes:
 
 
 def alpha_heat_map(alphas: np.ndarray, title: str) -> bytes:
-    """A PNG of the softmaxed alphas [14, 8]: a row an edge, a column a candidate, the figures in the cells."""
+    """A PNG of the softmaxed alphas [14, 8]: a row an edge, a column a candidate, its weight in the cell.
+
+    Coloured by the distance from 1/8, where every candidate starts.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 6.5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(alphas, cmap="viridis", aspect="auto", vmin=0.0)
+    start = 1 / alphas.shape[1]
+    reach = np.abs(alphas - start).max()
+    image = axes.imshow(alphas, cmap="RdBu_r", aspect="auto", vmin=start - reach, vmax=start + reach)
     axes.set_xticks(range(len(CANDIDATES)), list(CANDIDATES), rotation=30, ha="right")
     axes.set_yticks(range(len(EDGES)), [edge_name(source, node) for source, node in EDGES])
     axes.set_title(title)
-    middle = alphas.max() / 2
     for (row, column), value in np.ndenumerate(alphas):
-        colour = "white" if value < middle else "black"
-        axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
+        colour = "white" if abs(value - start) > 0.6 * reach else "black"
+        axes.text(column, row, f"{value:.4f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, label="softmax(alpha)")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)

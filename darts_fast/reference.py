@@ -27,12 +27,13 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, affine: bool):
         super().__init__()
+        self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
         self.conv_2 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.relu()
+        x = self.relu(x)
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
 
 

@@ -97,7 +97,8 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any], dict[str, Any]]:
-        """The folder of an earlier run, its configuration and its checkpoint; files are cut back to it.
+        """The folder of an earlier run, its configuration and its checkpoint. Nothing is changed yet: call
+        `cut_back` once the checkpoint has been taken up.
 
         Raises:
             InputError: it is no run folder, or has no checkpoint that can be read.
@@ -106,19 +107,22 @@ class RunFolder:
         config = read_config(path)
         try:
             checkpoint = torch.load(path / CHECKPOINT, map_location="cpu", weights_only=True)
-            lengths = checkpoint["lengths"]
+            checkpoint["lengths"].items()
         except FileNotFoundError:
             raise InputError(
                 f"{path} has no {CHECKPOINT}: it stopped before its first step; delete it and start again"
             ) from None
         except Exception as error:  # whatever a damaged file makes of torch's reader
             raise InputError(f"{path / CHECKPOINT} cannot be read as a checkpoint ({error})") from error
-        with writing(path):
-            for name, length in lengths.items():
-                file = path / name
-                if file.exists() and file.stat().st_size > length:
-                    os.truncate(file, length)
         return cls(path), config, checkpoint
+
+    def cut_back(self, lengths: dict[str, int]) -> None:
+        """Drops what log, metrics and TensorBoard hold of the steps after the checkpoint of these lengths."""
+        with writing(self.path):
+            for file in (self._log, self._metrics, self._events):
+                length = lengths[self._name(file)]
+                if os.path.getsize(file.name) > length:
+                    file.truncate(length)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -180,10 +184,13 @@ class RunFolder:
             for file in (self._log, self._metrics, self._events):
                 file.flush()
                 os.fsync(file.fileno())
-                lengths[os.path.relpath(file.name, self.path)] = file.tell()
+                lengths[self._name(file)] = os.path.getsize(file.name)
             buffer = io.BytesIO()
             torch.save({**state, "lengths": lengths}, buffer)
             write_atomically(self.path / CHECKPOINT, buffer.getbuffer())
+
+    def _name(self, file: io.BufferedWriter) -> str:
+        return os.path.relpath(file.name, self.path)
 
     def _event(self, **fields: Any) -> None:
         with writing(self.path):
@@ -217,7 +224,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; whatever was saved before is intact"
+            f"cannot write {error.filename or path}: {error.strerror or error}; "
+            "what was saved before is intact"
         ) from error
 
 

@@ -99,6 +99,80 @@ def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> Searc
         return run.run()
 
 
+class SearchStep:
+    """One step of the search on a supernet: architecture step, then weight step, with both optimizers.
+
+    Args:
+        network: the supernet, of any floating dtype.
+        config: learning rates, order, form of the Hessian-vector product.
+    """
+
+    def __init__(self, network: Supernet, config: SearchConfig):
+        self.network, self.config = network, config
+        self.weights, self.alphas = network.weights(), network.alphas()
+        self.weight_optimizer = torch.optim.SGD(
+            self.weights.values(), config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay
+        )
+        self.alpha_optimizer = torch.optim.Adam(
+            self.alphas.values(), config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay
+        )
+
+    def __call__(self, train: Batch, validation: Batch, lr: float) -> Tensor:
+        """`lr` is the learning rate of the weights and the paper's xi.
+
+        Returns [loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device.
+        """
+        self._architecture_step(train, validation, lr)
+        return self._weight_step(*train, lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, running statistics, alphas, and both optimizers."""
+        return {
+            "network": self.network.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit."""
+        self.network.load_state_dict(state["network"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+
+    def _architecture_step(self, train: Batch, validation: Batch, lr: float) -> None:
+        """Adam on the alphas; the paper's xi is the learning rate of the weights."""
+        train_loss = partial(self.network.loss, *train)
+        validation_loss = partial(self.network.loss, *validation)
+        with self.network.frozen_statistics():
+            if self.config.order == 1:
+                found = architect.first_order(validation_loss, self.weights, self.alphas)
+            else:
+                second_order = SECOND_ORDER[self.config.hvp]
+                virtual_step = architect.VirtualStep(lr, self.config.w_momentum, self.config.w_weight_decay)
+                found = second_order(
+                    train_loss, validation_loss, self.weights, self.alphas, self._momenta(), virtual_step
+                )
+        for name, alpha in self.alphas.items():
+            alpha.grad = found[name]
+        self.alpha_optimizer.step()
+
+    def _weight_step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
+        logits = self.network(images)
+        loss = F.cross_entropy(logits, labels)
+        for name, gradient in architect.gradients(loss, self.weights).items():
+            self.weights[name].grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.w_grad_clip)
+        for group in self.weight_optimizer.param_groups:
+            group["lr"] = lr
+        self.weight_optimizer.step()
+        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+
+    def _momenta(self) -> architect.Tensors:
+        state = self.weight_optimizer.state
+        return {name: state[w]["momentum_buffer"] for name, w in self.weights.items() if w in state}
+
+
 class Search:
     """A search under way: the supernet, both optimizers, and the position in the schedule."""
 
@@ -126,13 +200,7 @@ class Search:
             torch.manual_seed(config.seed)
             network = Supernet(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
         self.network = network.to(device)
-        self.weights, self.alphas = self.network.weights(), self.network.alphas()
-        self.weight_optimizer = torch.optim.SGD(
-            self.weights.values(), config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay
-        )
-        self.alpha_optimizer = torch.optim.Adam(
-            self.alphas.values(), config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay
-        )
+        self.take_step = SearchStep(self.network, config)
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
         self.totals = [0.0, 0, 0, 0]  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
@@ -171,42 +239,12 @@ class Search:
             positions = torch.arange(start, start + len(train_indices)) % len(validation_order)
             train = self.batches.cut(train_indices, augment=True)
             validation = self.batches.cut(validation_order[positions], augment=True)
-            self._architecture_step(train, validation, lr)
-            self.unread.append((self._weight_step(*train, lr), len(train_indices)))
+            self.unread.append((self.take_step(train, validation, lr), len(train_indices)))
             self.step += 1
             self.bar.update()
             if self.step % self.config.print_freq == 0 or self.step == self.steps_per_epoch:
                 self._read_metrics(lr)
             self._stop_if_asked(lr)
-
-    def _architecture_step(self, train: Batch, validation: Batch, lr: float) -> None:
-        """Adam on the alphas; the paper's xi is the learning rate of the weights."""
-        train_loss = partial(self.network.loss, *train)
-        validation_loss = partial(self.network.loss, *validation)
-        with self.network.frozen_statistics():
-            if self.config.order == 1:
-                found = architect.first_order(validation_loss, self.weights, self.alphas)
-            else:
-                second_order = SECOND_ORDER[self.config.hvp]
-                virtual_step = architect.VirtualStep(lr, self.config.w_momentum, self.config.w_weight_decay)
-                found = second_order(
-                    train_loss, validation_loss, self.weights, self.alphas, self._momenta(), virtual_step
-                )
-        for name, alpha in self.alphas.items():
-            alpha.grad = found[name]
-        self.alpha_optimizer.step()
-
-    def _weight_step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
-        """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
-        logits = self.network(images)
-        loss = F.cross_entropy(logits, labels)
-        for name, gradient in architect.gradients(loss, self.weights).items():
-            self.weights[name].grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.w_grad_clip)
-        for group in self.weight_optimizer.param_groups:
-            group["lr"] = lr
-        self.weight_optimizer.step()
-        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
     @torch.no_grad()
     def _validate(self) -> tuple[float, float, float]:
@@ -267,10 +305,6 @@ class Search:
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
 
-    def _momenta(self) -> architect.Tensors:
-        state = self.weight_optimizer.state
-        return {name: state[w]["momentum_buffer"] for name, w in self.weights.items() if w in state}
-
     def _genotype(self) -> Genotype:
         return derive(self.network.alphas_normal, self.network.alphas_reduce, self.config.derive)
 
@@ -287,9 +321,7 @@ class Search:
                 "step": self.step,
                 "totals": self.totals,
                 "best": self.best,
-                "network": self.network.state_dict(),
-                "weight_optimizer": self.weight_optimizer.state_dict(),
-                "alpha_optimizer": self.alpha_optimizer.state_dict(),
+                **self.take_step.state_dict(),
                 "augmentation": self.augmentation.get_state(),
                 "data": fingerprint(self.dataset),
             }
@@ -307,9 +339,7 @@ class Search:
                 "restore them, or start a new search"
             )
         try:
-            self.network.load_state_dict(checkpoint["network"])
-            self.weight_optimizer.load_state_dict(checkpoint["weight_optimizer"])
-            self.alpha_optimizer.load_state_dict(checkpoint["alpha_optimizer"])
+            self.take_step.load_state_dict(checkpoint)
             self.augmentation.set_state(checkpoint["augmentation"])
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.totals, self.best = checkpoint["totals"], checkpoint["best"]
@@ -344,7 +374,7 @@ class Search:
             for name, value in settings.items():
                 folder.log(f"{name} = {value}")
         form = "first order" if config.order == 1 else f"second order, {config.hvp} Hessian-vector product"
-        parameters = sum(w.numel() for w in self.weights.values())
+        parameters = sum(w.numel() for w in self.network.weights().values())
         folder.log(
             f"{self.dataset.name}: {len(self.train_half)} images train {parameters:,} weights, "
             f"{len(self.validation_half)} train the alphas; {config.epochs} epochs of {self.steps_per_epoch} "
@@ -388,7 +418,7 @@ class Search:
 
     def _record_alphas(self, step: int) -> None:
         values = {}
-        for name, alphas in self.alphas.items():
+        for name, alphas in self.network.alphas().items():
             rows = alphas.detach().softmax(dim=-1).tolist()
             for (source, node), row in zip(EDGES, rows, strict=True):
                 for candidate, value in zip(CANDIDATES, row, strict=True):
@@ -396,9 +426,9 @@ class Search:
         self.folder.scalars(step, **values)
 
     def _draw(self, genotype: Genotype, epoch: int, step: int) -> None:
-        """Pictures of the cells and the alphas. A search never fails over one: a line says what was missing."""
+        """Pictures of the cells and the alphas. A search never fails over one: a line says what failed."""
         try:
-            for name, alphas in self.alphas.items():
+            for name, alphas in self.network.alphas().items():
                 png = plot.alpha_heat_map(
                     alphas.detach().softmax(dim=-1).cpu().numpy(), f"{name}, epoch {epoch}"
                 )

@@ -1,3 +1,4 @@
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ class Golden:
 
     def __init__(self, name):
         self.arrays = dict(np.load(GOLDEN / name))
-        self.meta = eval_literal(str(self.arrays["meta"]))
+        self.meta = ast.literal_eval(str(self.arrays["meta"]))
 
     def __getitem__(self, key):
         return torch.from_numpy(np.asarray(self.arrays[key]))
@@ -24,19 +25,13 @@ class Golden:
         """The tensors below a prefix, by the rest of their name, floats in `dtype`."""
         found = {}
         for key in self.arrays:
-            if key.startswith(prefix + "/"):
+            if key.startswith(prefix + "/") and self.arrays[key].dtype.kind != "U":
                 tensor = self[key]
                 found[key[len(prefix) + 1 :]] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return found
 
     def batch(self, index, dtype):
         return self[f"batch/{index}/images"].to(dtype), self[f"batch/{index}/labels"]
-
-
-def eval_literal(text):
-    import ast
-
-    return ast.literal_eval(text)
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +45,10 @@ def relative_error(found, expected):
     expected = torch.as_tensor(expected).detach().double().flatten()
     assert found.shape == expected.shape
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Runs the test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,162 @@
+import pickle
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+from darts_fast import InputError
+from darts_fast.data import (
+    Batches,
+    channel_statistics,
+    check_for_network,
+    from_tensors,
+    load,
+    permutation,
+    seeded,
+)
+
+CPU = torch.device("cpu")
+PLAIN = (torch.zeros(1), torch.ones(1))  # statistics that leave pixel values as they are
+
+
+def test_digits_are_the_same_split_every_time():
+    one, two = load("digits", "nowhere"), load("DIGITS", "nowhere")
+    assert one.images.shape == (1437, 1, 8, 8) and one.test_images.shape == (360, 1, 8, 8)
+    assert torch.equal(one.images, two.images) and torch.equal(one.test_labels, two.test_labels)
+    assert one.images.max() == 255 and len(one.test_labels.unique()) == 10
+    seen = {image.numpy().tobytes() for image in one.images}
+    assert sum(image.numpy().tobytes() in seen for image in one.test_images) == 0
+
+
+def write_cifar10(folder, monkeypatch, count=4):
+    """A small data set in CIFAR-10's own format, with its MD5 sums in torchvision's list."""
+    import hashlib
+
+    base = folder / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    written, lists = {}, {"train_list": [], "test_list": []}
+    for kind in lists:
+        for name, _ in getattr(CIFAR10, kind):
+            batch = {"data": rng.randint(0, 256, (count, 3072), np.uint8), "labels": list(range(count))}
+            content = pickle.dumps(batch, protocol=2)
+            (base / name).write_bytes(content)
+            lists[kind].append([name, hashlib.md5(content).hexdigest()])
+            written[name] = batch
+    meta = pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2)
+    (base / "batches.meta").write_bytes(meta)
+    for kind, value in lists.items():
+        monkeypatch.setattr(CIFAR10, kind, value)
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()})
+    return written
+
+
+def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
+    written = write_cifar10(tmp_path, monkeypatch)
+    dataset = load("CIFAR10", tmp_path)
+    assert dataset.images.shape == (20, 3, 32, 32) and dataset.test_images.shape == (4, 3, 32, 32)
+    assert dataset.images.dtype == torch.uint8 and dataset.labels.tolist() == [0, 1, 2, 3] * 5
+    row = written["data_batch_2"]["data"][1].reshape(3, 32, 32)
+    assert np.array_equal(dataset.images[5].numpy(), row)
+
+
+def test_a_truncated_file_is_named(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    victim = tmp_path / CIFAR10.base_folder / "data_batch_3"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(InputError, match=r"data_batch_3 is damaged"):
+        load("cifar10", tmp_path)
+
+
+def test_absent_files_without_a_network_are_named(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(InputError, match=r"data_batch_1, .*batches.meta could not be read or downloaded"):
+        load("cifar10", tmp_path)
+
+
+def test_unknown_data_set():
+    with pytest.raises(InputError, match="no data set 'imagenet'; there are digits, cifar10"):
+        load("imagenet", "")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        (torch.zeros(8, 3, 8, 8), torch.zeros(8).long(), "uint8"),
+        (torch.zeros(8, 8, 8).byte(), torch.zeros(8).long(), "uint8"),
+        (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(7).long(), "one label an image"),
+        (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8), "integer"),
+        (torch.zeros(8, 3, 8, 8).byte(), torch.full((8,), -1), "0 or more"),
+        (torch.zeros(8, 3, 10, 8).byte(), torch.arange(8), "10 x 8; both sides must be divisible by 4"),
+        (torch.zeros(8, 3, 4, 4).byte(), torch.arange(8), "at least 8"),
+        (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long(), "2 classes"),
+        (torch.zeros(0, 3, 8, 8).byte(), torch.zeros(0).long(), "4 images"),
+    ],
+)
+def test_tensors_that_do_not_fit(images, labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_for_network(from_tensors(images, labels))
+
+
+def test_statistics_are_exact():
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    images[:, 2] = 7
+    mean, std = channel_statistics(images)
+    expected = images.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(mean, expected.mean(1), rtol=1e-12)
+    assert torch.allclose(std[:2], expected.std(1, unbiased=False)[:2], rtol=1e-12)
+    assert std[2] == 1  # a constant channel is not divided by zero
+
+
+def test_every_augmented_image_is_a_shifted_perhaps_mirrored_original():
+    images = torch.randint(1, 256, (600, 1, 8, 12), dtype=torch.uint8)
+    labels = torch.arange(600)
+    batches = Batches(images, labels, CPU, PLAIN, seeded("cpu", 0), crop_padding=2, flip=True)
+    found, found_labels = batches.cut(labels, augment=True)
+    assert torch.equal(found_labels, labels) and found.dtype == torch.float32
+    kinds = set()
+    for original, image in zip(images.float(), found, strict=True):
+        padded = torch.nn.functional.pad(original, (2, 2, 2, 2))
+        crops = {(y, x): padded[:, y : y + 8, x : x + 12] for y in range(5) for x in range(5)}
+        matches = [(place, False) for place, crop in crops.items() if torch.equal(crop, image)]
+        matches += [(place, True) for place, crop in crops.items() if torch.equal(crop.flip(-1), image)]
+        assert len(matches) == 1
+        kinds |= set(matches)
+    assert len(kinds) == 50  # each image is one of the 25 shifts, mirrored or not, and all of them occur
+
+
+def test_cutout_blanks_one_square_and_nothing_else():
+    images = torch.full((300, 1, 8, 8), 9, dtype=torch.uint8)
+    batches = Batches(images, torch.zeros(300).long(), CPU, PLAIN, seeded("cpu", 0), cutout_length=4)
+    found, _ = batches.cut(torch.arange(300), augment=True)
+    sizes = set()
+    for image in found[:, 0]:
+        blank = image == 0
+        rows, columns = blank.any(1).nonzero().flatten(), blank.any(0).nonzero().flatten()
+        assert blank[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert (image[~blank] == 9).all()
+        sizes.add((len(rows), len(columns)))
+    assert sizes == {(h, w) for h in (2, 3, 4) for w in (2, 3, 4)}  # clipped at the border
+
+
+def test_validation_batches_are_normalised_and_otherwise_untouched():
+    dataset = load("digits", "")
+    statistics = channel_statistics(dataset.images)
+    batches = Batches(dataset.images, dataset.labels, CPU, statistics, seeded("cpu", 0), 2, True, 4)
+    found, labels = batches.cut(torch.arange(1437), augment=False)
+    assert abs(float(found.mean())) < 1e-4 and abs(float(found.std()) - 1) < 1e-3
+    restored = (found * batches.std + batches.mean).round().byte()
+    assert torch.equal(restored, dataset.images) and torch.equal(labels, dataset.labels)
+
+
+def test_orders_depend_on_their_seeds_alone():
+    assert torch.equal(permutation(100, 2, 1, 0), permutation(100, 2, 1, 0))
+    assert (
+        len({tuple(permutation(100, *s).tolist()) for s in [(2, 1, 0), (2, 0, 1), (2, 1, 1), (3, 1, 0)]}) == 4
+    )
+    assert permutation(100, 5).sort().values.tolist() == list(range(100))

@@ -1,0 +1,38 @@
+import torch
+from test_architect import flatten
+
+from darts_fast import Genotype
+from darts_fast.genotype import derive
+from darts_fast.space import CANDIDATES
+
+
+def test_the_official_rule(golden_search):
+    genotype = derive(*golden_search["derive/alphas"])
+    assert flatten(genotype) == golden_search.text("derive/genotype")
+
+
+def test_raw_alphas_rank_edges_without_the_weight_of_none():
+    """A strong `none` lowers the softmaxed weight of its edge's other candidates, not their alphas."""
+    names = list(CANDIDATES)
+    alphas = torch.zeros(14, 8)
+    strongest = [(2, "sep_conv_3x3", 3.0, 9.0), (3, "max_pool_3x3", 2.0, 0.0), (4, "skip_connect", 1.0, 0.0)]
+    for edge, name, value, none in strongest:  # the three edges into node 1
+        alphas[edge, names.index(name)] = value
+        alphas[edge, names.index("none")] = none
+    zero = torch.zeros(14, 8)
+    assert derive(alphas, zero, "raw").normal[1] == [("sep_conv_3x3", 0), ("max_pool_3x3", 1)]
+    assert derive(alphas, zero, "softmax").normal[1] == [("max_pool_3x3", 1), ("skip_connect", 2)]
+
+
+def test_ties_go_to_the_first_edge_and_candidate_and_none_never_wins():
+    alphas = torch.zeros(14, 8)
+    alphas[:, 0] = 5.0  # none
+    for node in derive(alphas, alphas).normal:
+        assert node == [("max_pool_3x3", 0), ("max_pool_3x3", 1)]
+
+
+def test_json_and_text():
+    genotype = derive(torch.randn(14, 8), torch.randn(14, 8))
+    assert Genotype.from_json(genotype.as_json()) == genotype
+    assert str(genotype).startswith("Genotype(normal=[[('")
+    assert "normal_concat=range(2, 6), reduce=[[('" in str(genotype)

@@ -1,0 +1,74 @@
+"""Who may import whom: the rooms of the house."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What each module of ours may import of ours; one that is not listed may import anything but `only_from`.
+ALLOWED = {
+    "darts_fast.errors": set(),
+    "darts_fast.space": set(),
+    "darts_fast.config": {"darts_fast.errors"},
+    "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
+    "darts_fast.reference": {"darts_fast.space"},
+    "darts_fast.architect": set(),
+    "darts_fast.precision": set(),
+    "darts_fast.data": {"darts_fast.errors"},
+    "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.space"},
+    "darts_fast.kernels": set(),
+}
+FORBIDDEN = {("darts_fast.search", "darts_fast.train"), ("darts_fast.train", "darts_fast.search")}
+ONLY_FROM = {"darts_fast.kernels": {"darts_fast.fused"}}
+
+
+def modules():
+    for path in sorted((ROOT / "darts_fast").glob("*.py")):
+        yield ("darts_fast" if path.stem == "__init__" else f"darts_fast.{path.stem}"), path
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        yield "darts_fast.kernels", path
+
+
+def imported(path):
+    """Every module name that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(names):
+    known = {name for name, _ in modules()}
+    return {name for name in names if name in known and name != "darts_fast"}
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_import_rules(name, path):
+    found = imported(path)
+    assert ours(found) - {name} <= ALLOWED.get(name, ours(found))
+    assert not [other for other in found if (name, other) in FORBIDDEN]
+    assert not [o for o in ours(found) if name not in ONLY_FROM.get(o, {name}) | {o}]
+    if name in ("darts_fast.reference", "darts_fast.architect", "darts_fast.kernels"):
+        external = {other.split(".")[0] for other in found} - {"darts_fast"}
+        assert external <= {"torch", "triton", "collections", "typing", "math", "functools", "contextlib"}
+
+
+def test_the_rules_name_modules_that_exist():
+    known = {name for name, _ in modules()}
+    assert set(ALLOWED) <= known
+    assert "darts_fast.search" in known
+
+
+def test_importing_needs_no_gpu_and_loads_no_kernel_compiler():
+    import subprocess
+    import sys
+
+    code = "import sys, darts_fast; print(int('triton' in sys.modules), int('matplotlib' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
