@@ -101,14 +101,16 @@ def exact_hvp(w_gradients: Tensors, alphas: Tensors, v: Tensors) -> Tensors:
     return dict(zip(alphas, values, strict=True))
 
 
-def finite_difference_hvp(train_loss: Loss, weights: Tensors, alphas: Tensors, v: Tensors) -> Tensors:
-    """(grad_a L(w + e v, a) - grad_a L(w - e v, a)) / 2e with e = 0.01 / |v|.
+def finite_difference_hvp(
+    train_loss: Loss, weights: Tensors, alphas: Tensors, v: Tensors, size: float = FINITE_DIFFERENCE_STEP
+) -> Tensors:
+    """(grad_a L(w + e v, a) - grad_a L(w - e v, a)) / 2e with e = size / |v|.
 
     On networks with ReLU and max pooling this is a poor estimate of the exact product, see
     docs/differences.md; it is here to reproduce the paper.
     """
     norm = torch.stack([tensor.norm() for tensor in v.values()]).norm()
-    epsilon = FINITE_DIFFERENCE_STEP / norm
+    epsilon = size / norm
     plus = {name: w + epsilon * v[name] for name, w in weights.items()}
     minus = {name: w - epsilon * v[name] for name, w in weights.items()}
     difference = [gradients(train_loss(shifted, alphas), alphas) for shifted in (plus, minus)]

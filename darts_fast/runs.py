@@ -88,7 +88,7 @@ class RunFolder:
                 path = Path(parent, f"{default_name}-{number}")
         try:
             content = {**config, "name": path.name, "environment": environment(config["device"])}
-            with writing(path):
+            with writing(path / CONFIG):
                 write_atomically(path / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
             return cls(path)
         except InputError:
@@ -173,13 +173,13 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """A whole file, replaced at once."""
-        with writing(self.path):
+        with writing(self.path / name):
             write_atomically(self.path / name, json.dumps(content, indent=2).encode() + b"\n")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces checkpoint.pt by `state` (tensors and plain values) at once: a kill or a full disk at any
         moment leaves the old one or the new one."""
-        with writing(self.path):
+        with writing(self.path / CHECKPOINT):
             lengths = {}
             for file in (self._log, self._metrics, self._events):
                 file.flush()

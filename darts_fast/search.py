@@ -211,7 +211,6 @@ class Search:
 
     def run(self) -> SearchResult:
         """From where it stands to the end."""
-        self._announce()
         total = self.config.epochs * self.steps_per_epoch
         with (
             strict_float32(),
@@ -221,6 +220,7 @@ class Search:
             ) as self.bar,
         ):
             if not (self.folder.path / CHECKPOINT).exists():
+                self._announce()
                 self._save()
             while self.epoch < self.config.epochs:
                 self._train_epoch()
@@ -244,6 +244,7 @@ class Search:
             self.bar.update()
             if self.step % self.config.print_freq == 0 or self.step == self.steps_per_epoch:
                 self._read_metrics(lr)
+                self._report(lr)
             self._stop_if_asked(lr)
 
     @torch.no_grad()
@@ -348,6 +349,7 @@ class Search:
                 f"{self.folder.path / CHECKPOINT} does not fit the settings beside it "
                 f"({str(error).splitlines()[0]})"
             ) from error
+        self.folder.cut_back(checkpoint["lengths"])
         self.folder.log(
             f"Resumed after {self._steps_done()} steps (epoch {self.epoch + 1}, step {self.step})"
         )
@@ -369,10 +371,9 @@ class Search:
         """Every setting in force, and what is about to run."""
         config, folder = self.config, self.folder
         settings = dataclasses.asdict(config)
-        if self._steps_done() == 0:
-            folder.text("config", 0, markdown_table({**settings, **environment(config.device)}))
-            for name, value in settings.items():
-                folder.log(f"{name} = {value}")
+        folder.text("config", 0, markdown_table({**settings, **environment(config.device)}))
+        for name, value in settings.items():
+            folder.log(f"{name} = {value}")
         form = "first order" if config.order == 1 else f"second order, {config.hvp} Hessian-vector product"
         parameters = sum(w.numel() for w in self.network.weights().values())
         folder.log(
@@ -382,7 +383,7 @@ class Search:
         )
 
     def _read_metrics(self, lr: float) -> None:
-        """Brings the steps since the last call from the device and records them; a line of the log.
+        """Brings the steps since the last call from the device and records them.
 
         Raises:
             RunError: a loss is not finite.
@@ -402,19 +403,29 @@ class Search:
             self.folder.scalars(number, train__loss=loss, train__top1=top1, train__top5=top5, train__lr=lr)
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
-        seconds = (time.perf_counter() - self.read_at) / len(rows)
-        rate = sum(images for _, images in self.unread) / (seconds * len(rows))
-        self.folder.scalars(self._steps_done(), time__seconds_per_step=seconds, time__images_per_second=rate)
+        self.seconds_per_step = (time.perf_counter() - self.read_at) / len(rows)
+        self.images_per_second = sum(images for _, images in self.unread) / (
+            self.seconds_per_step * len(rows)
+        )
+        self.folder.scalars(
+            self._steps_done(),
+            time__seconds_per_step=self.seconds_per_step,
+            time__images_per_second=self.images_per_second,
+        )
         self.unread.clear()
+        self.read_at = time.perf_counter()
+
+    def _report(self, lr: float) -> None:
+        """A line of the log: the epoch so far, the rate, the time left."""
         loss, top1, top5 = self._epoch_means()
-        left = seconds * (self.config.epochs * self.steps_per_epoch - self._steps_done())
+        left = self.seconds_per_step * (self.config.epochs * self.steps_per_epoch - self._steps_done())
         self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}", refresh=False)
         self.folder.log(
             f"Epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}  "
             f"loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}  lr {lr:.4f}  "
-            f"{seconds:.3g} s/step, {rate:.0f} images/s, {duration(left)} left"
+            f"{self.seconds_per_step:.3g} s/step, {self.images_per_second:.0f} images/s, "
+            f"{duration(left)} left"
         )
-        self.read_at = time.perf_counter()
 
     def _record_alphas(self, step: int) -> None:
         values = {}

@@ -1,0 +1,166 @@
+"""run.py as a person calls it: bad input is one sentence, exit code 2, nothing written."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from darts_fast.runs import run_program
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--epochs 2 --init_channels 2 --layers 3 --batch_size 256 --order 1".split()
+
+
+def load_program(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(monkeypatch, capsys, *arguments, program="run"):
+    """Exit code, stdout and stderr of the program in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+    code = run_program(f"{program}.py", load_program(program).main)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+BAD = {
+    "--epochs abc": "invalid int value: 'abc'",
+    "--epochs 0": "epochs must be at least 1, not 0",
+    "--batch_size 0": "batch_size must be at least 1",
+    "--batch_size 1.5": "invalid int value",
+    "--init_channels 3": "init_channels must be an even number",
+    "--layers 2": "layers must be at least 3",
+    "--w_lr nan": "w_lr must be a finite number",
+    "--w_lr 0": "w_lr must be above 0",
+    "--w_lr_min -1": "w_lr_min must be 0 or more",
+    "--w_lr_min 1": "w_lr_min must be at most w_lr",
+    "--w_momentum 1": "w_momentum must be from 0 to below 1",
+    "--w_weight_decay -1": "w_weight_decay must be 0 or more",
+    "--w_grad_clip 0": "w_grad_clip must be above 0",
+    "--alpha_lr inf": "alpha_lr must be a finite number",
+    "--alpha_weight_decay -1": "alpha_weight_decay must be 0 or more",
+    "--print_freq 0": "print_freq must be at least 1",
+    "--seed -1": "seed must be from 0",
+    "--seed 4294967296": "seed must be from 0",
+    "--train_portion 1": "train_portion must be above 0 and below 1",
+    "--train_portion 0.001": "gives 1 of 1437 images to the weights",
+    "--cutout_length -1": "cutout_length must be 0 or more",
+    "--order 3": "invalid choice",
+    "--hvp approximate": "invalid choice",
+    "--derive both": "invalid choice",
+    "--device tpu": "device must be cpu, cuda or cuda:N",
+    "--device cuda:99": "CUDA devices",
+    "--dataset imagenet": "no data set 'imagenet'",
+    "--name a/b": "name must be the name of a new folder",
+    "--name ..": "name must be the name of a new folder",
+    "--resume nowhere": "nowhere is not a folder",
+    "--resume nowhere --epochs 3": "leave out --epochs",
+    "--fused": "unrecognized arguments: --fused",
+    "--amp": "unrecognized arguments: --amp",
+    "--epoch 3": "unrecognized arguments: --epoch 3",
+    "digits": "unrecognized arguments: digits",
+    "--name": "expected one argument",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_sentence(arguments, monkeypatch, capsys, in_tmp):
+    code, out, err = call(monkeypatch, capsys, *arguments.split())
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("run.py: ") and BAD[arguments] in err
+    assert os.listdir(in_tmp) == []
+
+
+def test_an_empty_name_is_refused(monkeypatch, capsys, in_tmp):
+    code, _, err = call(monkeypatch, capsys, "--name", "")
+    assert code == 2 and "name must be" in err and os.listdir(in_tmp) == []
+
+
+def test_help_shows_every_default(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as done:
+        call(monkeypatch, capsys, "-h")
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    from darts_fast import SearchConfig
+
+    for name, field in SearchConfig.__dataclass_fields__.items():
+        assert f"--{name}" in text
+        assert str(field.metadata["shown"] or field.default).split()[0] in text
+    assert text.count("(default: ") == len(SearchConfig.__dataclass_fields__)
+
+
+def test_a_search_writes_its_folder_and_is_not_overwritten(monkeypatch, capsys, in_tmp):
+    code, out, err = call(monkeypatch, capsys, *TINY, "--name", "one")
+    assert code == 0
+    folder = in_tmp / "searchs" / "one"
+    log = (folder / "one.log").read_text().splitlines()
+    genotype = json.loads((folder / "genotype.json").read_text())
+    from darts_fast import Genotype
+
+    assert log[-1] == str(Genotype.from_json(genotype["best"]["genotype"])) == out.splitlines()[-1]
+    assert genotype["final"]["epoch"] == 2
+    for name, value in json.loads((folder / "config.json").read_text()).items():
+        if name != "environment":
+            assert any(line.endswith(f"| {name} = {value}") for line in log), name
+    assert {"EP01-genotype.png", "EP02-alphas_normal.png"} <= set(os.listdir(folder / "plots"))
+
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, out, err = call(monkeypatch, capsys, *TINY, "--name", "one")
+    assert code == 2 and err.count("\n") == 1 and "searchs/one exists and is not overwritten" in err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_name_folders_are_numbered(monkeypatch, capsys, in_tmp):
+    for _ in range(2):
+        assert call(monkeypatch, capsys, *TINY, "--epochs", "1")[0] == 0
+    assert sorted(os.listdir("searchs")) == ["digits", "digits-2"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs /sys, a folder nobody can write in")
+def test_a_read_only_disk(monkeypatch, capsys):
+    monkeypatch.chdir("/sys/kernel")
+    code, _, err = call(monkeypatch, capsys, *TINY)
+    assert code == 2 and err.count("\n") == 1 and "cannot write searchs" in err
+
+
+def run_limited(folder, file_size, *arguments):
+    """run.py where no file may grow beyond `file_size` bytes, as on a full disk."""
+    code = (
+        "import resource, runpy, sys; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({file_size}, {file_size})); "
+        f"sys.argv = ['run.py', *{arguments!r}]; "
+        f"runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a POSIX feature")
+def test_a_disk_that_is_full_from_the_start(in_tmp):
+    done = run_limited(in_tmp, 100, *TINY)
+    assert done.returncode == 2 and "cannot write searchs/digits/config.json" in done.stderr
+    assert done.stderr.count("\n") == 1 and os.listdir("searchs") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a POSIX feature")
+def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(in_tmp):
+    """TensorBoard's events are the largest appended file; the limit is hit while the second epoch writes."""
+    done = run_limited(in_tmp, 2**30, *TINY, "--name", "whole")
+    assert done.returncode == 0, done.stderr
+    whole = in_tmp / "searchs" / "whole"
+    size = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    done = run_limited(in_tmp, int(0.8 * size), *TINY, "--name", "cut")
+    assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
+    assert [line for line in done.stderr.splitlines() if "Fontconfig" not in line][0].startswith("run.py: ")
+    assert "Traceback" not in done.stderr
+    done = run_limited(in_tmp, 2**30, "--resume", "searchs/cut")
+    assert done.returncode == 0, done.stderr
+    from test_search import assert_same_run
+
+    assert_same_run(whole, in_tmp / "searchs" / "cut")

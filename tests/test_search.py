@@ -1,0 +1,254 @@
+"""Whole searches: resumed to the same bits, stopped by signals, killed, and going wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from darts_fast import InputError, RunError, SearchConfig, resume, search
+from darts_fast.runs import EVENTS, METRICS, Stopped
+from darts_fast.search import SearchStep
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "epochs": 2, "init_channels": 2, "layers": 3, "batch_size": 8, "train_portion": 0.6, "cutout_length": 2,
+    "print_freq": 2, "order": 1,
+}  # fmt: skip
+TINY = SearchConfig(**SETTINGS)  # 2 epochs of 4 steps, the last one of 6 images
+SECOND_ORDER = SearchConfig(**{**SETTINGS, "order": 2})
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, 4, (50,), generator=generator)
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(one, two):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def events(folder):
+    """Every scalar of TensorBoard but the times, in order."""
+    found = []
+    for event in EventFileLoader(str(folder / EVENTS)).Load():
+        for value in event.summary.value:
+            if not value.tag.startswith("time/") and value.metadata.plugin_data.plugin_name == "scalars":
+                found.append((event.step, value.tag, value.tensor.float_val[0]))
+    return found
+
+
+def log_lines(folder):
+    """The log without what may differ: times, names, and that it was resumed."""
+    lines = [line.split(" | ", 1)[-1] for line in next(folder.glob("*.log")).read_text().splitlines()]
+    kept = [line for line in lines if not line.startswith(("name =", "Resumed")) and "run folder" not in line]
+    return [line.split("  lr ")[0] for line in kept]
+
+
+def assert_same_run(one, two):
+    first, second = checkpoint(one), checkpoint(two)
+    for state in (first, second):
+        state.pop("lengths")
+    assert same(first, second)
+    assert (one / METRICS).read_text() == (two / METRICS).read_text()
+    assert events(one) == events(two)
+    assert log_lines(one) == log_lines(two)
+    assert (one / "genotype.json").read_text() == (two / "genotype.json").read_text()
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Sends this process a signal within the n-th step from now."""
+
+    def arrange(n, number):
+        plain, calls = SearchStep.__call__, []
+
+        def step(self, *arguments):
+            calls.append(None)
+            if len(calls) == n:
+                os.kill(os.getpid(), number)
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(SearchStep, "__call__", step)
+
+    return arrange
+
+
+@pytest.fixture(scope="module", params=[TINY, SECOND_ORDER], ids=["first order", "second order"])
+def undisturbed(request, data, tmp_path_factory):
+    """A configuration, and the result of its search when nothing disturbs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        result = search(request.param, data)
+        yield request.param, result._replace(path=result.path.resolve())
+
+
+# mid-epoch, between two lines of the log, last of an epoch
+@pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
+def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
+    config, whole = undisturbed
+    signal_at(at, number)
+    expected = f"after {at} steps; go on with: python run.py --resume searchs/tensors"
+    with pytest.raises(Stopped, match=expected) as stop:
+        search(config, data)
+    assert stop.value.exit_code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handlers are as they were
+    state = checkpoint(in_tmp / "searchs/tensors")
+    assert state["epoch"] * 4 + state["step"] == at
+    torch.manual_seed(at)  # whatever else the process draws does not matter
+    result = resume("searchs/tensors", data)
+    assert_same_run(whole.path, result.path)
+    assert result.genotype == whole.genotype and result.final_genotype == whole.final_genotype
+
+
+def test_resuming_a_finished_search_changes_nothing(data, in_tmp):
+    whole = search(TINY, data)
+    before = log_lines(whole.path)
+    again = resume(whole.path, data)
+    assert again == whole and log_lines(whole.path) == before
+
+
+def test_every_step_is_recorded_once(data, in_tmp):
+    path = search(TINY, data).path
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "val_loss" in row] == [4, 8]
+    tags = {tag for _, tag, _ in events(path)}
+    assert {"train/lr", "train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} <= tags
+    assert "alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags and len(tags) == 7 + 2 * 14 * 8
+    assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
+
+
+def test_same_seed_same_bits_other_seed_others(data, in_tmp):
+    one, two = search(TINY, data), search(TINY, data)
+    assert_same_run(one.path, two.path)
+    other = search(SearchConfig(**{**vars(TINY), "seed": 3}), data)
+    assert not same(checkpoint(one.path)["network"], checkpoint(other.path)["network"])
+
+
+def test_a_search_leaves_the_callers_generator_alone(data, in_tmp):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    search(TINY, data)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(data, in_tmp, monkeypatch):
+    plain, calls = SearchStep.__call__, []
+
+    def step(self, *arguments):
+        calls.append(None)
+        row = plain(self, *arguments)
+        return row * float("nan") if len(calls) == 7 else row
+
+    monkeypatch.setattr(SearchStep, "__call__", step)
+    with pytest.raises(
+        RunError, match=r"loss is nan at step 7 \(epoch 2\).*checkpoint.pt; try a smaller --w_lr"
+    ):
+        search(TINY, data)
+    state = checkpoint(in_tmp / "searchs" / "tensors")
+    assert state["epoch"] == 1 and all(torch.isfinite(t).all() for t in state["network"].values())
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    path = search(TINY, data).path
+    assert sum("no picture of epoch" in line for line in log_lines(path)) == 2
+
+
+def test_refusals_of_resume_change_nothing(data, in_tmp):
+    path = search(TINY, data).path
+
+    def refused(sentence, *arguments):
+        before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        with pytest.raises(InputError, match=sentence) as error:
+            resume(*arguments)
+        assert "\n" not in str(error.value)
+        assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    refused("searched on tensors", path)
+    refused("other images", path, (255 - data[0], data[1]))
+    whole = (path / "checkpoint.pt").read_bytes()
+    for damaged in (whole[:1000], b"", b"\x00" * 1000):
+        (path / "checkpoint.pt").write_bytes(damaged)
+        refused("cannot be read as a checkpoint", path, data)
+    (path / "checkpoint.pt").unlink()
+    refused("stopped before its first step", path, data)
+    (path / "checkpoint.pt").write_bytes(whole)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "layers": 4}))
+    refused("does not fit the settings", path, data)
+    (path / "config.json").write_text(json.dumps({**config, "colour": 4}))
+    refused("not the folder of a search", path, data)
+    (path / "config.json").write_text("{")
+    refused("not the folder of a run", path, data)
+
+
+def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
+    path = search(TINY, data).path
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (in_tmp / "trapped",))
+
+    torch.save({"lengths": {}, "epoch": Trap()}, path / "checkpoint.pt")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        resume(path, data)
+    assert not (in_tmp / "trapped").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
+    """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
+    arguments = "--epochs 6 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1".split()
+
+    def start(*extra):
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *extra],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start(*arguments, "--name", "whole").wait() == 0
+    whole, cut = in_tmp / "searchs" / "whole", in_tmp / "searchs" / "cut"
+    rng = random.Random(1)
+    process, kills = start(*arguments, "--name", "cut"), 0
+    while True:
+        while not (cut / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        seen = (cut / "checkpoint.pt").stat().st_mtime_ns
+        if kills < 4:  # kill it at some moment after it has written again
+            while (cut / "checkpoint.pt").stat().st_mtime_ns == seen and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.7)
+            process.kill()
+            process.wait()
+            kills += 1
+            checkpoint(cut)  # can be read whenever the kill came
+            process = start("--resume", "searchs/cut")
+        else:
+            assert process.wait() == 0
+            break
+    assert_same_run(whole, cut)
