@@ -48,13 +48,13 @@ class Stopped(KeyboardInterrupt):
 class RunFolder:
     """The files of one run. Make one with `create` or `reopen`; close it (it is a context manager)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, name: str):
         self.path = path
         self._console = True
         with writing(path):
             for folder in ("tb", "plots"):
                 (path / folder).mkdir(exist_ok=True)
-            self._log = (path / f"{path.name}.log").open("ab")
+            self._log = (path / f"{name}.log").open("ab")
             self._metrics = (path / METRICS).open("ab")
             self._events = (path / EVENTS).open("ab")
         self._records = RecordWriter(self._events)
@@ -90,7 +90,7 @@ class RunFolder:
             content = {**config, "name": path.name, "environment": environment(config["device"])}
             with writing(path / CONFIG):
                 write_atomically(path / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
-            return cls(path)
+            return cls(path, path.name)
         except InputError:
             shutil.rmtree(path, ignore_errors=True)  # nothing of a run that never began is left behind
             raise
@@ -113,8 +113,9 @@ class RunFolder:
                 f"{path} has no {CHECKPOINT}: it stopped before its first step; delete it and start again"
             ) from None
         except Exception as error:  # whatever a damaged file makes of torch's reader
-            raise InputError(f"{path / CHECKPOINT} cannot be read as a checkpoint ({error})") from error
-        return cls(path), config, checkpoint
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path / CHECKPOINT} cannot be read as a checkpoint ({reason})") from error
+        return cls(path, config["name"]), config, checkpoint
 
     def cut_back(self, lengths: dict[str, int]) -> None:
         """Drops what log, metrics and TensorBoard hold of the steps after the checkpoint of these lengths."""
@@ -152,11 +153,9 @@ class RunFolder:
         with writing(self.path):
             self._metrics.write(json.dumps(values).encode() + b"\n")
 
-    def scalars(self, step: int, **values: float) -> None:
-        """TensorBoard scalars; `__` in a name stands for the slash of its tag."""
-        tagged = [
-            Summary.Value(tag=name.replace("__", "/"), simple_value=value) for name, value in values.items()
-        ]
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard scalars by tag."""
+        tagged = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._event(step=step, summary=Summary(value=tagged))
 
     def picture(self, tag: str, step: int, file_name: str, png: bytes) -> None:
@@ -212,8 +211,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not the folder of a run: its {CONFIG} cannot be read ({error})"
         ) from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not the folder of a run: its {CONFIG} is no object of settings")
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise InputError(f"{path} is not the folder of a run: its {CONFIG} holds no settings with a name")
     return config
 
 

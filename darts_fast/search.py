@@ -82,7 +82,7 @@ def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> Searc
     """
     folder, saved, checkpoint = RunFolder.reopen(path)
     with folder:
-        saved.pop("environment", None)
+        then = saved.pop("environment", {})
         try:
             config = SearchConfig(**saved)
         except TypeError as error:
@@ -96,6 +96,10 @@ def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> Searc
         dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
         run = Search(config.resolved(dataset.name), dataset, folder)
         run.load(checkpoint)
+        now = environment(run.config.device)
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        if changed:
+            folder.log(f"not where it began ({', '.join(changed)}): the bits may differ")
         return run.run()
 
 
@@ -273,7 +277,7 @@ class Search:
         genotype = self._genotype()
         self.folder.log(f"genotype = {genotype}")
         self.folder.metrics(epoch=epoch, step=step, val_loss=loss, val_top1=top1, val_top5=top5)
-        self.folder.scalars(step, val__loss=loss, val__top1=top1, val__top5=top5)
+        self.folder.scalars(step, {"val/loss": loss, "val/top1": top1, "val/top5": top5})
         self._record_alphas(step)
         self._draw(genotype, epoch, step)
         if self.best is None or top1 > self.best["top1"]:
@@ -359,9 +363,11 @@ class Search:
             return
         self._read_metrics(lr)
         self._save()
+        how = f"python run.py --resume {self.folder.path}"
+        if self.dataset.name == "tensors":
+            how = f"darts_fast.resume({str(self.folder.path)!r}, data)"
         raise Stopped(
-            f"stopped and saved after {self._steps_done()} steps; "
-            f"go on with: python run.py --resume {self.folder.path}",
+            f"stopped and saved after {self._steps_done()} steps; go on with: {how}",
             self.stop.received,
         )
 
@@ -400,7 +406,9 @@ class Search:
                     f"checkpoint is {self.folder.path / CHECKPOINT}; try a smaller --w_lr or --w_grad_clip"
                 )
             self.folder.metrics(epoch=self.epoch + 1, step=number, lr=lr, loss=loss, top1=top1, top5=top5)
-            self.folder.scalars(number, train__loss=loss, train__top1=top1, train__top5=top5, train__lr=lr)
+            self.folder.scalars(
+                number, {"train/loss": loss, "train/top1": top1, "train/top5": top5, "train/lr": lr}
+            )
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
         self.seconds_per_step = (time.perf_counter() - self.read_at) / len(rows)
@@ -409,8 +417,10 @@ class Search:
         )
         self.folder.scalars(
             self._steps_done(),
-            time__seconds_per_step=self.seconds_per_step,
-            time__images_per_second=self.images_per_second,
+            {
+                "time/seconds_per_step": self.seconds_per_step,
+                "time/images_per_second": self.images_per_second,
+            },
         )
         self.unread.clear()
         self.read_at = time.perf_counter()
@@ -434,7 +444,7 @@ class Search:
             for (source, node), row in zip(EDGES, rows, strict=True):
                 for candidate, value in zip(CANDIDATES, row, strict=True):
                     values[f"{name}/{plot.edge_name(source, node)}/{candidate}"] = value
-        self.folder.scalars(step, **values)
+        self.folder.scalars(step, values)
 
     def _draw(self, genotype: Genotype, epoch: int, step: int) -> None:
         """Pictures of the cells and the alphas. A search never fails over one: a line says what failed."""

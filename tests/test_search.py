@@ -61,7 +61,11 @@ def events(folder):
 def log_lines(folder):
     """The log without what may differ: times, names, and that it was resumed."""
     lines = [line.split(" | ", 1)[-1] for line in next(folder.glob("*.log")).read_text().splitlines()]
-    kept = [line for line in lines if not line.startswith(("name =", "Resumed")) and "run folder" not in line]
+    kept = [
+        line
+        for line in lines
+        if not line.startswith(("name =", "Resumed", "not where")) and "run folder" not in line
+    ]
     return [line.split("  lr ")[0] for line in kept]
 
 
@@ -108,7 +112,7 @@ def undisturbed(request, data, tmp_path_factory):
 def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
     config, whole = undisturbed
     signal_at(at, number)
-    expected = f"after {at} steps; go on with: python run.py --resume searchs/tensors"
+    expected = rf"after {at} steps; go on with: darts_fast.resume\('searchs/tensors', data\)"
     with pytest.raises(Stopped, match=expected) as stop:
         search(config, data)
     assert stop.value.exit_code == 128 + number
