@@ -64,8 +64,8 @@ def from_tensors(images: Tensor, labels: Tensor) -> Dataset:
     classes = int(labels.max()) + 1 if len(labels) else 0
     return Dataset(
         "tensors",
-        images.cpu(),
-        labels.cpu().long(),
+        images.cpu().contiguous(),
+        labels.cpu().long().contiguous(),
         images[:0].cpu(),
         labels[:0].cpu().long(),
         classes,

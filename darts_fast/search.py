@@ -269,6 +269,11 @@ class Search:
     def _finish_epoch(self, loss: float, top1: float, top5: float) -> None:
         """Records the epoch, keeps its genotype if it is the best so far, saves."""
         epoch, step = self.epoch + 1, self._steps_done()
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the validation loss is {loss} after epoch {epoch} (step {step}); the last good checkpoint "
+                f"is {self.folder.path / CHECKPOINT}; try a smaller --w_lr or --w_grad_clip"
+            )
         train_loss, train_top1, train_top5 = self._epoch_means()
         self.folder.log(
             f"Epoch {epoch}/{self.config.epochs}  train loss {train_loss:.4f}, top-1 {train_top1:.2%}, "
@@ -348,7 +353,7 @@ class Search:
             self.augmentation.set_state(checkpoint["augmentation"])
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.totals, self.best = checkpoint["totals"], checkpoint["best"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self.folder.path / CHECKPOINT} does not fit the settings beside it "
                 f"({str(error).splitlines()[0]})"
