@@ -18,8 +18,6 @@ requirements = [
 ]
 test_requirements = [
     "pytest",
-    "pytest-benchmark",  # runs benchmarks/
-    "hypothesis",  # property tests of genotypes and of the command line
     "ruff",  # lint, also run by CI
 ]
 
