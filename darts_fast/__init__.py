@@ -5,11 +5,13 @@ result = search(SearchConfig(dataset="digits"))
 print(result.genotype)
 """
 
-__version__ = "0.1.0"
+from importlib.metadata import version
 
 from darts_fast.config import SearchConfig
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype
 from darts_fast.search import SearchResult, resume, search
+
+__version__ = version("darts_fast")
 
 __all__ = ["Genotype", "InputError", "RunError", "SearchConfig", "SearchResult", "resume", "search"]

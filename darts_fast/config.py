@@ -21,8 +21,10 @@ AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
 FRACTION: Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "from 0 to below 1")
 EVEN: Check = (lambda value: value >= 2 and value % 2 == 0, "an even number, at least 2")
-AT_LEAST_3: Check = (lambda value: value >= 3, "at least 3, so that there are normal and reduction cells")
-SEED: Check = (lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
+SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
+
+LARGEST = 2**32 - 1  # of a whole number: torch and numpy take no larger seed, and nothing needs a larger size
 
 
 def option(
@@ -51,6 +53,8 @@ class Config:
                 object.__setattr__(self, field.name, value)
             if type(value) is not wanted:
                 raise InputError(f"{field.name} must be {NOUNS[wanted]}, not {value!r}")
+            if wanted is int and value > LARGEST:
+                raise InputError(f"{field.name} must be at most {LARGEST}, not {value}")
             if wanted is float and not math.isfinite(value):
                 raise InputError(f"{field.name} must be a finite number, not {value!r}")
             choices, check = field.metadata["choices"], field.metadata["check"]
@@ -84,7 +88,7 @@ class SearchConfig(Config):
     init_channels: int | None = option(
         None, "width of a node in the first cell", EVEN, shown="digits 4, else 16"
     )
-    layers: int | None = option(None, "number of cells", AT_LEAST_3, shown="digits 3, else 8")
+    layers: int | None = option(None, "number of cells", LAYERS, shown="digits 3, else 8")
     w_lr: float = option(0.025, "learning rate of the weights, at the first epoch", POSITIVE)
     w_lr_min: float = option(0.001, "what the cosine schedule brings it down to", NOT_NEGATIVE)
     w_momentum: float = option(0.9, "momentum of the weights", BELOW_1)
@@ -110,7 +114,9 @@ class SearchConfig(Config):
     train_portion: float = option(
         0.5, "share of the images that trains weights; the rest trains alphas", FRACTION
     )
-    cutout_length: int = option(0, "side of the square that cutout blanks, in pixels; 0: none", NOT_NEGATIVE)
+    cutout_length: int = option(
+        0, "side of the square that cutout blanks, in whole pairs of pixels; 0: none", NOT_NEGATIVE
+    )
     print_freq: int = option(50, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, alphas, data order and augmentation", SEED)
     device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ def load(name: str, path: str | Path) -> Dataset:
 def from_tensors(images: Tensor, labels: Tensor) -> Dataset:
     """A user's own tensors as a training set without a test split.
 
-    images: uint8 [N, 1 or 3, H, W]; labels: integers [N]. Crops shift by an eighth of the height (4 at 32);
-    images of three channels are flipped (photographs), those of one are not (digits, letters).
+    images: uint8 [N, channels, H, W]; labels: integers [N]. Crops shift by an eighth of the height (4 at 32);
+    images of three channels are flipped (photographs), others are not (digits, letters).
 
     Raises:
         InputError: a dtype, shape or value is other than that.
@@ -59,6 +60,8 @@ def from_tensors(images: Tensor, labels: Tensor) -> Dataset:
         raise InputError("data's images must be a uint8 tensor [N, channels, height, width]")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise InputError("data's labels must be an integer tensor with one label an image")
+    if not images.shape[1]:
+        raise InputError("data's images must have a channel at least")
     if len(labels) and int(labels.min()) < 0:
         raise InputError("data's labels must be 0 or more")
     classes = int(labels.max()) + 1 if len(labels) else 0
@@ -125,20 +128,20 @@ def _torchvision_splits(
     """torchvision's training and test split; downloads what is absent, names what is wrong."""
     from torchvision.datasets.utils import check_integrity
 
-    absent = [file for file, _ in files if not file.exists()]
-    damaged = [file for file, md5 in files if file.exists() and not check_integrity(file, md5)]
-    if damaged:
-        raise InputError(
-            f"{name}: {', '.join(map(str, damaged))} is damaged (its MD5 is not the published one); "
-            "delete it or put the published file there"
-        )
+    absent = [path]
     try:
+        absent = [file for file, _ in files if not file.exists()]
+        damaged = [file for file, md5 in files if file.exists() and not check_integrity(file, md5)]
+        if damaged:
+            raise InputError(
+                f"{name}: {', '.join(map(str, damaged))} is damaged (its MD5 is not the published one); "
+                "delete it or put the published file there"
+            )
         train = reader(path, train=True, download=bool(absent))
         return train, reader(path, train=False)
-    except (OSError, RuntimeError) as error:  # the network's, the disk's, and torchvision's own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, RuntimeError, HTTPException) as error:  # the disk's, torchvision's own, the network's
         raise InputError(
-            f"{name}: {', '.join(map(str, absent or [path]))} could not be read or downloaded ({reason}); "
+            f"{name}: {', '.join(map(str, absent or [path]))} could not be read or downloaded ({error}); "
             "put the published files there, or name their folder with --data_path"
         ) from error
 
@@ -146,12 +149,17 @@ def _torchvision_splits(
 READERS: dict[str, Callable[[Path], Dataset]] = {"digits": _digits, "cifar10": _cifar10}
 
 
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether a third of the device's free memory holds the images; the rest is the network's."""
+    return device.type == "cpu" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 3
+
+
 class Batches:
     """Cuts normalised float32 batches [n, channels, H, W] from a data set that lies on the device.
 
     Args:
         images, labels: uint8 [N, channels, H, W] and int64 [N]. Moved to `device` where they fit in a
-            third of its free memory; else they stay on the host, pinned, and each batch travels.
+            third of its free memory; else they stay on the host and each batch travels, pinned.
         statistics: mean and standard deviation a channel, in units of a pixel value from 0 to 255.
         generator: of `device`; every random number of the augmentation comes from it.
     """
@@ -168,24 +176,26 @@ class Batches:
         cutout_length: int = 0,
     ):
         self.device, self.generator = device, generator
-        if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 3:
-            self.images, self.labels = images.pin_memory(), labels.pin_memory()
-        else:
-            self.images, self.labels = images.to(device), labels.to(device)
+        where = device if fits(images, device) else torch.device("cpu")
+        self.images, self.labels = images.to(where), labels.to(where)
         self.mean, self.std = (t.float().view(1, -1, 1, 1).to(device) for t in statistics)
         self.crop_padding, self.flip, self.cutout_length = crop_padding, flip, cutout_length
 
     def cut(self, indices: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
         """The images (float32, normalised) and labels of these indices (int64 [n], on the host)."""
         indices = indices.to(self.images.device)
-        images = self.images[indices].to(self.device, non_blocking=True)
-        labels = self.labels[indices].to(self.device, non_blocking=True)
+        images, labels = self._on_device(self.images[indices]), self._on_device(self.labels[indices])
         if augment:
             images = self._crop_and_flip(images)
         images = (images.float() - self.mean) / self.std
         if augment and self.cutout_length:
             images = images * self._cutout_mask(images)
         return images, labels
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        if batch.device.type == "cpu" and self.device.type == "cuda":
+            batch = batch.pin_memory()  # so that its way to the device does not hold up the host
+        return batch.to(self.device, non_blocking=True)
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         """Crops at a random place of the image padded with black, then mirrors half of them."""

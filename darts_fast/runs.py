@@ -1,7 +1,7 @@
 """A run folder: log, metrics, TensorBoard, pictures, checkpoints; how a run stops and is resumed.
 
-Everything but the checkpoint is only ever appended to. A checkpoint records how long each of those files
-was; resuming cuts them back to that length, so that a step which is computed again is written once.
+Log, metrics and events are only ever appended to. A checkpoint records how long each of them was; resuming
+cuts them back to that length, so that a step which is computed again is written once.
 """
 
 import io
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
-import darts_fast
 from darts_fast.errors import InputError, RunError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, nothing keeps two processes out of one run folder
+    fcntl = None
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
@@ -54,12 +59,10 @@ class RunFolder:
         with writing(path):
             for folder in ("tb", "plots"):
                 (path / folder).mkdir(exist_ok=True)
-            self._log = (path / f"{name}.log").open("ab")
-            self._metrics = (path / METRICS).open("ab")
-            self._events = (path / EVENTS).open("ab")
+            self._files = {file: (path / file).open("ab") for file in appended(name)}
+        self._log, self._metrics, self._events = self._files.values()
         self._records = RecordWriter(self._events)
-        if self._events.tell() == 0:
-            self._event(file_version="brain.Event:2")
+        self._lock()
 
     @classmethod
     def create(cls, parent: str, name: str | None, default_name: str, config: dict[str, Any]) -> "RunFolder":
@@ -68,7 +71,7 @@ class RunFolder:
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
-        if name is not None and (not name.strip() or name in (".", "..") or set(name) & set("/\\\0\n")):
+        if name is not None and not is_folder_name(name):
             raise InputError(f"name must be the name of a new folder below {parent}, not {name!r}")
         path = Path(parent, name or default_name)
         number = 1
@@ -90,7 +93,9 @@ class RunFolder:
             content = {**config, "name": path.name, "environment": environment(config["device"])}
             with writing(path / CONFIG):
                 write_atomically(path / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
-            return cls(path, path.name)
+            folder = cls(path, path.name)
+            folder._event(file_version="brain.Event:2")
+            return folder
         except InputError:
             shutil.rmtree(path, ignore_errors=True)  # nothing of a run that never began is left behind
             raise
@@ -105,31 +110,66 @@ class RunFolder:
         """
         path = Path(path)
         config = read_config(path)
-        try:
-            checkpoint = torch.load(path / CHECKPOINT, map_location="cpu", weights_only=True)
-            checkpoint["lengths"].items()
-        except FileNotFoundError:
+        if not (path / CHECKPOINT).exists():
             raise InputError(
                 f"{path} has no {CHECKPOINT}: it stopped before its first step; delete it and start again"
-            ) from None
-        except Exception as error:  # whatever a damaged file makes of torch's reader
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path / CHECKPOINT} cannot be read as a checkpoint ({reason})") from error
-        return cls(path, config["name"]), config, checkpoint
+            )
+        for file in appended(config["name"]):
+            if not (path / file).is_file():
+                raise InputError(f"{path / file} is missing; put it back, or start a new run")
+        folder = cls(path, config["name"])  # locked from here on: nobody else writes a newer checkpoint
+        try:
+            return folder, config, folder._read_checkpoint()
+        except BaseException:
+            folder.close()
+            raise
 
     def cut_back(self, lengths: dict[str, int]) -> None:
         """Drops what log, metrics and TensorBoard hold of the steps after the checkpoint of these lengths."""
         with writing(self.path):
-            for file in (self._log, self._metrics, self._events):
-                length = lengths[self._name(file)]
-                if os.path.getsize(file.name) > length:
-                    file.truncate(length)
+            for name, file in self._files.items():
+                file.truncate(lengths[name])
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.path / CHECKPOINT
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            lengths = {name: int(checkpoint["lengths"][name]) for name in self._files}
+        except Exception as error:  # whatever a damaged file makes of torch's reader
+            raise InputError(f"{path} cannot be read as a checkpoint ({first_line(error)})") from error
+        for name, length in lengths.items():
+            size = os.path.getsize(self.path / name)
+            if size < length:
+                raise InputError(
+                    f"{self.path / name} has {size} bytes, but had {length} when {CHECKPOINT} was written; "
+                    "put the whole file back, or start a new run"
+                )
+        return checkpoint
+
+    def _lock(self) -> None:
+        """Keeps a second process out for as long as this one lives; a kill lets go of the lock too."""
+        try:
+            if fcntl:
+                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(
+                f"another process is writing {self.path}; wait for it or stop it first"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file in (self._log, self._metrics, self._events):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (RunError, Stopped)):  # the console has it from `run_program`
+            self._log.write(_stamped(str(error)).encode() + b"\n")
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; another process may open the folder."""
+        for file in self._files.values():
             try:
                 file.close()
             except OSError:  # a full disk was reported when the write failed
@@ -137,7 +177,7 @@ class RunFolder:
 
     def log(self, line: str, stamp: bool = True) -> None:
         """A line to the log and to the console, with the time before it."""
-        text = f"{time.strftime('%m/%d %H:%M:%S')} | {line}" if stamp else line
+        text = _stamped(line) if stamp else line
         with writing(self.path):
             self._log.write(text.encode() + b"\n")
             self._log.flush()
@@ -180,21 +220,38 @@ class RunFolder:
         moment leaves the old one or the new one."""
         with writing(self.path / CHECKPOINT):
             lengths = {}
-            for file in (self._log, self._metrics, self._events):
+            for name, file in self._files.items():
                 file.flush()
                 os.fsync(file.fileno())
-                lengths[self._name(file)] = os.path.getsize(file.name)
+                lengths[name] = os.path.getsize(file.name)
             buffer = io.BytesIO()
             torch.save({**state, "lengths": lengths}, buffer)
             write_atomically(self.path / CHECKPOINT, buffer.getbuffer())
-
-    def _name(self, file: io.BufferedWriter) -> str:
-        return os.path.relpath(file.name, self.path)
 
     def _event(self, **fields: Any) -> None:
         with writing(self.path):
             self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
             self._events.flush()
+
+
+def appended(name: str) -> tuple[str, str, str]:
+    """The files of the run of that name which only grow: log, metrics, events; relative to its folder."""
+    return f"{name}.log", METRICS, EVENTS
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether it names a folder directly below another one, in characters that can be shown."""
+    forbidden = not name.strip() or name in (".", "..") or set(name) & set("/\\")
+    return not forbidden and name.isprintable() and len(name.encode()) <= 200  # file systems end at 255
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for a sentence."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _stamped(line: str) -> str:
+    return f"{time.strftime('%m/%d %H:%M:%S')} | {line}"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -211,7 +268,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not the folder of a run: its {CONFIG} cannot be read ({error})"
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+    name = config.get("name") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not is_folder_name(name):
         raise InputError(f"{path} is not the folder of a run: its {CONFIG} holds no settings with a name")
     return config
 
@@ -252,7 +310,7 @@ def environment(device: str) -> dict[str, str]:
     """What a figure of this run depends on: versions, device, threads, commit."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     return {
-        "darts_fast": darts_fast.__version__,
+        "darts_fast": version("darts_fast"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -305,6 +363,9 @@ def run_program(name: str, main: Callable[[], None]) -> int:
 
     2: bad input; 1: a run that cannot go on; 130 or 143: stopped by Ctrl-C or SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that cannot show a name's letters shows "?"
     try:
         main()
         return 0
@@ -318,5 +379,5 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         print(f"{name}: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: stopped before a step was done", file=sys.stderr)
+        print(f"{name}: stopped at once; what was saved before is intact", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from darts_fast.data import (
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype, derive
 from darts_fast.precision import strict_float32
-from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment
+from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment, first_line
 from darts_fast.space import CANDIDATES, EDGES
 from darts_fast.supernet import Supernet
 
@@ -69,11 +69,10 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
     dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
     check_for_network(dataset)
     check_split(config, dataset)
-    config = config.resolved(dataset.name)
-    folder = RunFolder.create("searchs", config.name, dataset.name, dataclasses.asdict(config))
-    config = dataclasses.replace(config, name=folder.path.name)
-    with folder:
-        return Search(config, dataset, folder).run()
+    run = Search(config.resolved(dataset.name), dataset)  # first: what cannot be made leaves no folder
+    with RunFolder.create("searchs", config.name, dataset.name, dataclasses.asdict(run.config)) as run.folder:
+        run.config = dataclasses.replace(run.config, name=run.folder.path.name)
+        return run.run()
 
 
 def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> SearchResult:
@@ -94,7 +93,8 @@ def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> Searc
                 else f"{folder.path} searched on {config.dataset}; resume it without data"
             )
         dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
-        run = Search(config.resolved(dataset.name), dataset, folder)
+        run = Search(config.resolved(dataset.name), dataset)
+        run.folder = folder
         run.load(checkpoint)
         now = environment(run.config.device)
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
@@ -178,10 +178,16 @@ class SearchStep:
 
 
 class Search:
-    """A search under way: the supernet, both optimizers, and the position in the schedule."""
+    """A search under way: the supernet, both optimizers, and the position in the schedule.
 
-    def __init__(self, config: SearchConfig, dataset: Dataset, folder: RunFolder):
-        self.config, self.dataset, self.folder = config, dataset, folder
+    Raises:
+        InputError: the data or the supernet do not fit the memory.
+    """
+
+    folder: RunFolder  # set before anything is run or loaded
+
+    def __init__(self, config: SearchConfig, dataset: Dataset):
+        self.config, self.dataset = config, dataset
         device = torch.device(config.device)
 
         order = permutation(len(dataset.labels), config.seed, SPLIT)
@@ -189,25 +195,32 @@ class Search:
         self.train_half, self.validation_half = order[:split], order[split:]
         self.steps_per_epoch = math.ceil(split / config.batch_size)
         self.augmentation = seeded(device, config.seed, AUGMENTATION)
-        self.batches = Batches(
-            dataset.images,
-            dataset.labels,
-            device,
-            channel_statistics(dataset.images),
-            self.augmentation,
-            dataset.crop_padding,
-            dataset.flip,
-            config.cutout_length,
-        )
-
-        with torch.random.fork_rng(devices=[]):  # the caller's generator is left as it was
-            torch.manual_seed(config.seed)
-            network = Supernet(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
-        self.network = network.to(device)
+        try:
+            self.batches = Batches(
+                dataset.images,
+                dataset.labels,
+                device,
+                channel_statistics(dataset.images),
+                self.augmentation,
+                dataset.crop_padding,
+                dataset.flip,
+                config.cutout_length,
+            )
+            with torch.random.fork_rng(devices=[]):  # the caller's generator is left as it was
+                torch.default_generator.manual_seed(config.seed)
+                network = Supernet(
+                    config.init_channels, dataset.classes, config.layers, dataset.images.shape[1]
+                )
+            self.network = network.to(device)
+        except RuntimeError as error:  # torch's word for no memory, and for sizes beyond any
+            raise InputError(
+                f"a supernet of {config.layers} layers and {config.init_channels} channels for "
+                f"{dataset.name} cannot be made on {device} ({first_line(error)}); choose a smaller one"
+            ) from error
         self.take_step = SearchStep(self.network, config)
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
-        self.totals = [0.0, 0, 0, 0]  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
+        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
         self.best: dict[str, Any] | None = None
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
@@ -226,9 +239,15 @@ class Search:
             if not (self.folder.path / CHECKPOINT).exists():
                 self._announce()
                 self._save()
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                self._finish_epoch(*self._validate())
+            try:
+                while self.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._finish_epoch(*self._validate())
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"{self.config.device} ran out of memory after step {self._steps_done()}; try a smaller "
+                    f"--batch_size, --init_channels or --layers ({first_line(error)})"
+                ) from error
         return self._finish()
 
     def _train_epoch(self) -> None:
@@ -270,10 +289,7 @@ class Search:
         """Records the epoch, keeps its genotype if it is the best so far, saves."""
         epoch, step = self.epoch + 1, self._steps_done()
         if not math.isfinite(loss):
-            raise RunError(
-                f"the validation loss is {loss} after epoch {epoch} (step {step}); the last good checkpoint "
-                f"is {self.folder.path / CHECKPOINT}; try a smaller --w_lr or --w_grad_clip"
-            )
+            raise self._not_finite(f"the validation loss is {loss}", step)
         train_loss, train_top1, train_top5 = self._epoch_means()
         self.folder.log(
             f"Epoch {epoch}/{self.config.epochs}  train loss {train_loss:.4f}, top-1 {train_top1:.2%}, "
@@ -289,7 +305,7 @@ class Search:
             self.best = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
-        self.epoch, self.step, self.totals = epoch, 0, [0.0, 0, 0, 0]
+        self.epoch, self.step, self.totals = epoch, 0, [0.0] * 4
         self._save()
 
     def _finish(self) -> SearchResult:
@@ -322,9 +338,19 @@ class Search:
         loss, top1, top5, images = self.totals
         return loss / images, top1 / images, top5 / images
 
+    def _not_finite(self, what: str, step: int) -> RunError:
+        return RunError(
+            f"{what} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is "
+            f"{self.folder.path / CHECKPOINT}; try a smaller --w_lr or --w_grad_clip in a new search"
+        )
+
     # Checkpoints
 
     def _save(self) -> None:
+        """Raises RunError, and keeps the checkpoint before, where a weight or alpha is not finite."""
+        for name, tensor in self.network.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise self._not_finite(f"{name} is not finite", self._steps_done())
         self.folder.save_checkpoint(
             {
                 "epoch": self.epoch,
@@ -351,12 +377,14 @@ class Search:
         try:
             self.take_step.load_state_dict(checkpoint)
             self.augmentation.set_state(checkpoint["augmentation"])
-            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-            self.totals, self.best = checkpoint["totals"], checkpoint["best"]
+            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.totals = [float(total) for total in checkpoint["totals"]]
+            self.best = checkpoint["best"]
+            if self.best is not None:
+                Genotype.from_json(self.best["genotype"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.folder.path / CHECKPOINT} does not fit the settings beside it "
-                f"({str(error).splitlines()[0]})"
+                f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)})"
             ) from error
         self.folder.cut_back(checkpoint["lengths"])
         self.folder.log(
@@ -406,10 +434,7 @@ class Search:
         for number, (row, (_, images)) in enumerate(zip(rows, self.unread, strict=True), start=first + 1):
             loss, top1, top5 = row[0], row[1] / images, row[2] / images
             if not math.isfinite(loss):
-                raise RunError(
-                    f"the training loss is {loss} at step {number} (epoch {self.epoch + 1}); the last good "
-                    f"checkpoint is {self.folder.path / CHECKPOINT}; try a smaller --w_lr or --w_grad_clip"
-                )
+                raise self._not_finite(f"the training loss is {loss}", number)
             self.folder.metrics(epoch=self.epoch + 1, step=number, lr=lr, loss=loss, top1=top1, top5=top5)
             self.folder.scalars(
                 number, {"train/loss": loss, "train/top1": top1, "train/top5": top5, "train/lr": lr}

@@ -92,6 +92,7 @@ def test_unknown_data_set():
         (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(7).long(), "one label an image"),
         (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8), "integer"),
         (torch.zeros(8, 3, 8, 8).byte(), torch.full((8,), -1), "0 or more"),
+        (torch.zeros(8, 0, 8, 8).byte(), torch.arange(8), "a channel at least"),
         (torch.zeros(8, 3, 10, 8).byte(), torch.arange(8), "10 x 8; both sides must be divisible by 4"),
         (torch.zeros(8, 3, 4, 4).byte(), torch.arange(8), "at least 8"),
         (torch.zeros(8, 3, 8, 8).byte(), torch.zeros(8).long(), "2 classes"),
@@ -128,6 +129,26 @@ def test_every_augmented_image_is_a_shifted_perhaps_mirrored_original():
         assert len(matches) == 1
         kinds |= set(matches)
     assert len(kinds) == 50  # each image is one of the 25 shifts, mirrored or not, and all of them occur
+
+
+def test_tensors_need_not_be_contiguous():
+    images = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8)
+    dataset = from_tensors(images.permute(0, 3, 1, 2), torch.arange(16)[::2])
+    assert torch.equal(dataset.images, images.permute(0, 3, 1, 2)) and dataset.images.is_contiguous()
+    assert dataset.labels.tolist() == list(range(0, 16, 2)) and dataset.labels.is_contiguous()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: a host that is not the device")
+def test_images_too_large_for_the_device_give_the_same_batches(monkeypatch):
+    images, labels = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8), torch.arange(64)
+    cut = []
+    for fit in (True, False):
+        monkeypatch.setattr("darts_fast.data.fits", lambda *_, fit=fit: fit)
+        statistics, generator = channel_statistics(images), seeded("cuda", 0)
+        batches = Batches(images, labels, torch.device("cuda"), statistics, generator, 1, True, 2)
+        assert batches.images.is_cuda == fit
+        cut.append(batches.cut(torch.arange(5, 40), augment=True))
+    assert torch.equal(cut[0][0], cut[1][0]) and torch.equal(cut[0][1], cut[1][1])
 
 
 def test_cutout_blanks_one_square_and_nothing_else():

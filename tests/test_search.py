@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume, search
-from darts_fast.runs import EVENTS, METRICS, Stopped
-from darts_fast.search import SearchStep
+from darts_fast.runs import EVENTS, METRICS, RunFolder, Stopped
+from darts_fast.search import Search, SearchStep
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -23,6 +24,7 @@ SETTINGS = {
     "print_freq": 2, "order": 1,
 }  # fmt: skip
 TINY = SearchConfig(**SETTINGS)  # 2 epochs of 4 steps, the last one of 6 images
+CHEAP = "--epochs 1 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1".split()
 SECOND_ORDER = SearchConfig(**{**SETTINGS, "order": 2})
 
 
@@ -173,6 +175,58 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(data, in_tmp, 
         search(TINY, data)
     state = checkpoint(in_tmp / "searchs" / "tensors")
     assert state["epoch"] == 1 and all(torch.isfinite(t).all() for t in state["network"].values())
+    log = (in_tmp / "searchs" / "tensors" / "tensors.log").read_text()
+    assert "loss is nan at step 7" in log.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    assert resume("searchs/tensors", data).final_genotype  # the checkpoint named can go on
+
+
+def test_a_validation_loss_that_is_not_finite_stops_before_it_is_recorded(data, in_tmp, monkeypatch):
+    plain = Search._validate
+    monkeypatch.setattr(
+        Search, "_validate", lambda self: (float("inf"), 0.1, 0.1) if self.epoch else plain(self)
+    )
+    with pytest.raises(RunError, match=r"validation loss is inf at step 8 \(epoch 2\)"):
+        search(TINY, data)
+    path = in_tmp / "searchs" / "tensors"
+    assert checkpoint(path)["epoch"] == 1
+    assert json.loads((path / "genotype.json").read_text())["final"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("what", ["alphas_normal", "stem.1.running_var"])
+def test_a_signal_never_saves_what_is_not_finite(what, data, in_tmp, monkeypatch):
+    """The loss of the step was finite; its update was not."""
+    plain, calls = SearchStep.__call__, []
+
+    def poisoned(self, *arguments):
+        row = plain(self, *arguments)
+        calls.append(None)
+        if len(calls) == 3:
+            self.network.state_dict()[what].view(-1)[0] = float("nan")
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(SearchStep, "__call__", poisoned)
+    with pytest.raises(RunError, match=rf"{what} is not finite at step 3"):
+        search(TINY, data)
+    assert checkpoint(in_tmp / "searchs" / "tensors")["step"] == 0
+
+
+def test_autocast_of_the_caller_changes_nothing(data, in_tmp):
+    one = search(TINY, data)
+    with torch.autocast("cpu"):
+        two = search(TINY, data)
+    assert same(checkpoint(one.path)["network"], checkpoint(two.path)["network"])
+
+
+def test_two_processes_never_write_one_folder(data, in_tmp):
+    path = search(TINY, data).path
+    folder, _, _ = RunFolder.reopen(path)
+    with pytest.raises(InputError, match="another process is writing searchs/tensors"):
+        resume(path, data)
+    folder.close()
+    assert resume(path, data).path == path
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monkeypatch):
@@ -194,6 +248,13 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
 
     refused("searched on tensors", path)
     refused("other images", path, (255 - data[0], data[1]))
+    for name, length in checkpoint(path)["lengths"].items():
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[: length - 1])
+        refused(f"{name} has {length - 1} bytes, but had {length}", path, data)
+        (path / name).unlink()
+        refused(f"{name} is missing", path, data)
+        (path / name).write_bytes(whole)
     whole = (path / "checkpoint.pt").read_bytes()
     for damaged in (whole[:1000], b"", b"\x00" * 1000):
         (path / "checkpoint.pt").write_bytes(damaged)
@@ -201,9 +262,19 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
     (path / "checkpoint.pt").unlink()
     refused("stopped before its first step", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
+    state = checkpoint(path)
+    for part, junk in [("epoch", "x"), ("network", [1]), ("alpha_optimizer", 3), ("best", {}), ("totals", 1)]:
+        torch.save({**state, part: junk}, path / "checkpoint.pt")
+        refused("checkpoint.pt does not fit the settings beside it", path, data)
+    for junk in (3, {"lengths": 3}, {"lengths": {METRICS: 1}}):
+        torch.save(junk, path / "checkpoint.pt")
+        refused("cannot be read as a checkpoint", path, data)
+    (path / "checkpoint.pt").write_bytes(whole)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "layers": 4}))
     refused("does not fit the settings", path, data)
+    (path / "config.json").write_text(json.dumps({**config, "name": "../../other"}))
+    refused("no settings with a name", path, data)
     (path / "config.json").write_text(json.dumps({**config, "colour": 4}))
     refused("not the folder of a search", path, data)
     (path / "config.json").write_text("{")
@@ -226,7 +297,7 @@ def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
     """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
-    arguments = "--epochs 6 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1".split()
+    arguments = [*CHEAP, "--epochs", "6"]
 
     def start(*extra):
         return subprocess.Popen(
@@ -247,6 +318,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
             while (cut / "checkpoint.pt").stat().st_mtime_ns == seen and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.7)
+            assert process.poll() is None  # it is killed at work, not after it
             process.kill()
             process.wait()
             kills += 1
@@ -256,3 +328,17 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
             assert process.wait() == 0
             break
     assert_same_run(whole, cut)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+def test_killed_while_it_starts(monkeypatch, capsys, in_tmp):
+    """Whatever is there by then, --resume goes on or says in one sentence why not."""
+    command = [sys.executable, str(ROOT / "run.py"), *CHEAP, "--name", "cut"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (in_tmp / "searchs" / "cut").exists():
+        assert process.poll() is None
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    code, _, err = call(monkeypatch, capsys, "--resume", "searchs/cut")
+    assert code == 0 or (code == 2 and err.startswith("run.py: ") and err.count("\n") == 1), err
