@@ -2,7 +2,7 @@
 
 import sys
 
-from darts_fast import SearchConfig, resume, search
+from darts_fast import SearchConfig, resume_search, search
 from darts_fast.config import argument_parser
 from darts_fast.errors import InputError
 from darts_fast.runs import run_program
@@ -20,7 +20,7 @@ def main() -> None:
             f"--resume takes its settings from {directory}/config.json; leave out --{next(iter(given))}"
         )
     else:
-        resume(directory)
+        resume_search(directory)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from darts_fast.config import SearchConfig
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype
-from darts_fast.search import SearchResult, resume, search
+from darts_fast.search import SearchResult, resume_search, search
 
 __version__ = version("darts_fast")
 
-__all__ = ["Genotype", "InputError", "RunError", "SearchConfig", "SearchResult", "resume", "search"]
+__all__ = ["Genotype", "InputError", "RunError", "SearchConfig", "SearchResult", "resume_search", "search"]

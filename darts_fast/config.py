@@ -38,6 +38,8 @@ def option(
 class Config:
     """What the settings of the two programs share: checks, and defaults that depend on the data set."""
 
+    FOLDER: typing.ClassVar[str]  # where the run folders are
+    WORD: typing.ClassVar[str]  # what such a run is called
     SMALL: typing.ClassVar[dict[str, Any]]  # where the setting is None: for digits
     PAPER: typing.ClassVar[dict[str, Any]]  # and for every other data set
 
@@ -77,6 +79,10 @@ class Config:
 @dataclass(frozen=True)
 class SearchConfig(Config):
     """Settings of a search. Flags of pt.darts keep their names and defaults."""
+
+    FOLDER, WORD = "searchs", "search"
+    SMALL = {"epochs": 5, "init_channels": 4, "layers": 3}
+    PAPER = {"epochs": 50, "init_channels": 16, "layers": 8}
 
     name: str | None = option(
         None, "run folder, below searchs/", shown="the data set's name, numbered where that is taken"
@@ -125,9 +131,6 @@ class SearchConfig(Config):
         super().__post_init__()
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
-
-    SMALL = {"epochs": 5, "init_channels": 4, "layers": 3}
-    PAPER = {"epochs": 50, "init_channels": 16, "layers": 8}
 
 
 NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -4,6 +4,7 @@ Log, metrics and events are only ever appended to. A checkpoint records how long
 cuts them back to that length, so that a step which is computed again is written once.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
+from darts_fast.config import Config
 from darts_fast.errors import InputError, RunError
 
 try:
@@ -53,6 +55,8 @@ class Stopped(KeyboardInterrupt):
 class RunFolder:
     """The files of one run. Make one with `create` or `reopen`; close it (it is a context manager)."""
 
+    environment: dict[str, str]  # versions, device and commit that the run began with
+
     def __init__(self, path: Path, name: str):
         self.path = path
         self._console = True
@@ -65,12 +69,14 @@ class RunFolder:
         self._lock()
 
     @classmethod
-    def create(cls, parent: str, name: str | None, default_name: str, config: dict[str, Any]) -> "RunFolder":
-        """A new folder `parent/name`; without a name the first free of default_name, default_name-2, ...
+    def create(cls, config: Config, default_name: str) -> "RunFolder":
+        """The new folder of config.name, below searchs/ or augments/; where config has no name, the first
+        that is free of default_name, default_name-2, ...
 
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
+        parent, name = config.FOLDER, config.name
         if name is not None and not is_folder_name(name):
             raise InputError(f"name must be the name of a new folder below {parent}, not {name!r}")
         path = Path(parent, name or default_name)
@@ -90,10 +96,12 @@ class RunFolder:
                 number += 1
                 path = Path(parent, f"{default_name}-{number}")
         try:
-            content = {**config, "name": path.name, "environment": environment(config["device"])}
+            settings = {**dataclasses.asdict(config), "name": path.name}
+            content = {**settings, "environment": environment(config.device)}
             with writing(path / CONFIG):
                 write_atomically(path / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
             folder = cls(path, path.name)
+            folder.environment = content["environment"]
             folder._event(file_version="brain.Event:2")
             return folder
         except InputError:
@@ -101,23 +109,24 @@ class RunFolder:
             raise
 
     @classmethod
-    def reopen(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any], dict[str, Any]]:
+    def reopen(cls, path: str | Path, kind: type[Config]) -> tuple["RunFolder", Config, dict[str, Any]]:
         """The folder of an earlier run, its configuration and its checkpoint. Nothing is changed yet: call
         `cut_back` once the checkpoint has been taken up.
 
         Raises:
-            InputError: it is no run folder, or has no checkpoint that can be read.
+            InputError: it is no folder of such a run, or has no checkpoint that can be read.
         """
         path = Path(path)
-        config = read_config(path)
+        config, environment_then = read_config(path, kind)
         if not (path / CHECKPOINT).exists():
             raise InputError(
                 f"{path} has no {CHECKPOINT}: it stopped before its first step; delete it and start again"
             )
-        for file in appended(config["name"]):
+        for file in appended(config.name):
             if not (path / file).is_file():
                 raise InputError(f"{path / file} is missing; put it back, or start a new run")
-        folder = cls(path, config["name"])  # locked from here on: nobody else writes a newer checkpoint
+        folder = cls(path, config.name)  # locked from here on: nobody else writes a newer checkpoint
+        folder.environment = environment_then
         try:
             return folder, config, folder._read_checkpoint()
         except BaseException:
@@ -254,24 +263,25 @@ def _stamped(line: str) -> str:
     return f"{time.strftime('%m/%d %H:%M:%S')} | {line}"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a run folder, `environment` included.
+def read_config(path: Path, kind: type[Config]) -> tuple[Config, dict[str, str]]:
+    """The settings in the config.json of a run folder, and the environment the run began in.
 
     Raises:
-        InputError: the folder or the file is not there, or is not one of ours.
+        InputError: the folder or the file is not there, or is not one of such a run.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder; name the folder of a run, such as searchs/digits")
+        raise InputError(f"{path} is not a folder; name the folder of a run, such as {kind.FOLDER}/digits")
     try:
-        config = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((path / CONFIG).read_text())
+        then = content.pop("environment", {})
+        config = kind(**content)
+    except (OSError, ValueError, AttributeError, TypeError, InputError) as error:
         raise InputError(
-            f"{path} is not the folder of a run: its {CONFIG} cannot be read ({error})"
+            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} does not say so ({first_line(error)})"
         ) from error
-    name = config.get("name") if isinstance(config, dict) else None
-    if not isinstance(name, str) or not is_folder_name(name):
-        raise InputError(f"{path} is not the folder of a run: its {CONFIG} holds no settings with a name")
-    return config
+    if not config.name or not is_folder_name(config.name) or not isinstance(then, dict):
+        raise InputError(f"{path} is not the folder of a {kind.WORD}: its {CONFIG} holds no name of a run")
+    return config, then
 
 
 @contextmanager

@@ -21,7 +21,14 @@ ALLOWED = {
     "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.space"},
     "darts_fast.supernet": {"darts_fast.reference", "darts_fast.space"},
     "darts_fast.interop": {"darts_fast.errors", "darts_fast.space", "darts_fast.supernet"},
-    "darts_fast.runs": {"darts_fast.errors"},
+    "darts_fast.runs": {"darts_fast.config", "darts_fast.errors"},
+    "darts_fast.loop": {
+        "darts_fast.config",
+        "darts_fast.data",
+        "darts_fast.errors",
+        "darts_fast.precision",
+        "darts_fast.runs",
+    },
     "darts_fast.kernels": set(),
 }
 FREE = {"darts_fast", "darts_fast.search"}

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from test_run import call
 
-from darts_fast import InputError, RunError, SearchConfig, resume, search
+from darts_fast import InputError, RunError, SearchConfig, resume_search, search
 from darts_fast.runs import EVENTS, METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 
@@ -114,7 +114,7 @@ def undisturbed(request, data, tmp_path_factory):
 def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
     config, whole = undisturbed
     signal_at(at, number)
-    expected = rf"after {at} steps; go on with: darts_fast.resume\('searchs/tensors', data\)"
+    expected = rf"after {at} steps; go on with: darts_fast.resume_search\('searchs/tensors', data\)"
     with pytest.raises(Stopped, match=expected) as stop:
         search(config, data)
     assert stop.value.exit_code == 128 + number
@@ -122,7 +122,7 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     state = checkpoint(in_tmp / "searchs/tensors")
     assert state["epoch"] * 4 + state["step"] == at
     torch.manual_seed(at)  # whatever else the process draws does not matter
-    result = resume("searchs/tensors", data)
+    result = resume_search("searchs/tensors", data)
     assert_same_run(whole.path, result.path)
     assert result.genotype == whole.genotype and result.final_genotype == whole.final_genotype
 
@@ -130,7 +130,7 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
 def test_resuming_a_finished_search_changes_nothing(data, in_tmp):
     whole = search(TINY, data)
     before = log_lines(whole.path)
-    again = resume(whole.path, data)
+    again = resume_search(whole.path, data)
     assert again == whole and log_lines(whole.path) == before
 
 
@@ -179,15 +179,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(data, in_tmp, 
     assert "loss is nan at step 7" in log.splitlines()[-1]
     monkeypatch.undo()
     monkeypatch.chdir(in_tmp)
-    assert resume("searchs/tensors", data).final_genotype  # the checkpoint named can go on
+    assert resume_search("searchs/tensors", data).final_genotype  # the checkpoint named can go on
 
 
 def test_a_validation_loss_that_is_not_finite_stops_before_it_is_recorded(data, in_tmp, monkeypatch):
-    plain = Search._validate
+    plain = Search.evaluate
     monkeypatch.setattr(
-        Search, "_validate", lambda self: (float("inf"), 0.1, 0.1) if self.epoch else plain(self)
+        Search, "evaluate", lambda self: (float("inf"), 0.1, 0.1) if self.epoch else plain(self)
     )
-    with pytest.raises(RunError, match=r"validation loss is inf at step 8 \(epoch 2\)"):
+    with pytest.raises(RunError, match=r"loss after the epoch is inf at step 8 \(epoch 2\)"):
         search(TINY, data)
     path = in_tmp / "searchs" / "tensors"
     assert checkpoint(path)["epoch"] == 1
@@ -222,11 +222,11 @@ def test_autocast_of_the_caller_changes_nothing(data, in_tmp):
 
 def test_two_processes_never_write_one_folder(data, in_tmp):
     path = search(TINY, data).path
-    folder, _, _ = RunFolder.reopen(path)
+    folder, _, _ = RunFolder.reopen(path, SearchConfig)
     with pytest.raises(InputError, match="another process is writing searchs/tensors"):
-        resume(path, data)
+        resume_search(path, data)
     folder.close()
-    assert resume(path, data).path == path
+    assert resume_search(path, data).path == path
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monkeypatch):
@@ -242,12 +242,12 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
     def refused(sentence, *arguments):
         before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
         with pytest.raises(InputError, match=sentence) as error:
-            resume(*arguments)
+            resume_search(*arguments)
         assert "\n" not in str(error.value)
         assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
     refused("searched on tensors", path)
-    refused("other images", path, (255 - data[0], data[1]))
+    refused("began with other images", path, (255 - data[0], data[1]))
     for name, length in checkpoint(path)["lengths"].items():
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[: length - 1])
@@ -274,11 +274,11 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
     (path / "config.json").write_text(json.dumps({**config, "layers": 4}))
     refused("does not fit the settings", path, data)
     (path / "config.json").write_text(json.dumps({**config, "name": "../../other"}))
-    refused("no settings with a name", path, data)
+    refused("holds no name of a run", path, data)
     (path / "config.json").write_text(json.dumps({**config, "colour": 4}))
     refused("not the folder of a search", path, data)
     (path / "config.json").write_text("{")
-    refused("not the folder of a run", path, data)
+    refused("not the folder of a search", path, data)
 
 
 def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
 
     torch.save({"lengths": {}, "epoch": Trap()}, path / "checkpoint.pt")
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-        resume(path, data)
+        resume_search(path, data)
     assert not (in_tmp / "trapped").exists()
 
 

@@ -1,0 +1,361 @@
+"""What searching and training have in common: epochs of steps, recorded in a run folder, stopped and resumed.
+
+The position in the epoch is state: a loop that is stopped or killed anywhere goes on to the same bits.
+"""
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from darts_fast.config import Config
+from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
+from darts_fast.errors import InputError, RunError
+from darts_fast.precision import strict_float32
+from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment, first_line
+
+Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
+
+
+class Loop(ABC):
+    """Epochs of steps on a data set, each epoch followed by an evaluation.
+
+    A subclass builds `network` and the optimizers, and says what a step is.
+    """
+
+    folder: RunFolder  # set before anything is run or loaded
+    network: nn.Module
+    program: str  # the command that resumes it
+    function: str  # the function that resumes it on a user's own tensors
+    remedy: str  # what to try where a number is not finite
+
+    def __init__(self, config: Config, dataset: Dataset, train_images: int, *augmentation_seed: int):
+        """Puts the data on the device.
+
+        Args:
+            train_images: how many images an epoch trains on.
+            augmentation_seed: of the generator that augments the batches.
+
+        Raises:
+            InputError: the data do not fit the memory.
+        """
+        self.config, self.dataset = config, dataset
+        self.device = torch.device(config.device)
+        self.steps_per_epoch = math.ceil(train_images / config.batch_size)
+        self.augmentation = seeded(self.device, *augmentation_seed)
+        self.statistics = channel_statistics(dataset.images)
+        with refusing_what_does_not_fit(f"{dataset.name} as one tensor", self.device):
+            self.batches = self._batches(dataset.images, dataset.labels)
+
+        self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
+        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
+        self.best: dict[str, Any] | None = None  # the epoch of the best accuracy; its "top1" is compared
+        self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
+
+    # What a subclass says
+
+    @abstractmethod
+    def begin_epoch(self) -> None:
+        """Anything that depends on the epoch alone: data order, drop-path probability."""
+
+    @abstractmethod
+    def take_step(self, lr: float) -> tuple[Tensor, int]:
+        """Step number `self.step` of the epoch: [loss, top-1 hits, top-5 hits] on the device, and the number
+        of images."""
+
+    @abstractmethod
+    def evaluate(self) -> Means:
+        """After an epoch."""
+
+    @abstractmethod
+    def finish_epoch(self, means: Means) -> None:
+        """Records what `evaluate` gave, and keeps what is best so far in `self.best`."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """After the last epoch: the log's closing lines, and what the caller gets."""
+
+    @abstractmethod
+    def learning_rate(self) -> float:
+        """Of the weights, in this epoch."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything that changes in a run, beside what the loop itself holds: tensors and plain values."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave; raises Key-, Runtime-, Type- or ValueError where it does not fit."""
+
+    @abstractmethod
+    def announcement(self) -> str:
+        """One line on what is about to run."""
+
+    # The loop
+
+    def run(self) -> Any:
+        """From where it stands to the end."""
+        total = self.config.epochs * self.steps_per_epoch
+        with (
+            strict_float32(),
+            StopSignal() as self.stop,
+            tqdm(
+                total=total, initial=self.steps_done, unit="step", disable=None, dynamic_ncols=True
+            ) as self.bar,
+        ):
+            if not (self.folder.path / CHECKPOINT).exists():
+                self._announce()
+                self._save()
+            try:
+                while self.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._finish_epoch(self.evaluate())
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
+                    f"--batch_size, --init_channels or --layers ({first_line(error)})"
+                ) from error
+        return self.result()
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def batch_indices(self, order: Tensor) -> Tensor:
+        """The slice of an epoch's order that belongs to this step."""
+        start = self.step * self.config.batch_size
+        return order[start : start + self.config.batch_size]
+
+    def _train_epoch(self) -> None:
+        self.begin_epoch()
+        lr = self.learning_rate()
+        self.read_at = time.perf_counter()
+        while self.step < self.steps_per_epoch:
+            self.unread.append(self.take_step(lr))
+            self.step += 1
+            self.bar.update()
+            if self.step % self.config.print_freq == 0 or self.step == self.steps_per_epoch:
+                self._read_metrics()
+                self._report()
+            self._stop_if_asked()
+
+    @torch.no_grad()
+    def evaluated(self, batches: Batches, order: Tensor) -> Means:
+        """Mean loss and accuracies of the network on the images of `order`, not augmented."""
+        self.network.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for indices in order.split(self.config.batch_size):
+            images, labels = batches.cut(indices, augment=False)
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, *hits(logits, labels)])
+            self._stop_if_asked()
+        self.network.train()
+        loss, top1, top5 = (sums / len(order)).tolist()
+        return loss, top1, top5
+
+    def _finish_epoch(self, means: Means) -> None:
+        if not math.isfinite(means[0]):
+            raise self._not_finite(f"the loss after the epoch is {means[0]}", self.steps_done)
+        self.finish_epoch(means)
+        self.epoch, self.step, self.totals = self.epoch + 1, 0, [0.0] * 4
+        self._save()
+
+    def _batches(self, images: Tensor, labels: Tensor) -> Batches:
+        return Batches(
+            images,
+            labels,
+            self.device,
+            self.statistics,
+            self.augmentation,
+            self.dataset.crop_padding,
+            self.dataset.flip,
+            self.config.cutout_length,
+        )
+
+    def _not_finite(self, what: str, step: int) -> RunError:
+        return RunError(
+            f"{what} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is "
+            f"{self.folder.path / CHECKPOINT}; try {self.remedy} in a new run"
+        )
+
+    # Checkpoints
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the state that `_save` wrote.
+
+        Raises:
+            InputError: the checkpoint is of another data set or another network.
+        """
+        if checkpoint.get("data") != fingerprint(self.dataset):
+            raise InputError(
+                f"{self.folder.path} began with other images than {self.dataset.name} holds now; "
+                "restore them, or start a new run"
+            )
+        try:
+            self.load_state(checkpoint)
+            self.augmentation.set_state(checkpoint["augmentation"])
+            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.totals = [float(total) for total in checkpoint["totals"]]
+            self.best = checkpoint["best"]
+            if self.best is not None:
+                float(self.best["top1"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)})"
+            ) from error
+        self.folder.cut_back(checkpoint["lengths"])
+        self.folder.log(f"Resumed after {self.steps_done} steps (epoch {self.epoch + 1}, step {self.step})")
+        then, now = self.folder.environment, environment(self.config.device)
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        if changed:
+            self.folder.log(f"not where it began ({', '.join(changed)}): the bits may differ")
+
+    def _save(self) -> None:
+        """Raises RunError, and keeps the checkpoint before, where a weight or alpha is not finite."""
+        for name, tensor in self.network.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise self._not_finite(f"{name} is not finite", self.steps_done)
+        self.folder.save_checkpoint(
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "totals": self.totals,
+                "best": self.best,
+                **self.state(),
+                "augmentation": self.augmentation.get_state(),
+                "data": fingerprint(self.dataset),
+            }
+        )
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.received is None:
+            return
+        self._read_metrics()
+        self._save()
+        how = f"python {self.program} --resume {self.folder.path}"
+        if self.dataset.name == "tensors":
+            how = f"darts_fast.{self.function}({str(self.folder.path)!r}, data)"
+        raise Stopped(
+            f"stopped and saved after {self.steps_done} steps; go on with: {how}", self.stop.received
+        )
+
+    # What a person sees
+
+    def _announce(self) -> None:
+        """Every setting in force, and what is about to run."""
+        settings = dataclasses.asdict(self.config)
+        self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
+        for name, value in settings.items():
+            self.folder.log(f"{name} = {value}")
+        self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
+
+    def _read_metrics(self) -> None:
+        """Brings the steps since the last call from the device and records them.
+
+        Raises:
+            RunError: a loss is not finite.
+        """
+        if not self.unread:
+            return
+        lr = self.learning_rate()
+        rows = torch.stack([values for values, _ in self.unread]).tolist()
+        first = self.steps_done - len(rows)
+        for number, (row, (_, images)) in enumerate(zip(rows, self.unread, strict=True), start=first + 1):
+            loss, top1, top5 = row[0], row[1] / images, row[2] / images
+            if not math.isfinite(loss):
+                raise self._not_finite(f"the training loss is {loss}", number)
+            self.folder.metrics(epoch=self.epoch + 1, step=number, lr=lr, loss=loss, top1=top1, top5=top5)
+            self.folder.scalars(
+                number, {"train/loss": loss, "train/top1": top1, "train/top5": top5, "train/lr": lr}
+            )
+            for index, value in enumerate((loss * images, row[1], row[2], images)):
+                self.totals[index] += value
+        seconds = time.perf_counter() - self.read_at
+        self.seconds_per_step = seconds / len(rows)
+        self.images_per_second = sum(images for _, images in self.unread) / seconds
+        self.folder.scalars(
+            self.steps_done,
+            {
+                "time/seconds_per_step": self.seconds_per_step,
+                "time/images_per_second": self.images_per_second,
+            },
+        )
+        self.unread.clear()
+        self.read_at = time.perf_counter()
+
+    def epoch_means(self) -> Means:
+        """Of this epoch's steps so far, on the augmented images."""
+        loss, top1, top5, images = self.totals
+        return loss / images, top1 / images, top5 / images
+
+    def _report(self) -> None:
+        """A line of the log: the epoch so far, the rate, the time left."""
+        loss, top1, top5 = self.epoch_means()
+        left = self.seconds_per_step * (self.config.epochs * self.steps_per_epoch - self.steps_done)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}", refresh=False)
+        self.folder.log(
+            f"Epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}  "
+            f"loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}  lr {self.learning_rate():.4f}  "
+            f"{self.seconds_per_step:.3g} s/step, {self.images_per_second:.0f} images/s, "
+            f"{duration(left)} left"
+        )
+
+    def record_evaluation(self, kind: str, means: Means) -> None:
+        """The epoch's line of the log, its scalars and its line of metrics.jsonl; `kind` is val or test."""
+        epoch, (loss, top1, top5) = self.epoch + 1, means
+        train_loss, train_top1, train_top5 = self.epoch_means()
+        words = {"val": "validation", "test": "test"}[kind]
+        self.folder.log(
+            f"Epoch {epoch}/{self.config.epochs}  train loss {train_loss:.4f}, top-1 {train_top1:.2%}, "
+            f"top-5 {train_top5:.2%}  |  {words} loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"
+        )
+        values = {"loss": loss, "top1": top1, "top5": top5}
+        self.folder.metrics(
+            epoch=epoch, step=self.steps_done, **{f"{kind}_{name}": v for name, v in values.items()}
+        )
+        self.folder.scalars(self.steps_done, {f"{kind}/{name}": v for name, v in values.items()})
+
+
+@contextmanager
+def refusing_what_does_not_fit(what: str, device: torch.device) -> Iterator[None]:
+    """Turns a failed allocation within into an InputError about `what`."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's word for no memory, and for sizes beyond any
+        raise InputError(
+            f"{what} cannot be made on {device} ({first_line(error)}); choose a smaller one"
+        ) from error
+
+
+def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many labels are the first, and among the first five, of the logits [N, classes]: two scalars."""
+    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return ranked[:, 0].sum(), ranked.sum()
+
+
+def cosine(high: float, low: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch, counted from 0, on the cosine schedule (arXiv 1608.03983)."""
+    return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def duration(seconds: float) -> str:
+    """1h 02m, 3m 20s or 14s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def markdown_table(values: dict[str, Any]) -> str:
+    """Two columns, for TensorBoard's text page."""
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())])
