@@ -10,6 +10,16 @@ __version__ = "0.1.0"
 from darts_fast.config import SearchConfig
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype
+from darts_fast.notation import load_genotype
 from darts_fast.search import SearchResult, resume, search
 
-__all__ = ["Genotype", "InputError", "RunError", "SearchConfig", "SearchResult", "resume", "search"]
+__all__ = [
+    "Genotype",
+    "InputError",
+    "RunError",
+    "SearchConfig",
+    "SearchResult",
+    "load_genotype",
+    "resume",
+    "search",
+]

@@ -13,6 +13,7 @@ ALLOWED = {
     "darts_fast.space": set(),
     "darts_fast.config": {"darts_fast.errors"},
     "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
+    "darts_fast.notation": {"darts_fast.errors", "darts_fast.genotype"},
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": set(),
     "darts_fast.precision": set(),
