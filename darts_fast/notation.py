@@ -227,15 +227,21 @@ def load_genotype(text: str) -> Genotype:
     Raises:
         InputError: it is none of these, or holds no valid genotype. Says which, and where it is wrong.
     """
+    return load_titled(text)[1]
+
+
+def load_titled(text: str) -> tuple[str, Genotype]:
+    """The same with a title: the name, the folder's or the file's, or "genotype" where it is written out."""
     names = {name.lower(): name for name in NAMED}
     if text.strip().lower() in names:
-        return NAMED[names[text.strip().lower()]]
+        name = names[text.strip().lower()]
+        return name, NAMED[name]
     if os.path.isdir(text):
-        return _read_folder(Path(text))
+        return Path(text).resolve().name, _read_folder(Path(text))
     if os.path.exists(text):
-        return _read_file(Path(text))
+        return Path(text).stem, _read_file(Path(text))
     if "(" in text:
-        return parse(text)
+        return "genotype", parse(text)
     if os.path.dirname(text) or os.path.splitext(text)[1]:
         raise InputError(f"there is no file or folder {text!r} to read a genotype from")
     raise InputError(f"{shown(text)} is no genotype, file or folder{suggestion(text, NAMED)}")
