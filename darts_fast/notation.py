@@ -213,7 +213,7 @@ NAMED["DARTS"] = NAMED["DARTS_V2"]
 NAMED["PCDARTS"] = NAMED["PC_DARTS_cifar"]
 
 
-def load_genotype(text: str) -> Genotype:
+def load_genotype(text: str | os.PathLike[str]) -> Genotype:
     """The genotype that `text` names. It is one of
 
     - the genotype written out, as `parse` reads it;
@@ -230,8 +230,9 @@ def load_genotype(text: str) -> Genotype:
     return load_titled(text)[1]
 
 
-def load_titled(text: str) -> tuple[str, Genotype]:
+def load_titled(text: str | os.PathLike[str]) -> tuple[str, Genotype]:
     """The same with a title: the name, the folder's or the file's, or "genotype" where it is written out."""
+    text = os.fspath(text)
     names = {name.lower(): name for name in NAMED}
     if text.strip().lower() in names:
         name = names[text.strip().lower()]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,12 @@ def test_what_a_search_derives_reads_back(rule):
     for _ in range(20):
         genotype = derive(torch.randn(14, 8), torch.randn(14, 8), rule)
         assert parse(str(genotype)) == parse(genotype.flat()) == genotype
+
+
+def test_a_thousand_nodes():
+    gene = [[("skip_connect", node), ("sep_conv_3x3", node + 1)] for node in range(1000)]
+    genotype = Genotype(gene, range(2, 1002), gene[:1], range(2, 3))
+    assert parse(str(genotype)) == parse(genotype.flat()) == genotype
 
 
 # Bad text
@@ -235,7 +242,7 @@ def test_json_files_and_search_folders(in_tmp):
     (search / "genotype.json").write_text(json.dumps(records))
     (in_tmp / "plain.JSON").write_text(json.dumps(NAMED["AmoebaNet"].as_json()))
     assert load_genotype("first (1)") == load_genotype("first (1)/genotype.json") == best
-    assert load_genotype("plain.JSON") == NAMED["AmoebaNet"]
+    assert load_genotype("plain.JSON") == load_genotype(Path("plain.JSON")) == NAMED["AmoebaNet"]
 
 
 OURS = (
