@@ -18,6 +18,7 @@ requirements = [
 ]
 test_requirements = [
     "pytest",
+    "hypothesis",  # random genotypes and random damage to them, against the grammar
     "ruff",  # lint, also run by CI
 ]
 

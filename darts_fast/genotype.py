@@ -1,13 +1,17 @@
-"""Genotype: the discrete architecture that a search ends in."""
+"""Genotype: the discrete architecture that a search ends in, and what a valid one is."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import difflib
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+from darts_fast.errors import InputError
+from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES, PRIMITIVES
 
 EDGES_KEPT = 2  # incoming edges that each node keeps (section 2.4)
+OPERATIONS = tuple(name for name in PRIMITIVES if name != "none")  # what an edge of a genotype may be
 
 Gene = list[list[tuple[str, int]]]
 
@@ -25,6 +29,21 @@ class Genotype(NamedTuple):
     reduce: Gene
     reduce_concat: range | list[int]
 
+    def flat(self) -> str:
+        """The flat notation of the official code: the pairs of all nodes in one list, two a node.
+
+        Raises:
+            InputError: a node has another number of pairs.
+        """
+        for cell, gene in (("normal", self.normal), ("reduce", self.reduce)):
+            for number, node in enumerate(gene):
+                if len(node) != EDGES_KEPT:
+                    raise InputError(
+                        f"no flat notation: node {number} of {cell} has {len(node)} pairs, not {EDGES_KEPT}"
+                    )
+        normal, reduce = ([pair for node in gene for pair in node] for gene in (self.normal, self.reduce))
+        return str(self._replace(normal=normal, reduce=reduce))
+
     def as_json(self) -> dict[str, list]:
         """Plain lists, for a JSON file."""
         return {
@@ -35,14 +54,123 @@ class Genotype(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, list]) -> "Genotype":
-        """The inverse of `as_json`."""
-        return cls(
-            [[(name, source) for name, source in node] for node in content["normal"]],
-            _range_if_consecutive(content["normal_concat"]),
-            [[(name, source) for name, source in node] for node in content["reduce"]],
-            _range_if_consecutive(content["reduce_concat"]),
+    def from_json(cls, content: Any, place: str = "genotype") -> "Genotype":
+        """The inverse of `as_json`. `place` says in an error where the content was found.
+
+        Raises:
+            InputError: `content` is anything else, or no valid genotype.
+        """
+        if not isinstance(content, dict) or set(content) != set(cls._fields):
+            raise InputError(f"{place} must have {', '.join(cls._fields)} and nothing else")
+        return assemble({field: _item(content[field], f"{place}.{field}") for field in cls._fields})
+
+
+class Item(NamedTuple):
+    """A part of a written genotype, and where it stands, for errors. A valid one holds text, a whole number,
+    a list of items, or a range of whole numbers."""
+
+    content: Any
+    place: str
+
+
+def assemble(fields: dict[str, Item]) -> Genotype:
+    """The genotype of the fields `normal`, `normal_concat`, `reduce` and `reduce_concat`. A gene is nested, a
+    list of nodes that are lists of (operation, source) pairs, or flat, a list of two pairs a node.
+
+    Raises:
+        InputError: a field is no gene or concat, an operation is unknown, or a state does not exist there.
+    """
+    cells = []
+    for cell in ("normal", "reduce"):
+        gene = _gene(fields[cell])
+        cells += [gene, _concat(fields[f"{cell}_concat"], len(gene))]
+    return Genotype(*cells)
+
+
+def _gene(item: Item) -> Gene:
+    entries = _entries(item, "a list of nodes or pairs")
+    if type(entries[0].content) is list and entries[0].content and type(entries[0].content[0].content) is str:
+        if len(entries) % 2:
+            last = entries[-1]
+            raise InputError(
+                f"{last.place}: a flat list has two pairs a node, and the last, {shown(last)}, is alone"
+            )
+        nodes = [entries[start : start + 2] for start in range(0, len(entries), 2)]
+    else:
+        nodes = [_entries(entry, "a node, which is a list of pairs") for entry in entries]
+    return [[_pair(entry, number) for entry in node] for number, node in enumerate(nodes)]
+
+
+def _pair(item: Item, node: int) -> tuple[str, int]:
+    parts = item.content if type(item.content) is list else []
+    if [type(part.content) for part in parts] != [str, int]:
+        raise InputError(f"{item.place}: expected an (operation, source state) pair, found {shown(item)}")
+    (name, name_place), (source, source_place) = parts
+    if name == "none":
+        raise InputError(f"{name_place}: 'none' is no operation of a genotype, which leaves the edge out")
+    if name not in OPERATIONS:
+        raise InputError(f"{name_place}: {shown(name)} is no operation{suggestion(name, OPERATIONS)}")
+    if not 0 <= source < INPUTS + node:
+        raise InputError(
+            f"{source_place}: node {node} reads the states before it, 0 to {INPUTS + node - 1}, "
+            f"not {shown(source)}"
         )
+    return name, source
+
+
+def _concat(item: Item, nodes: int) -> range | list[int]:
+    states: dict[int, None] = {}
+    if type(item.content) is range:  # lazily: a long one ends at its first state that does not exist
+        entries = (Item(state, item.place) for state in item.content)
+    else:
+        entries = _entries(item, "a list of states, or a range")
+    for state, place in entries:
+        if type(state) is not int or not INPUTS <= state < INPUTS + nodes:
+            raise InputError(
+                f"{place}: a concat is made of the nodes' states, {INPUTS} to {INPUTS + nodes - 1}, "
+                f"not {shown(state)}"
+            )
+        if state in states:
+            raise InputError(f"{place}: state {state} is twice in the concat")
+        states[state] = None
+    if not states:
+        raise InputError(f"{item.place}: the concat is empty")
+    return _range_if_consecutive(list(states))
+
+
+def _entries(item: Item, noun: str) -> list[Item]:
+    if type(item.content) is not list or not item.content:
+        raise InputError(f"{item.place}: expected {noun}, found {shown(item)}")
+    return item.content
+
+
+def _item(content: Any, place: str, depth: int = 0) -> Item:
+    """The item of a JSON value. No deeper than a gene's pairs: what is below is refused as it is."""
+    if type(content) is list and depth < 3:
+        content = [_item(part, f"{place}[{index}]", depth + 1) for index, part in enumerate(content)]
+    return Item(content, place)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: a likely spelling, else all that is known."""
+    spelling = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), spelling, n=1)
+    return f"; did you mean {spelling[close[0]]}?" if close else f"; known: {', '.join(spelling.values())}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(fragment: Any) -> str:
+    """Somebody's input as a quotation: printable and short."""
+    return _short.repr(_plain(fragment))
+
+
+def _plain(fragment: Any) -> Any:
+    if isinstance(fragment, Item):
+        return _plain(fragment.content)
+    return [_plain(part) for part in fragment] if type(fragment) is list else fragment
 
 
 def derive(alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax") -> Genotype:

@@ -1,24 +1,33 @@
 """Pictures: a genotype's cells (Graphviz) and the alphas (matplotlib)."""
 
 import io
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import graphviz
 import numpy as np
 
+from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Gene, Genotype
-from darts_fast.space import CANDIDATES, EDGES
+from darts_fast.runs import write_atomically, writing
+from darts_fast.space import CANDIDATES, EDGES, PRIMITIVES
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito), one a kind of operation.
+# One a kind of operation. White text on each, and each on white, has a contrast of at least 4.5:1 (WCAG AA).
 COLOURS = {
-    "max_pool": "#D55E00",
-    "avg_pool": "#E69F00",
-    "skip_connect": "#666666",
-    "sep_conv": "#0072B2",
-    "dil_conv": "#009E73",
-    "conv": "#CC79A7",
+    "max_pool": "#B5381B",
+    "avg_pool": "#8A6100",
+    "skip": "#606060",
+    "sep_conv": "#0067A5",
+    "dil_conv": "#00784F",
+    "conv": "#A2337E",
 }
+FORMATS = ("svg", "png", "pdf")
+C = '<c<sub><font point-size="10">{}</font></sub>>'  # small: not every browser lowers the text of an SVG
+FONT = "Helvetica,Arial,sans-serif"
 
 
 class NoGraphviz(RuntimeError):
@@ -26,22 +35,26 @@ class NoGraphviz(RuntimeError):
 
 
 def source(genotype: Genotype, caption: str = "") -> str:
-    """The Graphviz source of one figure with both cells."""
+    """The Graphviz source of one figure with both cells: inputs on the left, the cell's output on the right,
+    an operation as a label on the line from the state that it reads to the node that it is added to."""
+    printable = graphviz.escape("".join(c if c.isprintable() else "?" for c in caption))
     graph = graphviz.Digraph(
         "genotype",
         graph_attr={
-            "rankdir": "LR", "fontname": "Helvetica", "label": caption, "labelloc": "t", "fontsize": "16",
-            "nodesep": "0.25", "ranksep": "0.35", "pad": "0.2", "newrank": "true", "dpi": "120",
+            "rankdir": "LR", "fontname": FONT, "fontsize": "16", "label": printable, "labelloc": "t",
+            "nodesep": "0.14", "ranksep": "0.25", "pad": "0.1", "dpi": "120", "newrank": "true",
         },
         node_attr={
-            "shape": "box", "style": "rounded,filled", "fontname": "Helvetica", "fontsize": "14",
-            "color": "#444444", "fillcolor": "#DCE9F5", "height": "0.4", "width": "0.4",
+            "shape": "box", "style": "rounded,filled", "fontname": FONT, "fontsize": "14",
+            "color": "#444444", "height": "0.3", "width": "0.3", "margin": "0.08,0.03",
         },
-        edge_attr={"fontname": "Helvetica", "fontsize": "13", "penwidth": "1.6", "arrowsize": "0.7"},
+        edge_attr={"penwidth": "1.6", "arrowsize": "0.7"},
     )  # fmt: skip
     # Graphviz stacks the clusters of a left-to-right graph from the bottom up.
     _cell(graph, "reduction cell", genotype.reduce, genotype.reduce_concat)
     _cell(graph, "normal cell", genotype.normal, genotype.normal_concat)
+    for rank in ("normal_0 normal_1 reduction_0 reduction_1", "normal_out reduction_out"):
+        graph.body.append(f"\t{{rank=same {rank}}}\n")  # both cells equally wide
     return graph.source
 
 
@@ -49,17 +62,20 @@ def _cell(graph: graphviz.Digraph, title: str, gene: Gene, concat: range | list[
     prefix = title.split()[0]
     states = [f"{prefix}_{state}" for state in range(2 + len(gene))]
     with graph.subgraph(name=f"cluster_{prefix}") as cell:
-        cell.attr(label=title, style="rounded", color="#BBBBBB", labeljust="l", fontsize="15")
-        cell.node(states[0], "c_{k-2}", fillcolor="#FFF3C4")
-        cell.node(states[1], "c_{k-1}", fillcolor="#FFF3C4")
-        cell.node(f"{prefix}_out", "c_{k}", fillcolor="#D5EFD9")
+        cell.attr(label=title, style="rounded", color="#BBBBBB", labeljust="l", fontsize="15", margin="12")
+        cell.node(states[0], C.format("k-2"), fillcolor="#FFF3C4")
+        cell.node(states[1], C.format("k-1"), fillcolor="#FFF3C4")
+        cell.node(f"{prefix}_out", C.format("k"), fillcolor="#D5EFD9")
         for number, node in enumerate(gene):
-            cell.node(states[2 + number], str(number))
-            for operation, state in node:
-                colour = next(c for kind, c in COLOURS.items() if operation.startswith(kind))
-                cell.edge(states[state], states[2 + number], label=operation, color=colour, fontcolor=colour)
+            cell.node(states[2 + number], str(number), fillcolor="#DCE9F5")
+            for index, (operation, state) in enumerate(node):
+                colour = COLOURS[PRIMITIVES[operation].kind]
+                name = f"{prefix}_{number}_{index}"
+                cell.node(name, operation, color=colour, fillcolor=colour, fontcolor="white", fontsize="13")
+                cell.edge(states[state], name, color=colour, arrowhead="none")
+                cell.edge(name, states[2 + number], color=colour)
         for state in concat:
-            cell.edge(states[state], f"{prefix}_out", color="#AAAAAA", style="dashed")
+            cell.edge(states[state], f"{prefix}_out", color="#888888", style="dashed")
 
 
 def render(dot_source: str, file_format: str) -> bytes:
@@ -81,7 +97,82 @@ def render(dot_source: str, file_format: str) -> bytes:
         from pygraphviz import AGraph
     except ImportError as error:
         raise NoGraphviz("no Graphviz: neither `dot` on the PATH nor the package pygraphviz") from error
-    return AGraph(string=dot_source).draw(format=file_format, prog="dot")
+    with _without_fontconfig_lines():
+        return AGraph(string=dot_source).draw(format=file_format, prog="dot")
+
+
+@contextmanager
+def _without_fontconfig_lines() -> Iterator[None]:
+    """Keeps off stderr what the fontconfig inside pygraphviz's wheels says of the system's newer settings.
+    All else that is written there meanwhile is passed on."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed: there is nothing to keep clean
+        yield
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)  # more than a pipe holds is lost instead of waiting for a reader
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        with open(read_end, "rb") as lines:
+            for line in lines:
+                if not line.startswith(b"Fontconfig "):
+                    os.write(2, line)
+
+
+def picture_path(title: str, out: str | None, file_format: str | None) -> Path:
+    """Where the picture of a genotype goes: `out`, else `title` with the format's suffix (SVG), a new file.
+
+    Raises:
+        InputError: `out` has no suffix of a picture, or another one than `file_format`, or is a folder; the
+            file named after the title exists.
+    """
+    if out is None:
+        path = Path(f"{title}.{file_format or FORMATS[0]}")
+        if os.path.exists(path):
+            raise InputError(f"{str(path)!r} exists and is not overwritten; name it by --out to replace it")
+        return path
+    path = Path(out)
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise InputError(f"--out must end in .{', .'.join(FORMATS[:-1])} or .{FORMATS[-1]}, not {out!r}")
+    if file_format not in (None, suffix):
+        raise InputError(f"--out {out!r} contradicts --format {file_format}; leave one of them out")
+    if os.path.isdir(path):
+        raise InputError(f"--out must be a file, and {out!r} is a folder")
+    return path
+
+
+def save(genotype: Genotype, path: Path, caption: str = "") -> None:
+    """Draws both cells into `path`, whose suffix is the format.
+
+    Raises:
+        InputError: the file cannot be written.
+        RunError: there is no Graphviz, or it failed. Without Graphviz the figure's source is written, with
+            the suffix .gv, unless that file exists.
+    """
+    dot_source = source(genotype, caption)
+    try:
+        picture = render(dot_source, path.suffix.lower().removeprefix("."))
+    except NoGraphviz as error:
+        text = path.with_suffix(".gv")
+        if os.path.exists(text):
+            raise RunError(f"{error}; the source is not written instead, {str(text)!r} exists") from error
+        _write(text, dot_source.encode())
+        raise RunError(f"{error}; wrote the source {str(text)!r} instead, which `dot` can draw") from error
+    except RuntimeError as error:
+        raise RunError(" ".join(str(error).split())) from error
+    _write(path, picture)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with writing(path):
+        write_atomically(path, content)
 
 
 def alpha_heat_map(alphas: np.ndarray, title: str) -> bytes:

@@ -7,16 +7,15 @@ INPUTS = 2  # a cell reads the outputs of the two cells before it: states 0 and 
 
 
 class Primitive(NamedTuple):
-    """A candidate operation: what it is, its kernel size and its dilation (0 where it has none)."""
+    """An operation: what it is, its kernel size and its dilation (0 where it has none)."""
 
     kind: str
     kernel: int = 0
     dilation: int = 0
 
 
-# The eight candidates of every mixed op, in the order of the official code: column k of the alphas
-# belongs to the k-th name.
-CANDIDATES: dict[str, Primitive] = {
+# Every operation of the official code.
+PRIMITIVES: dict[str, Primitive] = {
     "none": Primitive("none"),
     "max_pool_3x3": Primitive("max_pool", 3),
     "avg_pool_3x3": Primitive("avg_pool", 3),
@@ -25,6 +24,14 @@ CANDIDATES: dict[str, Primitive] = {
     "sep_conv_5x5": Primitive("sep_conv", 5, 1),
     "dil_conv_3x3": Primitive("dil_conv", 3, 2),
     "dil_conv_5x5": Primitive("dil_conv", 5, 2),
+    "sep_conv_7x7": Primitive("sep_conv", 7, 1),
+    "conv_7x1_1x7": Primitive("conv", 7, 1),
+}
+
+# The eight candidates of every mixed op, in the order of the official code: column k of the alphas
+# belongs to the k-th name. The other primitives occur in NASNet and AmoebaNet only.
+CANDIDATES: dict[str, Primitive] = {
+    name: primitive for name, primitive in PRIMITIVES.items() if name not in ("sep_conv_7x7", "conv_7x1_1x7")
 }
 
 # Edges of a cell, in the order of the alphas' rows: (source state, node). Node n is state n + 2 and

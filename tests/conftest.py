@@ -4,6 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# No deadline: a busy machine is no failure. No database: tests that list a folder find only their own files.
+settings.register_profile("darts_fast", deadline=None, database=None)
+settings.load_profile("darts_fast")
 
 GOLDEN = Path(__file__).parent / "golden"
 

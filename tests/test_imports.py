@@ -14,11 +14,11 @@ ALLOWED = {
     "darts_fast.space": set(),
     "darts_fast.config": {"darts_fast.errors"},
     "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
+    "darts_fast.notation": {"darts_fast.errors", "darts_fast.genotype"},
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": set(),
     "darts_fast.precision": set(),
     "darts_fast.data": {"darts_fast.errors"},
-    "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.space"},
     "darts_fast.supernet": {"darts_fast.reference", "darts_fast.space"},
     "darts_fast.interop": {"darts_fast.errors", "darts_fast.space", "darts_fast.supernet"},
     "darts_fast.runs": {"darts_fast.config", "darts_fast.errors"},
@@ -29,6 +29,7 @@ ALLOWED = {
         "darts_fast.precision",
         "darts_fast.runs",
     },
+    "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.runs", "darts_fast.space"},
     "darts_fast.kernels": set(),
 }
 FREE = {"darts_fast", "darts_fast.search"}

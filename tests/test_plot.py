@@ -1,5 +1,8 @@
 import io
+import os
+import re
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ from PIL import Image
 
 from darts_fast import plot
 from darts_fast.genotype import derive
+from darts_fast.notation import NAMED
+from darts_fast.space import PRIMITIVES
 
 
 @pytest.fixture
@@ -16,21 +21,69 @@ def genotype():
     return derive(torch.randn(14, 8), torch.randn(14, 8))
 
 
-def test_the_source_holds_every_edge_once(genotype):
+@pytest.mark.parametrize("name", ["derived", *NAMED])
+def test_the_source_holds_every_edge_once(genotype, name):
+    genotype = NAMED.get(name, genotype)
     source = plot.source(genotype, "caption")
-    for name in ("normal", "reduce"):
-        for number, node in enumerate(getattr(genotype, name)):
-            for operation, state in node:
-                prefix = {"normal": "normal", "reduce": "reduction"}[name]
-                edge = f"{prefix}_{state} -> {prefix}_{number + 2} [label={operation}"
-                assert source.count(edge) == node.count((operation, state))
-    assert source.count("label=") == 16 + 1 + 2 + 14  # operations, caption, two cells, nodes
+    lines = [line.strip() for line in source.splitlines()]
+    for cell, prefix in (("normal", "normal"), ("reduce", "reduction")):
+        gene = getattr(genotype, cell)
+        labels = dict(re.findall(rf"({prefix}_\d+_\d+) \[label=(\w+)", source))
+        into = dict(re.findall(rf"({prefix}_\d+_\d+) -> {prefix}_(\d+) ", source))
+        edges = re.findall(rf"{prefix}_(\d+) -> ({prefix}_\d+_\d+) ", source)
+        out_of = {operation: state for state, operation in edges}
+        drawn = [(labels[key], int(out_of[key]), int(into[key]) - 2) for key in labels]
+        assert drawn == [(*pair, number) for number, node in enumerate(gene) for pair in node]
+        concat = [line.split()[0] for line in lines if f"-> {prefix}_out" in line]
+        assert concat == [f"{prefix}_{state}" for state in getattr(genotype, f"{cell}_concat")]
+
+
+def contrast(one, other):
+    """The WCAG contrast ratio of two colours."""
+
+    def luminance(colour):
+        parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return bright / dark
+
+
+def test_every_operation_has_a_colour_of_its_kind_that_can_be_read():
+    assert set(plot.COLOURS) == {primitive.kind for primitive in PRIMITIVES.values()} - {"none"}
+    assert len(set(plot.COLOURS.values())) == len(plot.COLOURS)
+    assert all(contrast(colour, "#FFFFFF") >= 4.5 for colour in plot.COLOURS.values())
+    assert contrast("#000000", "#FFFFFF") == pytest.approx(21)
+
+
+@pytest.mark.parametrize("name", ["derived", *NAMED])
+def test_legible_at_800_pixels(genotype, name):
+    """The smallest label, of 13 points, is at least 9 pixels high where the picture is 800 wide."""
+    svg = plot.render(plot.source(NAMED.get(name, genotype), name), "svg").decode()
+    width = float(re.search(r'viewBox="0.00 0.00 ([\d.]+)', svg)[1])
+    scale = float(re.search(r"scale\(([\d.]+)", svg)[1])
+    assert 13 * scale * 800 / width >= 9
+    assert f">{name}</text>" in svg and svg.count(">sep_conv") >= 4
+
+
+def test_a_caption_of_any_text_is_drawn(genotype):
+    svg = plot.render(plot.source(genotype, 'a\\n<b>&\x07\udc80\n"é'), "svg").decode()
+    assert ">a\\n&lt;b&gt;&amp;???&quot;é</text>" in svg
+    ElementTree.fromstring(svg)
 
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_rendered_without_dot_on_the_path(genotype, kind, start, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert plot.render(plot.source(genotype), kind).startswith(start)
+
+
+def test_only_what_fontconfig_says_is_kept_off_stderr(capfd):
+    with plot._without_fontconfig_lines():
+        os.write(2, b"Fontconfig warning: line 6\nanother line\n")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "another line\nafter\n"
 
 
 def test_no_graphviz_at_all(genotype, monkeypatch):
