@@ -3,8 +3,7 @@
 import sys
 
 from darts_fast import SearchConfig, resume_search, search
-from darts_fast.config import argument_parser
-from darts_fast.errors import InputError
+from darts_fast.config import argument_parser, refuse_settings
 from darts_fast.runs import run_program
 
 
@@ -12,15 +11,12 @@ def main() -> None:
     parser = argument_parser(SearchConfig, __doc__)
     parser.add_argument("--resume", metavar="DIR", help="go on with the search of this run folder")
     given = vars(parser.parse_args())
-    directory = given.pop("resume")
-    if directory is None:
-        search(SearchConfig(**given))
-    elif given:
-        raise InputError(
-            f"--resume takes its settings from {directory}/config.json; leave out --{next(iter(given))}"
-        )
+    resumed = given.pop("resume")
+    if resumed is not None:
+        refuse_settings("--resume", resumed, given)
+        resume_search(resumed)
     else:
-        resume_search(directory)
+        search(SearchConfig(**given))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ print(result.genotype)
 
 from importlib.metadata import version
 
-from darts_fast.config import SearchConfig
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.derived import load_network, network
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype
 from darts_fast.notation import load_genotype
 from darts_fast.search import SearchResult, resume_search, search
+from darts_fast.train import TrainResult, evaluate, resume_training, train
 
 __version__ = version("darts_fast")
 
@@ -21,7 +23,14 @@ __all__ = [
     "RunError",
     "SearchConfig",
     "SearchResult",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
     "load_genotype",
+    "load_network",
+    "network",
     "resume_search",
+    "resume_training",
     "search",
+    "train",
 ]

@@ -133,6 +133,74 @@ class SearchConfig(Config):
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
 
 
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """Settings of the training of a genotype. Flags of pt.darts keep their names and defaults."""
+
+    FOLDER, WORD = "augments", "training"
+    SMALL = {
+        "epochs": 30, "init_channels": 16, "layers": 5, "cutout_length": 0, "drop_path_prob": 0.0,
+    }  # fmt: skip
+    PAPER = {
+        "epochs": 600, "init_channels": 36, "layers": 20, "cutout_length": 16, "drop_path_prob": 0.2,
+    }  # fmt: skip
+    IMAGENET = {"init_channels": 48, "layers": 14}  # with the ImageNet stem, whatever the data set
+
+    genotype: str | None = option(
+        None,
+        "what to train: a genotype written out, the name of a published one, the folder of a search, a .json or "
+        "a log",
+        shown="none, one must be given",
+    )
+    name: str | None = option(
+        None, "run folder, below augments/", shown="the data set's name, numbered where that is taken"
+    )
+    dataset: str = option("digits", "data set: digits (embedded, no download) or cifar10")
+    data_path: str = option("data", "folder of the data set's files; downloaded there if absent")
+    batch_size: int = option(96, "images a batch", AT_LEAST_1)
+    lr: float = option(0.025, "learning rate, at the first epoch; a cosine schedule brings it to 0", POSITIVE)
+    momentum: float = option(0.9, "momentum", BELOW_1)
+    weight_decay: float = option(3e-4, "weight decay", NOT_NEGATIVE)
+    grad_clip: float = option(5.0, "largest norm of the gradient", POSITIVE)
+    epochs: int | None = option(
+        None, "passes over the training images", AT_LEAST_1, shown="digits 30, else 600"
+    )
+    init_channels: int | None = option(
+        None, "width of a node in the first cell", EVEN, shown="digits 16, ImageNet stem 48, else 36"
+    )
+    layers: int | None = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
+    aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no auxiliary head", NOT_NEGATIVE)
+    cutout_length: int | None = option(
+        None,
+        "side of the square that cutout blanks, in whole pairs of pixels; 0: none",
+        NOT_NEGATIVE,
+        shown="digits 0, else 16",
+    )
+    drop_path_prob: float | None = option(
+        None, "drop-path probability, reached linearly over the epochs", BELOW_1, shown="digits 0, else 0.2"
+    )
+    stem: str = option(
+        "cifar",
+        "cifar, for images of about 32 pixels, or imagenet, for about 224 (sides divisible by 32)",
+        None,
+        ("cifar", "imagenet"),
+    )
+    print_freq: int = option(200, "steps between two lines of the log", AT_LEAST_1)
+    seed: int = option(2, "seed of weights, data order, augmentation and drop path", SEED)
+    device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
+
+    def __post_init__(self):
+        if self.genotype is not None:  # a Genotype or a path is as good as its text
+            object.__setattr__(self, "genotype", str(self.genotype))
+        super().__post_init__()
+
+    def resolved(self, dataset: str) -> "TrainConfig":
+        if self.stem == "imagenet":
+            sizes = {name: value for name, value in self.IMAGENET.items() if getattr(self, name) is None}
+            return super(TrainConfig, dataclasses.replace(self, **sizes)).resolved(dataset)
+        return super().resolved(dataset)
+
+
 NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -160,6 +228,14 @@ def available_device(name: str | None) -> torch.device:
             "cpu is always there"
         )
     return torch.device(name)
+
+
+def refuse_settings(flag: str, directory: str, given: dict[str, Any]) -> None:
+    """Raises InputError where settings are given beside a flag that takes them from a run folder."""
+    if given:
+        raise InputError(
+            f"{flag} takes its settings from {directory}/config.json; leave out --{next(iter(given))}"
+        )
 
 
 class OneSentenceParser(argparse.ArgumentParser):

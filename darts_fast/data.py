@@ -77,7 +77,7 @@ def from_tensors(images: Tensor, labels: Tensor) -> Dataset:
     )
 
 
-def check_for_network(dataset: Dataset) -> None:
+def check_for_network(dataset: Dataset, multiple: int = SIZE_MULTIPLE) -> None:
     """Raises InputError where a network of two reductions cannot take the images."""
     height, width = dataset.images.shape[2:]
     if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE or min(height, width) < SMALLEST_SIZE:

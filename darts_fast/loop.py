@@ -7,8 +7,9 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from darts_fast.config import Config
-from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
+from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, from_tensors, load, seeded
 from darts_fast.errors import InputError, RunError
 from darts_fast.precision import strict_float32
 from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment, first_line
@@ -112,7 +113,7 @@ class Loop(ABC):
             ) as self.bar,
         ):
             if not (self.folder.path / CHECKPOINT).exists():
-                self._announce()
+                self.announce()
                 self._save()
             try:
                 while self.epoch < self.config.epochs:
@@ -147,20 +148,9 @@ class Loop(ABC):
                 self._report()
             self._stop_if_asked()
 
-    @torch.no_grad()
     def evaluated(self, batches: Batches, order: Tensor) -> Means:
-        """Mean loss and accuracies of the network on the images of `order`, not augmented."""
-        self.network.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for indices in order.split(self.config.batch_size):
-            images, labels = batches.cut(indices, augment=False)
-            logits = self.network(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, *hits(logits, labels)])
-            self._stop_if_asked()
-        self.network.train()
-        loss, top1, top5 = (sums / len(order)).tolist()
-        return loss, top1, top5
+        """What `evaluated` gives; a signal stops and saves between two batches."""
+        return evaluated(self.network, batches, order, self.config.batch_size, self._stop_if_asked)
 
     def _finish_epoch(self, means: Means) -> None:
         if not math.isfinite(means[0]):
@@ -250,7 +240,7 @@ class Loop(ABC):
 
     # What a person sees
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Every setting in force, and what is about to run."""
         settings = dataclasses.asdict(self.config)
         self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
@@ -309,6 +299,15 @@ class Loop(ABC):
             f"{duration(left)} left"
         )
 
+    def draw(self, tag: str, file_name: str, make: Callable[[], bytes]) -> None:
+        """A PNG for plots/ and TensorBoard. A run never fails over one: a line of the log says what failed."""
+        try:
+            self.folder.picture(tag, self.steps_done, file_name, make())
+        except InputError:  # the disk's, not the picture's
+            raise
+        except Exception as error:
+            self.folder.log(f"no picture {file_name}: {error}")
+
     def record_evaluation(self, kind: str, means: Means) -> None:
         """The epoch's line of the log, its scalars and its line of metrics.jsonl; `kind` is val or test."""
         epoch, (loss, top1, top5) = self.epoch + 1, means
@@ -323,6 +322,45 @@ class Loop(ABC):
             epoch=epoch, step=self.steps_done, **{f"{kind}_{name}": v for name, v in values.items()}
         )
         self.folder.scalars(self.steps_done, {f"{kind}/{name}": v for name, v in values.items()})
+
+
+@torch.no_grad()
+def evaluated(
+    network: nn.Module,
+    batches: Batches,
+    order: Tensor,
+    batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Means:
+    """Mean loss and accuracies of a network in evaluation mode on the images of `order` (int64, on the host),
+    not augmented."""
+    training = network.training
+    network.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=batches.device)
+    for indices in order.split(batch_size):
+        images, labels = batches.cut(indices, augment=False)
+        logits = network(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, *hits(logits, labels)])
+        after_batch()
+    network.train(training)
+    loss, top1, top5 = (sums / len(order)).tolist()
+    return loss, top1, top5
+
+
+def dataset_of(config: Config, data: tuple[Tensor, ...] | None, resumed: str | Path | None = None) -> Dataset:
+    """The data set of a run: the user's own tensors, or what config.dataset names.
+
+    Raises:
+        InputError: they cannot be read; or the folder that is `resumed` began with the other kind.
+    """
+    if resumed is not None and (config.dataset == "tensors") != (data is not None):
+        raise InputError(
+            f"{resumed} began with tensors; resume it from Python with the same data"
+            if data is None
+            else f"{resumed} began with {config.dataset}; resume it without data"
+        )
+    return from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
 
 
 @contextmanager

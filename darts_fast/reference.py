@@ -7,7 +7,7 @@ between edges and nothing fused. All tensors are NCHW, of any floating dtype.
 import torch
 from torch import Tensor, nn
 
-from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES, PRIMITIVES
 
 
 def relu_conv_bn(in_channels: int, channels: int, affine: bool) -> nn.Sequential:
@@ -59,38 +59,46 @@ def separable_half(channels: int, kernel: int, stride: int, dilation: int, affin
     ]
 
 
-def candidate(name: str, channels: int, stride: int) -> nn.Module:
-    """One candidate operation of a mixed op, as in the search phase: batch norm without affine
-    parameters, also behind the pools (which share one scale with the other candidates only so).
+def operation(name: str, channels: int, stride: int, affine: bool, pool_batch_norm: bool) -> nn.Module:
+    """The primitive of that name: maps [N, channels, H, W] to [N, channels, H/stride, W/stride].
 
-    Maps [N, channels, H, W] to [N, channels, H/stride, W/stride].
+    `affine`: the batch norms have parameters. `pool_batch_norm`: one stands behind every pool, too.
     """
-    kind, kernel, dilation = CANDIDATES[name]
+    kind, kernel, dilation = PRIMITIVES[name]
+    same = kernel // 2
     if kind == "none":
         return Zero(stride)
     if kind == "skip":
-        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine=False)
-    if kind == "max_pool":
+        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+    if kind in ("max_pool", "avg_pool"):
+        if kind == "max_pool":
+            pool = nn.MaxPool2d(kernel, stride, padding=same)
+        else:
+            pool = nn.AvgPool2d(kernel, stride, padding=same, count_include_pad=False)
+        return nn.Sequential(pool, nn.BatchNorm2d(channels, affine=affine)) if pool_batch_norm else pool
+    if kind == "conv":
         return nn.Sequential(
-            nn.MaxPool2d(kernel, stride, padding=kernel // 2),
-            nn.BatchNorm2d(channels, affine=False),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, (1, kernel), (1, stride), (0, same), bias=False),
+            nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (same, 0), bias=False),
+            nn.BatchNorm2d(channels, affine=affine),
         )
-    if kind == "avg_pool":
-        return nn.Sequential(
-            nn.AvgPool2d(kernel, stride, padding=kernel // 2, count_include_pad=False),
-            nn.BatchNorm2d(channels, affine=False),
-        )
-    half = separable_half(channels, kernel, stride, dilation, affine=False)
+    half = separable_half(channels, kernel, stride, dilation, affine)
     if kind == "sep_conv":  # the separable convolution is applied twice; only the first may stride
-        half += separable_half(channels, kernel, 1, dilation, affine=False)
+        half += separable_half(channels, kernel, 1, dilation, affine)
     return nn.Sequential(*half)
 
 
 class MixedOp(nn.ModuleDict):
-    """Equation 2: the sum over all candidates o of p_o * o(x)."""
+    """Equation 2: the sum over all candidates o of p_o * o(x).
+
+    Batch norm without affine parameters, also behind the pools: only so the candidates share one scale.
+    """
 
     def __init__(self, channels: int, stride: int):
-        super().__init__({name: candidate(name, channels, stride) for name in CANDIDATES})
+        super().__init__(
+            {name: operation(name, channels, stride, False, pool_batch_norm=True) for name in CANDIDATES}
+        )
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         """x [N, C, H, W] and the edge's softmaxed alphas [8] -> [N, C, H/stride, W/stride]."""

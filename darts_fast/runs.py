@@ -224,6 +224,13 @@ class RunFolder:
         with writing(self.path / name):
             write_atomically(self.path / name, json.dumps(content, indent=2).encode() + b"\n")
 
+    def save_tensors(self, name: str, state: dict[str, Any]) -> None:
+        """A file of tensors and plain values, replaced at once."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with writing(self.path / name):
+            write_atomically(self.path / name, buffer.getbuffer())
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces checkpoint.pt by `state` (tensors and plain values) at once: a kill or a full disk at any
         moment leaves the old one or the new one."""
@@ -233,9 +240,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
                 lengths[name] = os.path.getsize(file.name)
-            buffer = io.BytesIO()
-            torch.save({**state, "lengths": lengths}, buffer)
-            write_atomically(self.path / CHECKPOINT, buffer.getbuffer())
+        self.save_tensors(CHECKPOINT, {**state, "lengths": lengths})
 
     def _event(self, **fields: Any) -> None:
         with writing(self.path):

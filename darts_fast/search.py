@@ -11,10 +11,10 @@ from torch import Tensor
 
 from darts_fast import architect, plot
 from darts_fast.config import SearchConfig
-from darts_fast.data import Dataset, check_for_network, from_tensors, load, permutation
+from darts_fast.data import Dataset, check_for_network, permutation
 from darts_fast.errors import InputError
 from darts_fast.genotype import Genotype, derive
-from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, cosine, dataset_of, hits, refusing_what_does_not_fit
 from darts_fast.runs import RunFolder
 from darts_fast.space import CANDIDATES, EDGES
 from darts_fast.supernet import Supernet
@@ -53,7 +53,7 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
         RunError: the loss is no longer finite, or the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    run = Search(config, _dataset(config, data))  # first: what cannot be made leaves no folder behind
+    run = Search(config, dataset_of(config, data))  # first: what cannot be made leaves no folder behind
     with RunFolder.create(run.config, run.dataset.name) as run.folder:
         run.config = dataclasses.replace(run.config, name=run.folder.path.name)
         return run.run()
@@ -65,22 +65,10 @@ def resume_search(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -
     """
     folder, config, checkpoint = RunFolder.reopen(path, SearchConfig)
     with folder:
-        if (config.dataset == "tensors") != (data is not None):
-            raise InputError(
-                f"{path} searched on tensors; resume it with darts_fast.resume_search(path, data)"
-                if data is None
-                else f"{path} searched on {config.dataset}; resume it without data"
-            )
-        run = Search(config, _dataset(config, data))
+        run = Search(config, dataset_of(config, data, resumed=path))
         run.folder = folder
         run.load(checkpoint)
         return run.run()
-
-
-def _dataset(config: SearchConfig, data: tuple[Tensor, Tensor] | None) -> Dataset:
-    dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
-    check_for_network(dataset)
-    return dataset
 
 
 class SearchStep:
@@ -169,6 +157,7 @@ class Search(Loop):
     network: Supernet
 
     def __init__(self, config: SearchConfig, dataset: Dataset):
+        check_for_network(dataset)
         check_split(config, dataset)
         config = config.resolved(dataset.name)
         order = permutation(len(dataset.labels), config.seed, SPLIT)
@@ -207,7 +196,7 @@ class Search(Loop):
         self.record_evaluation("val", means)
         self.folder.log(f"genotype = {genotype}")
         self._record_alphas(self.steps_done)
-        self._draw(genotype, epoch, self.steps_done)
+        self._draw(genotype, epoch)
         final = {"epoch": epoch, "top1": means[1], "genotype": genotype.as_json()}
         if self.best is None or final["top1"] > self.best["top1"]:
             self.best = final
@@ -256,20 +245,17 @@ class Search(Loop):
                     values[f"{name}/{plot.edge_name(source, node)}/{candidate}"] = value
         self.folder.scalars(step, values)
 
-    def _draw(self, genotype: Genotype, epoch: int, step: int) -> None:
-        """Pictures of the cells and the alphas. A search never fails over one: a line says what failed."""
-        try:
-            for name, alphas in self.network.alphas().items():
-                png = plot.alpha_heat_map(
-                    alphas.detach().softmax(dim=-1).cpu().numpy(), f"{name}, epoch {epoch}"
-                )
-                self.folder.picture(f"{name}/heat_map", step, f"EP{epoch:02d}-{name}.png", png)
-            png = plot.render(plot.source(genotype, f"epoch {epoch}"), "png")
-            self.folder.picture("genotype", step, f"EP{epoch:02d}-genotype.png", png)
-        except InputError:  # the disk's, not the picture's
-            raise
-        except Exception as error:
-            self.folder.log(f"no picture of epoch {epoch}: {error}")
+    def _draw(self, genotype: Genotype, epoch: int) -> None:
+        for name, alphas in self.network.alphas().items():
+            softmaxed = alphas.detach().softmax(dim=-1).cpu().numpy()
+            title = f"{name}, epoch {epoch}"
+            self.draw(
+                f"{name}/heat_map",
+                f"EP{epoch:02d}-{name}.png",
+                partial(plot.alpha_heat_map, softmaxed, title),
+            )
+        source = plot.source(genotype, f"epoch {epoch}")
+        self.draw("genotype", f"EP{epoch:02d}-genotype.png", partial(plot.render, source, "png"))
 
 
 def check_split(config: SearchConfig, dataset: Dataset) -> None:

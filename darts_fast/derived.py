@@ -1,0 +1,281 @@
+"""The network of a genotype: what is trained once the search is over (arXiv 1806.09055, appendix A.1.2)."""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from darts_fast.errors import InputError
+from darts_fast.genotype import Gene, Genotype
+from darts_fast.notation import parse
+from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
+from darts_fast.space import INPUTS, reduction_layers
+
+STEM_MULTIPLIER = 3  # the CIFAR stem is this many times as wide as a node of the first cell
+
+# By how much each stem and the two reduction cells divide an image's sides: they have to be divisible by it.
+SIZE_MULTIPLE = {"cifar": 4, "imagenet": 32}
+SMALLEST_FOR_AUXILIARY = 6  # side of the auxiliary head's input: two windows of 5 that are not the same
+
+DropPath = Callable[[Tensor], Tensor]
+
+
+def network(
+    genotype: Genotype,
+    classes: int = 10,
+    channels: int = 36,
+    layers: int = 20,
+    image_channels: int = 3,
+    stem: str = "cifar",
+    auxiliary: bool = False,
+    pool_batch_norm: bool = False,
+) -> "DerivedNetwork":
+    """The network of a genotype as a plain module: images [N, image_channels, H, W] -> logits [N, classes].
+
+    Args:
+        channels: width of a node in the first cell; doubled by each of the two reduction cells. Even.
+        layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
+        stem: "cifar" keeps the image's size (sides divisible by 4); "imagenet" divides it by 8 (by 32).
+        auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary logits);
+            the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
+        pool_batch_norm: a batch norm behind every pool, as in pt.darts; the official code has none.
+
+    Raises:
+        InputError: a size is other than that.
+    """
+    for name, value, least in (("classes", classes, 1), ("image_channels", image_channels, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
+    if channels < 2 or channels % 2:
+        raise InputError(f"channels must be an even number, at least 2, not {channels}")
+    if layers < 3:
+        raise InputError(f"layers must be at least 3, not {layers}")
+    if stem not in SIZE_MULTIPLE:
+        raise InputError(f"stem must be cifar or imagenet, not {stem!r}")
+    return DerivedNetwork(
+        genotype, classes, channels, layers, image_channels, stem, auxiliary, pool_batch_norm
+    )
+
+
+def auxiliary_fits(height: int, width: int, stem: str) -> bool:
+    """Whether images of this size are large enough, behind the second reduction, for the auxiliary head."""
+    return min(height, width) // SIZE_MULTIPLE[stem] >= SMALLEST_FOR_AUXILIARY
+
+
+def parameter_count(module: "DerivedNetwork") -> int:
+    """Number of trained values without the auxiliary head's, as papers count them."""
+    return sum(p.numel() for name, p in module.named_parameters() if not name.startswith("auxiliary_head."))
+
+
+def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
+    """Multiply-adds of the convolutions and linear layers for one image, in evaluation mode: what papers call
+    mult-adds, +x or MACs. Nothing is computed: the shapes are followed on PyTorch's meta device.
+    """
+    module = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, module.arguments["image_channels"], height, width, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def packed(module: "DerivedNetwork", **more: Any) -> dict[str, Any]:
+    """What `load_network` needs, as plain values and tensors on the host."""
+    arguments = {**module.arguments, "genotype": str(module.arguments["genotype"])}
+    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    return {"network": arguments, "state_dict": state, **more}
+
+
+def load_network(path: str | Path) -> "DerivedNetwork":
+    """The network in a best.pt or final.pt of a training run, on the host, in evaluation mode.
+
+    Its images must be normalised as in training: `torch.load(path)["mean"]` and `["std"]`, a value a channel,
+    in pixel values from 0 to 255.
+
+    Raises:
+        InputError: the file is absent or is not such a file.
+    """
+    return unpacked(path)[0]
+
+
+def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
+    """The network in such a file, and all that the file holds. Raises InputError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        arguments = dict(content["network"])
+        module = network(parse(arguments.pop("genotype")), **arguments)
+        module.load_state_dict(content["state_dict"])
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} cannot be read as a trained network ({reason})") from error
+    return module.eval(), content
+
+
+class DerivedNetwork(nn.Module):
+    """Stem, cells, classifier, perhaps an auxiliary head: see `network`, which makes one.
+
+    In training mode `drop_path_prob` is the probability with which each path of each image is dropped, and
+    `drop_path_generator` (of the device; None: PyTorch's own) draws which.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        classes: int,
+        channels: int,
+        layers: int,
+        image_channels: int,
+        stem: str,
+        auxiliary: bool,
+        pool_batch_norm: bool,
+    ):
+        super().__init__()
+        self.arguments = {
+            "genotype": genotype, "classes": classes, "channels": channels, "layers": layers,
+            "image_channels": image_channels, "stem": stem, "auxiliary": auxiliary,
+            "pool_batch_norm": pool_batch_norm,
+        }  # fmt: skip
+        self.drop_path_prob = 0.0
+        self.drop_path_generator: torch.Generator | None = None
+        if stem == "cifar":
+            width = STEM_MULTIPLIER * channels
+            self.stem = nn.Sequential(
+                nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+            )
+        else:  # two stems: the first cell reads the image at a quarter and at an eighth of its size
+            width = channels
+            self.stem0 = nn.Sequential(
+                nn.Conv2d(image_channels, width // 2, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(),
+                nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+            )
+            self.stem1 = nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+            )
+        before_previous, previous, previous_reduction = width, width, stem == "imagenet"
+        self.cells = nn.ModuleList()
+        for layer in range(layers):
+            reduction = layer in reduction_layers(layers)
+            if reduction:
+                channels *= 2
+            cell = DerivedCell(
+                genotype, before_previous, previous, channels, reduction, previous_reduction, pool_batch_norm
+            )
+            self.cells.append(cell)
+            before_previous, previous, previous_reduction = previous, len(cell.concat) * channels, reduction
+            if auxiliary and layer == reduction_layers(layers)[1]:
+                self.auxiliary_head = AuxiliaryHead(previous, classes, last_batch_norm=stem == "cifar")
+        self.classifier = nn.Linear(previous, classes)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        drop_path = None
+        if self.training and self.drop_path_prob > 0:
+            drop_path = partial(dropped, probability=self.drop_path_prob, generator=self.drop_path_generator)
+        if self.arguments["stem"] == "cifar":
+            before_previous = previous = self.stem(images)
+        else:
+            before_previous = self.stem0(images)
+            previous = self.stem1(before_previous)
+        auxiliary_layer = reduction_layers(len(self.cells))[1]
+        for layer, cell in enumerate(self.cells):
+            output = cell(before_previous, previous, drop_path)
+            before_previous, previous = previous, output
+            if self.training and self.arguments["auxiliary"] and layer == auxiliary_layer:
+                auxiliary_logits = self.auxiliary_head(output)
+        logits = self.classifier(previous.mean(dim=(2, 3)))
+        return (logits, auxiliary_logits) if self.training and self.arguments["auxiliary"] else logits
+
+
+class DerivedCell(nn.Module):
+    """A cell of a genotype: each node is the sum of its operations, the output the concatenated nodes."""
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels_before_previous: int,
+        channels_previous: int,
+        channels: int,
+        reduction: bool,
+        previous_reduction: bool,
+        pool_batch_norm: bool,
+    ):
+        super().__init__()
+        gene: Gene = genotype.reduce if reduction else genotype.normal
+        self.concat = list(genotype.reduce_concat if reduction else genotype.normal_concat)
+        self.sources = [[source for _, source in node] for node in gene]
+        if previous_reduction:
+            self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=True)
+        else:
+            self.preprocess0 = relu_conv_bn(channels_before_previous, channels, affine=True)
+        self.preprocess1 = relu_conv_bn(channels_previous, channels, affine=True)
+        self.edges = nn.ModuleList(
+            operation(name, channels, 2 if reduction and source < INPUTS else 1, True, pool_batch_norm)
+            for node in gene
+            for name, source in node
+        )
+
+    def forward(self, before_previous: Tensor, previous: Tensor, drop_path: DropPath | None) -> Tensor:
+        states = [self.preprocess0(before_previous), self.preprocess1(previous)]
+        edges = iter(self.edges)
+        for sources in self.sources:
+            paths = []
+            for source in sources:
+                edge = next(edges)
+                path = edge(states[source])
+                # An identity is never dropped (FractalNet's rule, kept by the official code).
+                paths.append(path if drop_path is None or isinstance(edge, nn.Identity) else drop_path(path))
+            states.append(sum(paths[1:], start=paths[0]))
+        return torch.cat([states[state] for state in self.concat], dim=1)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on the output of the cell at 2/3 of the depth, for training only.
+
+    [N, channels, H, W] with H and W at least 6 -> [N, classes]. The official code's for ImageNet lacks the
+    last batch norm.
+    """
+
+    def __init__(self, channels: int, classes: int, last_batch_norm: bool):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            PoolTo2x2(),
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            *([nn.BatchNorm2d(768)] if last_batch_norm else []),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class PoolTo2x2(nn.Module):
+    """Averages four windows, one in each corner: of side 5, as in the official code (8 x 8) and in pt.darts
+    (7 x 7), or half the image where that is larger, so that together they always cover it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = [max(5, math.ceil(side / 2)) for side in x.shape[2:]]
+        stride = [side - length for side, length in zip(x.shape[2:], window, strict=True)]
+        return F.avg_pool2d(x, window, stride)
+
+
+def dropped(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+    """Drop path: x [N, C, H, W] with each image zeroed with this probability, the others scaled up for it."""
+    keep = 1.0 - probability
+    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep, generator=generator)
+    return x / keep * mask

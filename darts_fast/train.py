@@ -1,0 +1,260 @@
+"""Trains the network of a genotype on the whole training set (arXiv 1806.09055, section 3.2)."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from darts_fast import plot
+from darts_fast.config import TrainConfig, available_device
+from darts_fast.data import Batches, Dataset, check_for_network, permutation, seeded
+from darts_fast.derived import (
+    SIZE_MULTIPLE,
+    DerivedNetwork,
+    auxiliary_fits,
+    multiply_adds,
+    network,
+    packed,
+    parameter_count,
+    unpacked,
+)
+from darts_fast.errors import InputError
+from darts_fast.loop import Loop, Means, cosine, dataset_of, evaluated, hits, refusing_what_does_not_fit
+from darts_fast.notation import load_genotype
+from darts_fast.precision import strict_float32
+from darts_fast.runs import RunFolder, read_config
+
+# Streams of random numbers, told apart by the second number of a seed.
+TRAIN_ORDER, AUGMENTATION, DROP_PATH = range(3)
+
+BEST, FINAL = "best.pt", "final.pt"
+
+Data = tuple[Tensor, Tensor, Tensor, Tensor]  # training images and labels, test images and labels
+
+
+class TrainResult(NamedTuple):
+    """What a training ended in. Accuracies are of the test images, 0 to 1."""
+
+    top1: float  # after the last epoch
+    top5: float
+    best_top1: float  # the best of all epochs: chosen on the test images, so a little too good
+    best_epoch: int  # counted from 1
+    parameters: int  # without the auxiliary head
+    multiply_adds: int  # of one image
+    path: Path  # the run folder
+
+
+def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
+    """Trains a genotype; writes the run folder `augments/<name>/` with best.pt and final.pt.
+
+    Args:
+        config: the settings; what is None takes the data set's default.
+        data: the user's own images (uint8 [N, channels, H, W]) and labels (integers [N]), to train and to
+            test, used instead of `config.dataset`.
+
+    Raises:
+        InputError: bad settings or data, or the folder exists or cannot be written.
+        RunError: the loss is no longer finite, or the device ran out of memory.
+        Stopped: Ctrl-C or SIGTERM; the run was saved.
+    """
+    if config.genotype is None:
+        raise InputError("genotype must be given: --genotype DARTS_V2, --genotype searchs/digits, ...")
+    config = dataclasses.replace(config, genotype=str(load_genotype(config.genotype)))
+    run = Training(config, dataset_of(config, data))  # first: what cannot be made leaves no folder behind
+    with RunFolder.create(run.config, run.dataset.name) as run.folder:
+        run.config = dataclasses.replace(run.config, name=run.folder.path.name)
+        return run.run()
+
+
+def resume_training(path: str | Path, data: Data | None = None) -> TrainResult:
+    """Goes on with the training of a run folder from its checkpoint, to the same bits as if it had never
+    stopped. `data` as in `train`, where the training was given it. Raises what `train` raises.
+    """
+    folder, config, checkpoint = RunFolder.reopen(path, TrainConfig)
+    with folder:
+        run = Training(config, dataset_of(config, data, resumed=path))
+        run.folder = folder
+        run.load(checkpoint)
+        return run.run()
+
+
+def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
+    """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images.
+
+    Args:
+        path: the folder of a training.
+        device: cpu, cuda or cuda:N; None: cuda where there is one, else cpu.
+        data: as in `train`, where the training was given it.
+
+    Returns:
+        By file name: final.pt (where the training has ended) and best.pt.
+
+    Raises:
+        InputError: no such folder, no network saved in it yet, or other images.
+    """
+    path = Path(path)
+    config, _ = read_config(path, TrainConfig)
+    files = [name for name in (FINAL, BEST) if (path / name).exists()]
+    if not files:
+        raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
+    dataset, where = dataset_of(config, data, resumed=path), available_device(device)
+    found = {}
+    for name in files:
+        module, content = unpacked(path / name)
+        wanted = (module.arguments["image_channels"], module.arguments["classes"])
+        if wanted != (dataset.images.shape[1], dataset.classes):
+            raise InputError(
+                f"{path / name} was trained on images of {wanted[0]} channels and {wanted[1]} classes, which "
+                f"{dataset.name} does not hold"
+            )
+        statistics = tuple(torch.tensor(content[key], dtype=torch.float64) for key in ("mean", "std"))
+        batches = Batches(dataset.test_images, dataset.test_labels, where, statistics, seeded(where, 0))
+        with strict_float32():
+            order = torch.arange(len(dataset.test_labels))
+            found[name] = evaluated(module.to(where), batches, order, config.batch_size)
+    return found
+
+
+class Training(Loop):
+    """A training under way: the network, its optimizer, and the position in the schedule.
+
+    Raises:
+        InputError: the images have a size that the stem does not take, there are none to test, or the data or
+            the network do not fit the memory.
+    """
+
+    program, function = "run_from.py", "resume_training"
+    remedy = "a smaller --lr or --grad_clip"
+    network: DerivedNetwork
+
+    def __init__(self, config: TrainConfig, dataset: Dataset):
+        check_for_network(dataset, SIZE_MULTIPLE[config.stem])
+        if not len(dataset.test_labels):
+            raise InputError(
+                "data has no test images; give them and their labels as its third and fourth tensor"
+            )
+        config = config.resolved(dataset.name)
+        super().__init__(config, dataset, len(dataset.labels), config.seed, AUGMENTATION)
+        self.final: dict[str, Any] | None = None  # what the last epoch's network reached
+        self.test_batches = self._batches(dataset.test_images, dataset.test_labels)
+        self.genotype = load_genotype(config.genotype)
+        self.height, self.width = dataset.images.shape[2:]
+        self.auxiliary = config.aux_weight > 0 and auxiliary_fits(self.height, self.width, config.stem)
+        what = f"a network of {config.layers} layers and {config.init_channels} channels for {dataset.name}"
+        with (
+            refusing_what_does_not_fit(what, self.device),
+            torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
+        ):
+            torch.default_generator.manual_seed(config.seed)
+            module = network(
+                self.genotype,
+                dataset.classes,
+                config.init_channels,
+                config.layers,
+                dataset.images.shape[1],
+                config.stem,
+                self.auxiliary,
+            )
+            self.network = module.to(self.device)
+        self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
+        self.parameters = parameter_count(self.network)
+        self.multiply_adds = multiply_adds(self.network, self.height, self.width)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+
+    def begin_epoch(self) -> None:
+        self.order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
+        self.network.drop_path_prob = self.config.drop_path_prob * self.epoch / self.config.epochs
+
+    def take_step(self, lr: float) -> tuple[Tensor, int]:
+        images, labels = self.batches.cut(self.batch_indices(self.order), augment=True)
+        self.optimizer.zero_grad()
+        if self.auxiliary:
+            logits, auxiliary_logits = self.network(images)
+            loss = F.cross_entropy(logits, labels)
+            loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary_logits, labels)
+        else:
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return torch.stack([loss.detach(), *hits(logits.detach(), labels)]), len(labels)
+
+    def evaluate(self) -> Means:
+        return self.evaluated(self.test_batches, torch.arange(len(self.dataset.test_labels)))
+
+    def finish_epoch(self, means: Means) -> None:
+        """Records the epoch; keeps its network where it is the best so far, or the last."""
+        self.record_evaluation("test", means)
+        loss, top1, top5 = means
+        this = {"epoch": self.epoch + 1, "loss": loss, "top1": top1, "top5": top5}
+        if self.best is None or top1 > self.best["top1"]:
+            self.best = this
+            self._save_network(BEST, this)
+        if self.epoch + 1 == self.config.epochs:
+            self.final = this
+            self._save_network(FINAL, this)
+
+    def result(self) -> TrainResult:
+        self.folder.log(
+            f"Test top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch; best "
+            f"top-1 {self.best['top1']:.2%}, in epoch {self.best['epoch']}; {self._size()}"
+        )
+        return TrainResult(
+            self.final["top1"],
+            self.final["top5"],
+            self.best["top1"],
+            self.best["epoch"],
+            self.parameters,
+            self.multiply_adds,
+            self.folder.path,
+        )
+
+    def learning_rate(self) -> float:
+        return cosine(self.config.lr, 0.0, self.epoch, self.config.epochs)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "drop_path": self.network.drop_path_generator.get_state(),
+            "final": self.final,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.network.drop_path_generator.set_state(state["drop_path"])
+        self.final = state["final"]
+
+    def announcement(self) -> str:
+        config = self.config
+        auxiliary = "no auxiliary head"
+        if self.auxiliary:
+            auxiliary = "with auxiliary head"
+        elif config.aux_weight > 0:
+            auxiliary = f"no auxiliary head (images of {self.height} x {self.width} are too small for it)"
+        return (
+            f"{self.dataset.name}: {len(self.dataset.labels)} images to train, "
+            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; {config.epochs} epochs of "
+            f"{self.steps_per_epoch} steps, float32 on {config.device}"
+        )
+
+    def announce(self) -> None:
+        super().announce()
+        self.draw("genotype", "genotype.png", partial(plot.render, plot.source(self.genotype), "png"))
+
+    def _size(self) -> str:
+        return f"{self.parameters / 1e6:.3g} M parameters, {self.multiply_adds / 1e6:.3g} M multiply-adds an image"
+
+    def _save_network(self, name: str, means: dict[str, float]) -> None:
+        mean, std = (t.tolist() for t in self.statistics)
+        self.folder.save_tensors(name, packed(self.network, mean=mean, std=std, test=means))
