@@ -20,11 +20,10 @@ from darts_fast.data import (
     channel_statistics,
     check_for_network,
     fingerprint,
-    from_tensors,
-    load,
     permutation,
     seeded,
 )
+from darts_fast.datasets import read_data
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype, derive
 from darts_fast.precision import strict_float32
@@ -66,7 +65,7 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
         RunError: the loss is no longer finite.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
+    dataset = read_data(config, data)
     check_for_network(dataset)
     check_split(config, dataset)
     run = Search(config.resolved(dataset.name), dataset)  # first: what cannot be made leaves no folder
@@ -92,7 +91,7 @@ def resume(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> Searc
                 if data is None
                 else f"{folder.path} searched on {config.dataset}; resume it without data"
             )
-        dataset = from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
+        dataset = read_data(config, data)
         run = Search(config.resolved(dataset.name), dataset)
         run.folder = folder
         run.load(checkpoint)

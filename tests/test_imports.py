@@ -18,6 +18,7 @@ ALLOWED = {
     "darts_fast.architect": set(),
     "darts_fast.precision": set(),
     "darts_fast.data": {"darts_fast.errors"},
+    "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
     "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.space"},
     "darts_fast.supernet": {"darts_fast.reference", "darts_fast.space"},
     "darts_fast.interop": {"darts_fast.errors", "darts_fast.space", "darts_fast.supernet"},
