@@ -7,12 +7,13 @@ requirements = [
     "torchvision>=0.24",  # reads the published data sets and checks their MD5 sums
     "triton>=3.5; platform_system == 'Linux'",  # the CUDA kernels; imported only where they run
     "numpy",  # arrays of the data-set readers
+    "scipy",  # opens SVHN's .mat files, for torchvision
     "scikit-learn",  # ships the digits images: a real search without a download
     "graphviz",  # builds the source of a cell's picture
     "pygraphviz>=2.0; platform_system == 'Linux' or platform_system == 'Darwin'",
     # ^ its wheels bundle a Graphviz that renders the picture where no `dot` is on the PATH
     "matplotlib",  # the heat map of the alphas
-    "pillow",  # decodes the rendered picture for TensorBoard
+    "pillow",  # decodes the images of `folder`, and the rendered picture for TensorBoard
     "tensorboard",  # event-file records, and the page that shows them
     "tqdm",  # the progress bar
 ]

@@ -22,7 +22,11 @@ FRACTION: Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "from 0 to below 1")
 EVEN: Check = (lambda value: value >= 2 and value % 2 == 0, "an even number, at least 2")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
+IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
+
+FOLDER_IMAGE_SIZE = 32  # of the data set `folder`, whose files may be of any size
+IMAGENET_IMAGE_SIZE = 224  # the same with the ImageNet stem
 
 LARGEST = 2**32 - 1  # of a whole number: torch and numpy take no larger seed, and nothing needs a larger size
 
@@ -35,13 +39,30 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
 class Config:
-    """What the settings of the two programs share: checks, and defaults that depend on the data set."""
+    """What the settings of the two programs share: the data, checks, defaults that depend on the data set."""
 
     FOLDER: typing.ClassVar[str]  # where the run folders are
     WORD: typing.ClassVar[str]  # what such a run is called
     SMALL: typing.ClassVar[dict[str, Any]]  # where the setting is None: for digits
     PAPER: typing.ClassVar[dict[str, Any]]  # and for every other data set
+
+    dataset: str = option(
+        "digits",
+        "data set: digits (embedded, no download), cifar10, cifar100, mnist, fashionmnist, svhn, or folder: "
+        "images in train/CLASS/ and test/CLASS/, or all in CLASS/, below data_path",
+    )
+    data_path: str = option(
+        "data", "folder of the data set's files; published ones are downloaded there if absent"
+    )
+    image_size: int | None = option(
+        None,
+        "side to which the images of the data set folder are resized and cropped",
+        IMAGE_SIZE,
+        shown="folder 32, with the ImageNet stem 224; other data sets have their own",
+    )
+    device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -64,14 +85,22 @@ class Config:
                 raise InputError(f"{field.name} must be {' or '.join(map(str, choices))}, not {value!r}")
             if check and not check[0](value):
                 raise InputError(f"{field.name} must be {check[1]}, not {value!r}")
+        if self.image_size is not None and self.dataset.lower() != "folder":
+            raise InputError(
+                f"image_size is for the data set folder only; images of {self.dataset} keep their size"
+            )
 
     def resolved(self, dataset: str) -> "Config":
-        """The same with no None left but `name`: the data set's sizes, the device that is there.
+        """The same with the data set's sizes and the device that is there in place of None.
+
+        `name` may stay None, and so does `image_size` where the images have their own.
 
         Raises:
             InputError: the device asked for is not there.
         """
-        sizes = self.SMALL if dataset == "digits" else self.PAPER
+        sizes = dict(self.SMALL if dataset == "digits" else self.PAPER)
+        if dataset == "folder":
+            sizes["image_size"] = FOLDER_IMAGE_SIZE
         chosen = {name: value for name, value in sizes.items() if getattr(self, name) is None}
         return dataclasses.replace(self, dataset=dataset, device=str(available_device(self.device)), **chosen)
 
@@ -87,8 +116,6 @@ class SearchConfig(Config):
     name: str | None = option(
         None, "run folder, below searchs/", shown="the data set's name, numbered where that is taken"
     )
-    dataset: str = option("digits", "data set: digits (embedded, no download) or cifar10")
-    data_path: str = option("data", "folder of the data set's files; downloaded there if absent")
     batch_size: int = option(64, "images a batch, of the training and of the validation half", AT_LEAST_1)
     epochs: int | None = option(None, "passes over the training half", AT_LEAST_1, shown="digits 5, else 50")
     init_channels: int | None = option(
@@ -125,7 +152,6 @@ class SearchConfig(Config):
     )
     print_freq: int = option(50, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, alphas, data order and augmentation", SEED)
-    device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
 
     def __post_init__(self):
         super().__post_init__()
@@ -148,15 +174,13 @@ class TrainConfig(Config):
 
     genotype: str | None = option(
         None,
-        "what to train: a genotype written out, the name of a published one, the folder of a search, a .json or "
-        "a log",
+        "what to train: a genotype written out, the name of a published one, the folder of a search, a .json "
+        "or a log",
         shown="none, one must be given",
     )
     name: str | None = option(
         None, "run folder, below augments/", shown="the data set's name, numbered where that is taken"
     )
-    dataset: str = option("digits", "data set: digits (embedded, no download) or cifar10")
-    data_path: str = option("data", "folder of the data set's files; downloaded there if absent")
     batch_size: int = option(96, "images a batch", AT_LEAST_1)
     lr: float = option(0.025, "learning rate, at the first epoch; a cosine schedule brings it to 0", POSITIVE)
     momentum: float = option(0.9, "momentum", BELOW_1)
@@ -187,11 +211,12 @@ class TrainConfig(Config):
     )
     print_freq: int = option(200, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, data order, augmentation and drop path", SEED)
-    device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
 
     def __post_init__(self):
         if self.genotype is not None:  # a Genotype or a path is as good as its text
             object.__setattr__(self, "genotype", str(self.genotype))
+        if self.stem == "imagenet" and str(self.dataset).lower() == "folder" and self.image_size is None:
+            object.__setattr__(self, "image_size", IMAGENET_IMAGE_SIZE)
         super().__post_init__()
 
     def resolved(self, dataset: str) -> "TrainConfig":

@@ -1,19 +1,13 @@
-"""Data sets as uint8 tensors on the device; batches are cut, augmented and normalised there."""
+"""A data set as uint8 tensors on the device; batches are cut, augmented and normalised there."""
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from darts_fast.errors import InputError
-
-SIZE_MULTIPLE = 4  # the two factorized reductions halve the image twice and need even sizes
-SMALLEST_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -35,118 +29,77 @@ class Dataset:
     flip: bool
 
 
-def load(name: str, path: str | Path) -> Dataset:
-    """The data set of that name (any case), from files below `path`.
+def from_tensors(
+    images: Tensor, labels: Tensor, test_images: Tensor | None = None, test_labels: Tensor | None = None
+) -> Dataset:
+    """A user's own tensors as a data set; without a test split, its test tensors are empty.
+
+    images, test_images: uint8 [N, channels, H, W], channels and sizes the same in both; labels, test_labels:
+    integers [N]. The classes are 0 to the largest training label. Crops shift by an eighth of the height (4
+    at 32); images of three channels are flipped (photographs), others are not (digits, letters).
 
     Raises:
-        InputError: no such data set, or its files are absent or damaged and cannot be downloaded.
+        InputError: a dtype, shape or value is other than that, or half of a test split is missing.
     """
-    reader = READERS.get(name.lower())
-    if reader is None:
-        raise InputError(f"there is no data set {name!r}; there are {', '.join(READERS)}")
-    return reader(Path(path))
-
-
-def from_tensors(images: Tensor, labels: Tensor) -> Dataset:
-    """A user's own tensors as a training set without a test split.
-
-    images: uint8 [N, channels, H, W]; labels: integers [N]. Crops shift by an eighth of the height (4 at 32);
-    images of three channels are flipped (photographs), others are not (digits, letters).
-
-    Raises:
-        InputError: a dtype, shape or value is other than that.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
-        raise InputError("data's images must be a uint8 tensor [N, channels, height, width]")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
-        raise InputError("data's labels must be an integer tensor with one label an image")
-    if not images.shape[1]:
-        raise InputError("data's images must have a channel at least")
-    if len(labels) and int(labels.min()) < 0:
-        raise InputError("data's labels must be 0 or more")
+    _check_tensors("", images, labels)
     classes = int(labels.max()) + 1 if len(labels) else 0
+    if (test_images is None) != (test_labels is None):
+        raise InputError("data's test images and test labels must be given together")
+    if test_images is None:
+        test_images, test_labels = images[:0], labels[:0]
+    _check_tensors("test ", test_images, test_labels)
+    if test_images.shape[1:] != images.shape[1:]:
+        shapes = [" x ".join(map(str, tensor.shape[1:])) for tensor in (test_images, images)]
+        raise InputError(f"data's test images are {shapes[0]} and its images {shapes[1]}; they must agree")
+    if len(test_labels) and int(test_labels.max()) >= classes:
+        raise InputError(f"data's test labels must be below {classes}, the number of classes of its labels")
     return Dataset(
         "tensors",
         images.cpu().contiguous(),
         labels.cpu().long().contiguous(),
-        images[:0].cpu(),
-        labels[:0].cpu().long(),
+        test_images.cpu().contiguous(),
+        test_labels.cpu().long().contiguous(),
         classes,
         crop_padding=images.shape[2] // 8,
         flip=images.shape[1] == 3,
     )
 
 
-def check_for_network(dataset: Dataset, multiple: int = SIZE_MULTIPLE) -> None:
-    """Raises InputError where a network of two reductions cannot take the images."""
-    height, width = dataset.images.shape[2:]
-    if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE or min(height, width) < SMALLEST_SIZE:
+def _check_tensors(split: str, images: Tensor, labels: Tensor) -> None:
+    """`split` is "" or "test ", for the sentence."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+        raise InputError(f"data's {split}images must be a uint8 tensor [N, channels, height, width]")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"data's {split}labels must be an integer tensor with one label an image")
+    if labels.shape != images.shape[:1]:
+        shape = tuple(labels.shape)
         raise InputError(
-            f"images of {dataset.name} are {height} x {width}; both sides must be divisible by "
-            f"{SIZE_MULTIPLE} and at least {SMALLEST_SIZE}, because two cells halve them"
+            f"data's {split}labels must be one label an image, {len(images)} in one row, not {shape}"
+        )
+    if not images.shape[1]:
+        raise InputError(f"data's {split}images must have a channel at least")
+    if len(labels) and int(labels.min()) < 0:
+        raise InputError(f"data's {split}labels must be 0 or more")
+
+
+def check_for_network(dataset: Dataset, multiple: int = 4) -> None:
+    """Raises InputError where a network cannot take the images.
+
+    `multiple`: by how much the network shrinks them, a power of two. 4: two reduction cells; 32: and the stem
+    for ImageNet, which halves three times more. The sides must be divisible by it, because a factorized
+    reduction needs even sizes, and leave two pixels at the end.
+    """
+    height, width = dataset.images.shape[2:]
+    if height % multiple or width % multiple or min(height, width) < 2 * multiple:
+        raise InputError(
+            f"images of {dataset.name} are {height} x {width}; both sides must be divisible by {multiple} "
+            f"and at least {2 * multiple}, because the network halves them {multiple.bit_length() - 1} times"
         )
     if len(dataset.labels) < 4 or dataset.classes < 2:
         raise InputError(
             f"{dataset.name} has {len(dataset.labels)} images of {dataset.classes} classes; "
             "a network needs at least 4 images of 2 classes"
         )
-
-
-def _digits(path: Path) -> Dataset:
-    """scikit-learn's 1,797 images of 8x8 pixels: 1,437 to train, 360 to test, always the same."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)  # 0 to 16
-    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    labels = torch.from_numpy(labels).long()
-    # Drawn at random: the digits come in order (0 1 2 ...), and from one writer after the other.
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
-    train, test = order[:1437], order[1437:]
-    # Not augmented: a shift by one pixel is an eighth of the image, and a mirrored digit is another sign.
-    return Dataset(
-        "digits", images[train], labels[train], images[test], labels[test], 10, crop_padding=0, flip=False
-    )
-
-
-def _cifar10(path: Path) -> Dataset:
-    """The 50,000 + 10,000 images of 32x32 pixels, from torchvision's files (MD5 checked)."""
-    from torchvision.datasets import CIFAR10
-
-    published = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    files = [(path / CIFAR10.base_folder / name, md5) for name, md5 in published]
-    train, test = _torchvision_splits("cifar10", CIFAR10, path, files)
-    images, test_images = (
-        torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test)
-    )
-    labels, test_labels = (torch.tensor(split.targets) for split in (train, test))
-    return Dataset("cifar10", images, labels, test_images, test_labels, 10, crop_padding=4, flip=True)
-
-
-def _torchvision_splits(
-    name: str, reader: Callable, path: Path, files: list[tuple[Path, str]]
-) -> tuple[object, object]:
-    """torchvision's training and test split; downloads what is absent, names what is wrong."""
-    from torchvision.datasets.utils import check_integrity
-
-    absent = [path]
-    try:
-        absent = [file for file, _ in files if not file.exists()]
-        damaged = [file for file, md5 in files if file.exists() and not check_integrity(file, md5)]
-        if damaged:
-            raise InputError(
-                f"{name}: {', '.join(map(str, damaged))} is damaged (its MD5 is not the published one); "
-                "delete it or put the published file there"
-            )
-        train = reader(path, train=True, download=bool(absent))
-        return train, reader(path, train=False)
-    except (OSError, RuntimeError, HTTPException) as error:  # the disk's, torchvision's own, the network's
-        raise InputError(
-            f"{name}: {', '.join(map(str, absent or [path]))} could not be read or downloaded ({error}); "
-            "put the published files there, or name their folder with --data_path"
-        ) from error
-
-
-READERS: dict[str, Callable[[Path], Dataset]] = {"digits": _digits, "cifar10": _cifar10}
 
 
 def fits(images: Tensor, device: torch.device) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from darts_fast.errors import InputError
 from darts_fast.genotype import Gene, Genotype
@@ -43,8 +42,8 @@ def network(
         channels: width of a node in the first cell; doubled by each of the two reduction cells. Even.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         stem: "cifar" keeps the image's size (sides divisible by 4); "imagenet" divides it by 8 (by 32).
-        auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary logits);
-            the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
+        auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary
+            logits); the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
         pool_batch_norm: a batch norm behind every pool, as in pt.darts; the official code has none.
 
     Raises:
@@ -78,6 +77,8 @@ def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
     """Multiply-adds of the convolutions and linear layers for one image, in evaluation mode: what papers call
     mult-adds, +x or MACs. Nothing is computed: the shapes are followed on PyTorch's meta device.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
+
     module = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         module(torch.empty(1, module.arguments["image_channels"], height, width, device="meta"))

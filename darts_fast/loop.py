@@ -9,7 +9,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from darts_fast.config import Config
-from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, from_tensors, load, seeded
+from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
 from darts_fast.errors import InputError, RunError
 from darts_fast.precision import strict_float32
 from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment, first_line
@@ -300,7 +299,7 @@ class Loop(ABC):
         )
 
     def draw(self, tag: str, file_name: str, make: Callable[[], bytes]) -> None:
-        """A PNG for plots/ and TensorBoard. A run never fails over one: a line of the log says what failed."""
+        """A PNG for plots/ and TensorBoard. A run never fails over one: the log says what failed."""
         try:
             self.folder.picture(tag, self.steps_done, file_name, make())
         except InputError:  # the disk's, not the picture's
@@ -346,21 +345,6 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
-
-
-def dataset_of(config: Config, data: tuple[Tensor, ...] | None, resumed: str | Path | None = None) -> Dataset:
-    """The data set of a run: the user's own tensors, or what config.dataset names.
-
-    Raises:
-        InputError: they cannot be read; or the folder that is `resumed` began with the other kind.
-    """
-    if resumed is not None and (config.dataset == "tensors") != (data is not None):
-        raise InputError(
-            f"{resumed} began with tensors; resume it from Python with the same data"
-            if data is None
-            else f"{resumed} began with {config.dataset}; resume it without data"
-        )
-    return from_tensors(*data) if data is not None else load(config.dataset, config.data_path)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from torch import Tensor
 from darts_fast import architect, plot
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
+from darts_fast.datasets import read_data
 from darts_fast.errors import InputError
 from darts_fast.genotype import Genotype, derive
-from darts_fast.loop import Loop, Means, cosine, dataset_of, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
 from darts_fast.runs import RunFolder
 from darts_fast.space import CANDIDATES, EDGES
 from darts_fast.supernet import Supernet
@@ -53,7 +54,7 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
         RunError: the loss is no longer finite, or the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    run = Search(config, dataset_of(config, data))  # first: what cannot be made leaves no folder behind
+    run = Search(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
     with RunFolder.create(run.config, run.dataset.name) as run.folder:
         run.config = dataclasses.replace(run.config, name=run.folder.path.name)
         return run.run()
@@ -65,7 +66,7 @@ def resume_search(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -
     """
     folder, config, checkpoint = RunFolder.reopen(path, SearchConfig)
     with folder:
-        run = Search(config, dataset_of(config, data, resumed=path))
+        run = Search(config, read_data(config, data, resumed=path))
         run.folder = folder
         run.load(checkpoint)
         return run.run()

@@ -12,6 +12,7 @@ from torch import Tensor
 from darts_fast import plot
 from darts_fast.config import TrainConfig, available_device
 from darts_fast.data import Batches, Dataset, check_for_network, permutation, seeded
+from darts_fast.datasets import read_data
 from darts_fast.derived import (
     SIZE_MULTIPLE,
     DerivedNetwork,
@@ -23,7 +24,7 @@ from darts_fast.derived import (
     unpacked,
 )
 from darts_fast.errors import InputError
-from darts_fast.loop import Loop, Means, cosine, dataset_of, evaluated, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import strict_float32
 from darts_fast.runs import RunFolder, read_config
@@ -64,7 +65,7 @@ def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
     if config.genotype is None:
         raise InputError("genotype must be given: --genotype DARTS_V2, --genotype searchs/digits, ...")
     config = dataclasses.replace(config, genotype=str(load_genotype(config.genotype)))
-    run = Training(config, dataset_of(config, data))  # first: what cannot be made leaves no folder behind
+    run = Training(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
     with RunFolder.create(run.config, run.dataset.name) as run.folder:
         run.config = dataclasses.replace(run.config, name=run.folder.path.name)
         return run.run()
@@ -76,7 +77,7 @@ def resume_training(path: str | Path, data: Data | None = None) -> TrainResult:
     """
     folder, config, checkpoint = RunFolder.reopen(path, TrainConfig)
     with folder:
-        run = Training(config, dataset_of(config, data, resumed=path))
+        run = Training(config, read_data(config, data, resumed=path))
         run.folder = folder
         run.load(checkpoint)
         return run.run()
@@ -101,7 +102,7 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     files = [name for name in (FINAL, BEST) if (path / name).exists()]
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
-    dataset, where = dataset_of(config, data, resumed=path), available_device(device)
+    dataset, where = read_data(config, data, resumed=path), available_device(device)
     found = {}
     for name in files:
         module, content = unpacked(path / name)
@@ -244,8 +245,8 @@ class Training(Loop):
             auxiliary = f"no auxiliary head (images of {self.height} x {self.width} are too small for it)"
         return (
             f"{self.dataset.name}: {len(self.dataset.labels)} images to train, "
-            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; {config.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, float32 on {config.device}"
+            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; "
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps, float32 on {config.device}"
         )
 
     def announce(self) -> None:
@@ -253,7 +254,8 @@ class Training(Loop):
         self.draw("genotype", "genotype.png", partial(plot.render, plot.source(self.genotype), "png"))
 
     def _size(self) -> str:
-        return f"{self.parameters / 1e6:.3g} M parameters, {self.multiply_adds / 1e6:.3g} M multiply-adds an image"
+        millions = self.parameters / 1e6, self.multiply_adds / 1e6
+        return "{:.3g} M parameters, {:.3g} M multiply-adds an image".format(*millions)
 
     def _save_network(self, name: str, means: dict[str, float]) -> None:
         mean, std = (t.tolist() for t in self.statistics)

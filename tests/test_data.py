@@ -1,10 +1,5 @@
-import pickle
-from urllib.error import URLError
-
-import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10
 
 from darts_fast import InputError
 from darts_fast.data import (
@@ -12,76 +7,13 @@ from darts_fast.data import (
     channel_statistics,
     check_for_network,
     from_tensors,
-    load,
     permutation,
     seeded,
 )
+from darts_fast.datasets import load
 
 CPU = torch.device("cpu")
 PLAIN = (torch.zeros(1), torch.ones(1))  # statistics that leave pixel values as they are
-
-
-def test_digits_are_the_same_split_every_time():
-    one, two = load("digits", "nowhere"), load("DIGITS", "nowhere")
-    assert one.images.shape == (1437, 1, 8, 8) and one.test_images.shape == (360, 1, 8, 8)
-    assert torch.equal(one.images, two.images) and torch.equal(one.test_labels, two.test_labels)
-    assert one.images.max() == 255 and len(one.test_labels.unique()) == 10
-    seen = {image.numpy().tobytes() for image in one.images}
-    assert sum(image.numpy().tobytes() in seen for image in one.test_images) == 0
-
-
-def write_cifar10(folder, monkeypatch, count=4):
-    """A small data set in CIFAR-10's own format, with its MD5 sums in torchvision's list."""
-    import hashlib
-
-    base = folder / CIFAR10.base_folder
-    base.mkdir(parents=True)
-    rng = np.random.RandomState(0)
-    written, lists = {}, {"train_list": [], "test_list": []}
-    for kind in lists:
-        for name, _ in getattr(CIFAR10, kind):
-            batch = {"data": rng.randint(0, 256, (count, 3072), np.uint8), "labels": list(range(count))}
-            content = pickle.dumps(batch, protocol=2)
-            (base / name).write_bytes(content)
-            lists[kind].append([name, hashlib.md5(content).hexdigest()])
-            written[name] = batch
-    meta = pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2)
-    (base / "batches.meta").write_bytes(meta)
-    for kind, value in lists.items():
-        monkeypatch.setattr(CIFAR10, kind, value)
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()})
-    return written
-
-
-def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
-    written = write_cifar10(tmp_path, monkeypatch)
-    dataset = load("CIFAR10", tmp_path)
-    assert dataset.images.shape == (20, 3, 32, 32) and dataset.test_images.shape == (4, 3, 32, 32)
-    assert dataset.images.dtype == torch.uint8 and dataset.labels.tolist() == [0, 1, 2, 3] * 5
-    row = written["data_batch_2"]["data"][1].reshape(3, 32, 32)
-    assert np.array_equal(dataset.images[5].numpy(), row)
-
-
-def test_a_truncated_file_is_named(tmp_path, monkeypatch):
-    write_cifar10(tmp_path, monkeypatch)
-    victim = tmp_path / CIFAR10.base_folder / "data_batch_3"
-    victim.write_bytes(victim.read_bytes()[:-7])
-    with pytest.raises(InputError, match=r"data_batch_3 is damaged"):
-        load("cifar10", tmp_path)
-
-
-def test_absent_files_without_a_network_are_named(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    with pytest.raises(InputError, match=r"data_batch_1, .*batches.meta could not be read or downloaded"):
-        load("cifar10", tmp_path)
-
-
-def test_unknown_data_set():
-    with pytest.raises(InputError, match="no data set 'imagenet'; there are digits, cifar10"):
-        load("imagenet", "")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +34,45 @@ def test_unknown_data_set():
 def test_tensors_that_do_not_fit(images, labels, sentence):
     with pytest.raises(InputError, match=sentence):
         check_for_network(from_tensors(images, labels))
+
+
+IMAGES, LABELS = torch.zeros(8, 3, 8, 8).byte(), torch.arange(8)
+
+
+def test_a_user_s_own_test_split():
+    test_images = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    dataset = from_tensors(IMAGES, LABELS, test_images, torch.tensor([7, 0, 0, 0, 1], dtype=torch.int16))
+    assert torch.equal(dataset.test_images, test_images) and dataset.test_images.is_contiguous()
+    assert dataset.test_labels.tolist() == [7, 0, 0, 0, 1] and dataset.test_labels.dtype == torch.int64
+    assert dataset.classes == 8
+    assert from_tensors(IMAGES, LABELS).test_images.shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        (IMAGES, None, "given together"),
+        (None, LABELS, "given together"),
+        (IMAGES.float(), LABELS, "test images must be a uint8"),
+        (IMAGES, LABELS.float(), "test labels must be an integer"),
+        (IMAGES, LABELS[1:], r"test labels must be one label an image, 8 in one row, not \(7,\)"),
+        (IMAGES, LABELS - 1, "test labels must be 0 or more"),
+        (IMAGES, LABELS + 1, "test labels must be below 8"),
+        (IMAGES[:, :1], LABELS, "test images are 1 x 8 x 8 and its images 3 x 8 x 8"),
+        (IMAGES[..., :4], LABELS, "test images are 3 x 8 x 4 and"),
+    ],
+)
+def test_a_test_split_that_does_not_fit(images, labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        from_tensors(IMAGES, LABELS, images, labels)
+
+
+def test_a_stem_that_shrinks_more_needs_sides_that_divide():
+    dataset = from_tensors(torch.zeros(8, 3, 96, 68).byte(), LABELS)
+    check_for_network(dataset)
+    with pytest.raises(InputError, match="96 x 68.*divisible by 32 and at least 64.* halves them 5 times"):
+        check_for_network(dataset, multiple=32)
+    check_for_network(from_tensors(torch.zeros(8, 3, 96, 64).byte(), LABELS), multiple=32)
 
 
 def test_statistics_are_exact():

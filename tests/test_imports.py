@@ -22,6 +22,14 @@ ALLOWED = {
     "darts_fast.supernet": {"darts_fast.reference", "darts_fast.space"},
     "darts_fast.interop": {"darts_fast.errors", "darts_fast.space", "darts_fast.supernet"},
     "darts_fast.runs": {"darts_fast.config", "darts_fast.errors"},
+    "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
+    "darts_fast.derived": {
+        "darts_fast.errors",
+        "darts_fast.genotype",
+        "darts_fast.notation",
+        "darts_fast.reference",
+        "darts_fast.space",
+    },
     "darts_fast.loop": {
         "darts_fast.config",
         "darts_fast.data",
@@ -32,7 +40,7 @@ ALLOWED = {
     "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.runs", "darts_fast.space"},
     "darts_fast.kernels": set(),
 }
-FREE = {"darts_fast", "darts_fast.search"}
+FREE = {"darts_fast", "darts_fast.search", "darts_fast.train"}
 FORBIDDEN = {("darts_fast.search", "darts_fast.train"), ("darts_fast.train", "darts_fast.search")}
 ONLY_FROM = {"darts_fast.kernels": {"darts_fast.fused"}}
 

@@ -1,5 +1,6 @@
 """run.py as a person calls it: bad input is one sentence, exit code 2, nothing written."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -62,6 +63,11 @@ BAD = {
     "--device tpu": "device must be cpu, cuda or cuda:N",
     "--device cuda:99": "CUDA devices",
     "--dataset imagenet": "no data set 'imagenet'",
+    "--dataset cifar-10": "no data set 'cifar-10' (did you mean cifar10?)",
+    "--dataset folder --data_path nowhere": "nowhere could not be read",
+    "--dataset folder --image_size 30": "image_size must be divisible by 4, from 8 to 1024, not 30",
+    "--dataset folder --image_size 2000000000": "image_size must be divisible by 4, from 8 to 1024",
+    "--image_size 32": "image_size is for the data set folder only; images of digits keep their size",
     "--name a/b": "name must be the name of a new folder",
     "--name ..": "name must be the name of a new folder",
     "--name a\x1b[31m": "name must be the name of a new folder",
@@ -98,9 +104,9 @@ def test_help_shows_every_default(monkeypatch, capsys):
     assert done.value.code == 0
     from darts_fast import SearchConfig
 
-    for name, field in SearchConfig.__dataclass_fields__.items():
-        about = text.split(f" --{name} ")[-1].split(" --")[0]
-        assert about.endswith(f"(default: {field.metadata['shown'] or field.default})"), name
+    for field in dataclasses.fields(SearchConfig):
+        about = text.split(f" --{field.name} ")[-1].split(" --")[0]
+        assert about.endswith(f"(default: {field.metadata['shown'] or field.default})"), field.name
 
 
 def test_a_search_writes_its_folder_and_is_not_overwritten(monkeypatch, capsys, in_tmp):
