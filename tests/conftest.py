@@ -1,10 +1,14 @@
 import ast
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from darts_fast.runs import EVENTS, METRICS
 
 # No deadline: a busy machine is no failure. No database: tests that list a folder find only their own files.
 settings.register_profile("darts_fast", deadline=None, database=None)
@@ -39,6 +43,20 @@ class Golden:
         return self[f"batch/{index}/images"].to(dtype), self[f"batch/{index}/labels"]
 
 
+def synthetic_state(shapes, seed):
+    """A state dict of these shapes (by name), in float64, that depends on the seed alone: for golden files
+    that hold outputs without the weights."""
+    random, state = np.random.RandomState(seed), {}
+    for name in sorted(shapes):
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(3)
+        elif name.endswith("running_var"):
+            state[name] = torch.from_numpy(random.uniform(0.5, 1.5, shapes[name]))
+        else:
+            state[name] = torch.from_numpy(0.5 * random.standard_normal(shapes[name]))
+    return state
+
+
 @pytest.fixture(scope="session")
 def golden_search():
     return Golden("official_search_c4_l4.npz")
@@ -57,3 +75,73 @@ def in_tmp(tmp_path, monkeypatch):
     """Runs the test in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(one, two):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def events(folder):
+    """Every scalar of TensorBoard but the times, in order."""
+    found = []
+    for event in EventFileLoader(str(folder / EVENTS)).Load():
+        for value in event.summary.value:
+            if not value.tag.startswith("time/") and value.metadata.plugin_data.plugin_name == "scalars":
+                found.append((event.step, value.tag, value.tensor.float_val[0]))
+    return found
+
+
+def log_lines(folder):
+    """The log without what may differ: times, names, and that it was resumed."""
+    lines = [line.split(" | ", 1)[-1] for line in next(folder.glob("*.log")).read_text().splitlines()]
+    kept = [
+        line
+        for line in lines
+        if not line.startswith(("name =", "Resumed", "not where")) and "run folder" not in line
+    ]
+    return [line.split("  lr ")[0] for line in kept]
+
+
+def assert_same_run(one, two):
+    first, second = checkpoint(one), checkpoint(two)
+    for state in (first, second):
+        state.pop("lengths")
+    assert same(first, second)
+    assert (one / METRICS).read_text() == (two / METRICS).read_text()
+    assert events(one) == events(two)
+    assert log_lines(one) == log_lines(two)
+    for name in ("genotype.json", "best.pt", "final.pt"):
+        assert (one / name).exists() == (two / name).exists()
+        if name.endswith(".pt") and (one / name).exists():
+            assert same(*(torch.load(folder / name, weights_only=True) for folder in (one, two)))
+        elif (one / name).exists():
+            assert (one / name).read_text() == (two / name).read_text()
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Sends this process a signal within the n-th step from now of a Search or a Training."""
+
+    def arrange(loop, n, number):
+        plain, calls = loop.take_step, []
+
+        def step(self, *arguments):
+            calls.append(None)
+            if len(calls) == n:
+                os.kill(os.getpid(), number)
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(loop, "take_step", step)
+
+    return arrange

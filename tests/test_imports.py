@@ -20,7 +20,13 @@ ALLOWED = {
     "darts_fast.precision": set(),
     "darts_fast.data": {"darts_fast.errors"},
     "darts_fast.supernet": {"darts_fast.reference", "darts_fast.space"},
-    "darts_fast.interop": {"darts_fast.errors", "darts_fast.space", "darts_fast.supernet"},
+    "darts_fast.interop": {
+        "darts_fast.derived",
+        "darts_fast.errors",
+        "darts_fast.genotype",
+        "darts_fast.space",
+        "darts_fast.supernet",
+    },
     "darts_fast.runs": {"darts_fast.config", "darts_fast.errors"},
     "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
     "darts_fast.derived": {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import assert_same_run
 
 from darts_fast.runs import run_program
 
@@ -174,6 +175,4 @@ def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(in_tmp):
     assert "Traceback" not in done.stderr
     done = run_limited(in_tmp, 2**30, "--resume", "searchs/cut")
     assert done.returncode == 0, done.stderr
-    from test_search import assert_same_run
-
     assert_same_run(whole, in_tmp / "searchs" / "cut")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from conftest import assert_same_run, checkpoint, events, log_lines, same
 from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume_search, search
-from darts_fast.runs import EVENTS, METRICS, RunFolder, Stopped
+from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,71 +35,6 @@ def data():
     return images, torch.randint(0, 4, (50,), generator=generator)
 
 
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same(one, two):
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
-
-
-def events(folder):
-    """Every scalar of TensorBoard but the times, in order."""
-    found = []
-    for event in EventFileLoader(str(folder / EVENTS)).Load():
-        for value in event.summary.value:
-            if not value.tag.startswith("time/") and value.metadata.plugin_data.plugin_name == "scalars":
-                found.append((event.step, value.tag, value.tensor.float_val[0]))
-    return found
-
-
-def log_lines(folder):
-    """The log without what may differ: times, names, and that it was resumed."""
-    lines = [line.split(" | ", 1)[-1] for line in next(folder.glob("*.log")).read_text().splitlines()]
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(("name =", "Resumed", "not where")) and "run folder" not in line
-    ]
-    return [line.split("  lr ")[0] for line in kept]
-
-
-def assert_same_run(one, two):
-    first, second = checkpoint(one), checkpoint(two)
-    for state in (first, second):
-        state.pop("lengths")
-    assert same(first, second)
-    assert (one / METRICS).read_text() == (two / METRICS).read_text()
-    assert events(one) == events(two)
-    assert log_lines(one) == log_lines(two)
-    assert (one / "genotype.json").read_text() == (two / "genotype.json").read_text()
-
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """Sends this process a signal within the n-th step from now."""
-
-    def arrange(n, number):
-        plain, calls = SearchStep.__call__, []
-
-        def step(self, *arguments):
-            calls.append(None)
-            if len(calls) == n:
-                os.kill(os.getpid(), number)
-            return plain(self, *arguments)
-
-        monkeypatch.setattr(SearchStep, "__call__", step)
-
-    return arrange
-
-
 @pytest.fixture(scope="module", params=[TINY, SECOND_ORDER], ids=["first order", "second order"])
 def undisturbed(request, data, tmp_path_factory):
     """A configuration, and the result of its search when nothing disturbs it."""
@@ -113,7 +48,7 @@ def undisturbed(request, data, tmp_path_factory):
 @pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
 def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
     config, whole = undisturbed
-    signal_at(at, number)
+    signal_at(Search, at, number)
     expected = rf"after {at} steps; go on with: darts_fast.resume_search\('searchs/tensors', data\)"
     with pytest.raises(Stopped, match=expected) as stop:
         search(config, data)

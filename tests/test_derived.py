@@ -1,0 +1,163 @@
+"""The network of a genotype, against the official code's numbers and the published sizes."""
+
+import pytest
+import torch
+from conftest import Golden, relative_error
+
+from darts_fast import Genotype, InputError, load_network, network
+from darts_fast.derived import auxiliary_fits, dropped, multiply_adds, packed, parameter_count
+from darts_fast.genotype import OPERATIONS
+from darts_fast.interop import load_official_eval
+from darts_fast.notation import NAMED, parse
+
+EVAL_FILES = ("official_eval_v1_c4_l5.npz", "official_eval_v2_c4_l6.npz")
+
+
+@pytest.mark.parametrize("file", EVAL_FILES)
+def test_the_official_codes_logits(file):
+    """In training mode both heads', then in evaluation mode with the statistics that left behind.
+
+    The file's logits of the training mode were computed in float32: the official code itself, run in float64,
+    is up to 1.5e-5 from them (and, run beside ours, equal to ours in every bit).
+    """
+    golden = Golden(file)
+    module = load_official_eval(golden.group("init", torch.float64), parse(golden.text("genotype")))
+    assert parameter_count(module) == golden.meta["params_without_aux"]
+    assert sum(p.numel() for p in module.parameters()) == golden.meta["params"]
+    images = golden["images"].double()
+    logits, auxiliary_logits = module.train()(images)
+    assert relative_error(logits, golden["train_logits"]) < 2e-5
+    assert relative_error(auxiliary_logits, golden["train_logits_aux"]) < 2e-5
+    assert relative_error(module.eval()(images), golden["eval_logits_after_one_train_forward"]) < 1e-6
+
+
+def test_published_sizes():
+    """Table 1 of the paper: 3.3 M on CIFAR-10; table 3: 4.7 M on ImageNet. The official code's networks have
+    exactly these numbers."""
+    cifar = network(NAMED["DARTS_V2"], auxiliary=True)
+    imagenet = network(NAMED["DARTS_V2"], 1000, 48, 14, stem="imagenet", auxiliary=True)
+    assert parameter_count(cifar) == 3_349_342 and parameter_count(imagenet) == 4_718_752
+
+
+def test_multiply_adds_counted_by_hand():
+    """One operation an edge whose work is known: output positions * weights that each of them meets."""
+    node = [("sep_conv_3x3", 0), ("skip_connect", 1)]
+    genotype = Genotype([node], [2], [node], [2])
+    module = network(genotype, classes=7, channels=4, layers=3)  # normal, reduction, reduction
+    stem = 64 * 27 * 12
+    normal = 64 * (12 * 4 + 12 * 4) + 2 * 64 * (4 * 9 + 4 * 4)
+    # The first half of the separable convolution strides; the skip is a factorized reduce.
+    first = 64 * (12 * 8 + 4 * 8) + 2 * 16 * (8 * 9 + 8 * 8) + 16 * 8 * 8
+    second = 16 * 4 * 16 + 16 * 8 * 16 + 2 * 4 * (16 * 9 + 16 * 16) + 4 * 16 * 16
+    assert multiply_adds(module, 8, 8) == stem + normal + first + second + 16 * 7
+    assert next(module.parameters()).device.type == "cpu"  # the module itself stays where it is
+
+
+def every_operation():
+    """A genotype with each operation in a normal and in a reduction cell, on a state of either kind."""
+    gene = [[(name, number % 2), (name, number)] for number, name in enumerate(OPERATIONS)]
+    every_node = list(range(2, 2 + len(gene)))
+    return Genotype(gene, every_node, gene, every_node)
+
+
+@pytest.mark.parametrize(
+    ("stem", "height", "width"), [("cifar", 8, 12), ("cifar", 32, 32), ("imagenet", 64, 96)]
+)
+def test_every_operation_and_stem(stem, height, width):
+    module = network(every_operation(), 5, 4, 3, image_channels=2, stem=stem)
+    logits = module.train()(torch.randn(3, 2, height, width))
+    assert type(logits) is torch.Tensor and logits.shape == (3, 5)
+    logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+    module.eval()
+    images = torch.randn(3, 2, height, width)
+    assert torch.allclose(module(images)[1:2], module(images[1:2]), atol=1e-5)  # images do not mix
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_published_genotype(name):
+    module = network(NAMED[name], 10, 4, 3, auxiliary=True)
+    logits, auxiliary_logits = module(torch.randn(2, 3, 32, 32))
+    assert logits.shape == auxiliary_logits.shape == (2, 10)
+    assert module.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_auxiliary_head_needs_room():
+    smallest = {"cifar": 24, "imagenet": 192}
+    for size, stem, fits in [(s + d, stem, not d) for stem, s in smallest.items() for d in (-4, 0)]:
+        assert auxiliary_fits(size, size, stem) == fits and auxiliary_fits(size, 512, stem) == fits
+    module = network(NAMED["DARTS_V2"], 10, 4, 3, auxiliary=True)
+    for size in ((24, 24), (28, 40), (32, 32), (64, 96)):
+        assert module(torch.randn(2, 3, *size))[1].shape == (2, 10)
+
+
+def test_the_auxiliary_head_sees_every_pixel_of_a_large_image():
+    from darts_fast.derived import PoolTo2x2
+
+    for side in range(6, 20):
+        x = torch.ones(1, 1, side, side, requires_grad=True)
+        out = PoolTo2x2()(x)
+        assert out.shape == (1, 1, 2, 2)
+        out.sum().backward()
+        corners = x.grad[0, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners > 0).all() and (side < 10 or (x.grad > 0).all())
+    eight = torch.randn(1, 1, 8, 8)
+    assert torch.equal(PoolTo2x2()(eight), torch.nn.AvgPool2d(5, stride=3)(eight))
+
+
+def test_drop_path_drops_images_and_keeps_the_mean():
+    x = torch.ones(4000, 2, 3, 3)
+    found = dropped(x, 0.3, torch.Generator().manual_seed(0))
+    kept = found[:, 0, 0, 0] > 0
+    assert torch.equal(found, (kept / 0.7).view(-1, 1, 1, 1).expand_as(found))  # whole images, scaled
+    assert abs(float(kept.float().mean()) - 0.7) < 0.03
+
+
+def test_drop_path_spares_identities_and_evaluation():
+    """With every path dropped, what is left of a cell of two skips is what a cell without drop path gives."""
+    identity = [[("skip_connect", 0), ("skip_connect", 1)]]
+    module = network(Genotype(identity, [2], identity, [2]), 3, 4, 3).train()
+    module.drop_path_generator = torch.Generator().manual_seed(0)
+    seen = []
+    module.cells[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
+    images = torch.randn(6, 3, 8, 8)
+    plain = module(images)
+    module.drop_path_prob = 0.9
+    other = module(images)  # the reduction cells' skips are factorized reduces: dropped
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(plain, other)
+    module.eval()
+    assert torch.equal(module(images), module(images))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"channels": 5}, "channels must be an even number"),
+        ({"channels": 0}, "channels must be an even number"),
+        ({"layers": 2}, "layers must be at least 3"),
+        ({"classes": 0}, "classes must be at least 1"),
+        ({"image_channels": 0}, "image_channels must be at least 1"),
+        ({"stem": "mnist"}, "stem must be cifar or imagenet"),
+    ],
+)
+def test_bad_sizes(sizes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        network(NAMED["DARTS_V2"], **sizes)
+
+
+def test_a_saved_network_is_the_same_network(tmp_path):
+    module = network(NAMED["NASNet"], 4, 6, 3, image_channels=1, auxiliary=True, pool_batch_norm=True).eval()
+    torch.save(packed(module, mean=[1.0], std=[2.0]), tmp_path / "final.pt")
+    loaded = load_network(tmp_path / "final.pt")
+    images = torch.randn(2, 1, 32, 32)
+    assert not loaded.training and torch.equal(loaded(images), module(images))
+    assert loaded.arguments == module.arguments
+    whole = (tmp_path / "final.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:-100])
+    for name, sentence in [
+        ("cut.pt", "cannot be read as a trained network"),
+        ("none.pt", "there is no file"),
+    ]:
+        with pytest.raises(InputError, match=sentence) as error:
+            load_network(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,291 @@
+"""Whole trainings: against a loop written out by hand, resumed to the same bits, and what is refused."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same_run, checkpoint, events, relative_error
+from test_run import call
+
+from darts_fast import (
+    InputError,
+    RunError,
+    TrainConfig,
+    evaluate,
+    load_genotype,
+    load_network,
+    network,
+    resume_training,
+    train,
+)
+from darts_fast.data import permutation
+from darts_fast.runs import METRICS, Stopped
+from darts_fast.train import TRAIN_ORDER, Training
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = TrainConfig(
+    genotype="DARTS_V1",
+    epochs=2,
+    init_channels=2,
+    layers=3,
+    batch_size=8,
+    cutout_length=2,
+    drop_path_prob=0.3,
+    print_freq=2,
+)  # 2 epochs of 4 steps, the last one of 6 images
+
+
+@pytest.fixture(scope="module")
+def data():
+    """30 images to train, 20 to test; of 24 x 24 pixels, so that the auxiliary head is there."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 24, 24), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 6, (50,), generator=generator)
+    return images[:30], labels[:30], images[30:], labels[30:]
+
+
+def test_the_loop_written_out_by_hand(in_tmp, monkeypatch):
+    """Without crop, flip, cutout and drop path, which draw random numbers."""
+    plain = Training._batches
+
+    def uncropped(self, *arguments):
+        batches = plain(self, *arguments)
+        batches.crop_padding = 0
+        return batches
+
+    monkeypatch.setattr(Training, "_batches", uncropped)
+    images = torch.randint(0, 256, (50, 1, 24, 24), generator=torch.Generator().manual_seed(1)).byte()
+    labels = torch.arange(50) % 6
+    config = TrainConfig(
+        genotype="DARTS_V2", epochs=2, init_channels=2, layers=3, batch_size=8, cutout_length=0,
+        drop_path_prob=0, aux_weight=0.3, grad_clip=0.5, lr=0.1, weight_decay=0.01, seed=7,
+    )  # fmt: skip
+    result = train(config, (images[:30], labels[:30], images[30:], labels[30:]))
+
+    torch.manual_seed(7)
+    module = network(load_genotype("DARTS_V2"), 6, 2, 3, image_channels=1, auxiliary=True)
+    initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    pixels = images.double()
+    normalised = ((pixels - pixels[:30].mean()) / pixels[:30].std(unbiased=False)).float()
+    weights = list(module.parameters())
+    buffers = [torch.zeros_like(w) for w in weights]
+    for epoch in range(2):
+        lr = 0.1 * (1 + math.cos(math.pi * epoch / 2)) / 2
+        for indices in permutation(30, 7, TRAIN_ORDER, epoch).split(8):
+            losses = [F.cross_entropy(logits, labels[indices]) for logits in module(normalised[indices])]
+            gradients = torch.autograd.grad(losses[0] + 0.3 * losses[1], weights)
+            clip = min(1.0, 0.5 / (torch.stack([g.norm() for g in gradients]).norm().item() + 1e-6))
+            with torch.no_grad():
+                for w, b, g in zip(weights, buffers, gradients, strict=True):
+                    b.mul_(0.9).add_(clip * g + 0.01 * w)
+                    w -= lr * b
+    found = load_network(result.path / "final.pt").state_dict()
+    for name, w in module.named_parameters():  # in float32, after eight steps, kinks included
+        assert relative_error(found[name] - initial[name], w - initial[name]) < 2e-2, name
+    statistics = [name for name in initial if "running" in name]
+    assert all(relative_error(found[name], module.state_dict()[name]) < 2e-2 for name in statistics)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        result = train(TINY, data)
+        return result._replace(path=result.path.resolve())
+
+
+@pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (6, signal.SIGTERM)])
+def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
+    """Drop path, crop, flip and cutout draw random numbers in every step."""
+    signal_at(Training, at, number)
+    expected = rf"after {at} steps; go on with: darts_fast.resume_training\('augments/tensors', data\)"
+    with pytest.raises(Stopped, match=expected):
+        train(TINY, data)
+    torch.manual_seed(at)
+    result = resume_training("augments/tensors", data)
+    assert_same_run(undisturbed.path, result.path)
+    assert result[:-1] == undisturbed[:-1]
+    again = resume_training(result.path, data)
+    assert again == result
+
+
+def test_what_a_run_folder_holds(undisturbed, data):
+    path = undisturbed.path
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["lr"] for row in rows if "loss" in row] == [0.025] * 4 + [0.0125] * 4
+    assert [row["test_top1"] for row in rows if "test_loss" in row][-1] == undisturbed.top1
+    tags = {tag for _, tag, _ in events(path)}
+    assert tags == {f"{kind}/{what}" for kind in ("train", "test") for what in ("loss", "top1", "top5")} | {
+        "train/lr"
+    }
+    assert (path / "plots" / "genotype.png").exists()
+    assert load_genotype(path) == load_genotype("DARTS_V1")  # from its log
+    config = json.loads((path / "config.json").read_text())
+    assert config["genotype"] == str(load_genotype("DARTS_V1"))
+    log = (path / "tensors.log").read_text()
+    assert "with auxiliary head" in log and f"Test top-1 {undisturbed.top1:.2%}" in log.splitlines()[-1]
+
+
+def test_evaluating_gives_what_the_training_reported(undisturbed, data):
+    found = evaluate(undisturbed.path, data=data)
+    assert found["final.pt"][1:] == (undisturbed.top1, undisturbed.top5)
+    assert found["best.pt"][1] == undisturbed.best_top1
+    module = load_network(undisturbed.path / "final.pt")
+    content = torch.load(undisturbed.path / "final.pt", weights_only=True)
+    mean, std = (torch.tensor(content[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        logits = module((data[2].float() - mean) / std)
+    assert float((logits.argmax(1) == data[3]).float().mean()) == pytest.approx(undisturbed.top1)
+
+
+def test_drop_path_rises_linearly_and_the_first_epoch_has_none(data, in_tmp, monkeypatch):
+    seen, plain = [], Training.take_step
+
+    def step(self, *arguments):
+        seen.append(self.network.drop_path_prob)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Training, "take_step", step)
+    train(TINY, data)
+    assert seen == [0.0] * 4 + [pytest.approx(0.15)] * 4
+
+
+def test_a_genotype_object_and_an_imagenet_stem(in_tmp):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    config = TrainConfig(
+        genotype=load_genotype("DARTS_V1"), stem="imagenet", layers=3, init_channels=4, epochs=1, batch_size=4
+    )
+    assert TrainConfig(stem="imagenet").resolved("cifar10").layers == 14
+    result = train(config, (images, labels, images, labels))
+    log = (result.path / "tensors.log").read_text()
+    assert "no auxiliary head (images of 64 x 64 are too small for it)" in log
+    with pytest.raises(InputError, match="both sides must be divisible by 32"):
+        train(config, (images[:, :, :40], labels, images[:, :, :40], labels))
+
+
+def test_a_loss_that_is_not_finite_stops(data, in_tmp, monkeypatch):
+    plain, calls = Training.take_step, []
+
+    def step(self, *arguments):
+        row, images = plain(self, *arguments)
+        calls.append(None)
+        return (row * float("nan") if len(calls) == 5 else row), images
+
+    monkeypatch.setattr(Training, "take_step", step)
+    with pytest.raises(RunError, match=r"training loss is nan at step 5 .*try a smaller --lr or --grad_clip"):
+        train(TINY, data)
+    assert checkpoint(in_tmp / "augments" / "tensors")["epoch"] == 1
+
+
+def test_refusals(data, in_tmp):
+    def refused(sentence, function, *arguments, **more):
+        with pytest.raises(InputError, match=sentence) as error:
+            function(*arguments, **more)
+        assert "\n" not in str(error.value)
+
+    refused("genotype must be given", train, TrainConfig())
+    refused("no test images", train, TINY, data[:2])
+    assert os.listdir(in_tmp) == []
+    path = train(TINY, data).path
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    refused("began with tensors", resume_training, path)
+    refused("began with tensors", evaluate, path)
+    changed = (255 - data[0], *data[1:])
+    refused("began with other images", resume_training, path, changed)
+    refused("does not hold", evaluate, path, data=tuple(t[:, :1] if t.ndim == 4 else t for t in data))
+    from darts_fast import resume_search
+
+    refused("is not the folder of a search", resume_search, path)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    (path / "final.pt").write_bytes(before[path / "final.pt"][:500])
+    refused("final.pt cannot be read as a trained network", evaluate, path, data=data)
+    for name in ("final.pt", "best.pt"):
+        (path / name).unlink()
+    refused("no final.pt or best.pt yet", evaluate, path, data=data)
+
+
+BAD = {
+    "": "genotype must be given",
+    "--genotype DARTS_V3": "did you mean DARTS_V",
+    "--genotype nowhere/x.json": "no file or folder 'nowhere/x.json'",
+    "--genotype Genotype(normal=[])": "genotype, character 19: expected",
+    "--genotype DARTS --lr 0": "lr must be above 0",
+    "--genotype DARTS --drop_path_prob 1": "drop_path_prob must be from 0 to below 1",
+    "--genotype DARTS --aux_weight -1": "aux_weight must be 0 or more",
+    "--genotype DARTS --stem mnist": "invalid choice",
+    "--genotype DARTS --stem imagenet": "both sides must be divisible by 32",
+    "--genotype DARTS --init_channels 2000000": "a network of 5 layers and 2000000 channels",
+    "--genotype DARTS --dataset cifar": "did you mean cifar10",
+    "--genotype DARTS --name a/b": "name must be the name of a new folder below augments",
+    "--evaluate nowhere": "nowhere is not a folder; name the folder of a run, such as augments/digits",
+    "--evaluate nowhere --lr 1": "leave out --lr",
+    "--evaluate nowhere --resume nowhere": "leave out --resume",
+    "--resume nowhere": "nowhere is not a folder",
+    "--resume nowhere --genotype DARTS": "leave out --genotype",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_sentence(arguments, monkeypatch, capsys, in_tmp):
+    code, out, err = call(monkeypatch, capsys, *arguments.split(), program="run_from")
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("run_from.py: ") and BAD[arguments] in err
+    assert os.listdir(in_tmp) == []
+
+
+CHEAP = "--genotype DARTS_V2 --init_channels 2 --layers 3 --batch_size 480 --print_freq 1".split()
+
+
+def test_the_program_trains_and_evaluates(monkeypatch, capsys, in_tmp):
+    code, out, _ = call(
+        monkeypatch, capsys, *CHEAP, "--epochs", "2", "--lr", "0.1", "--name", "one", program="run_from"
+    )
+    assert code == 0 and "no auxiliary head (images of 8 x 8 are too small for it)" in out
+    reported = out.splitlines()[-1].split("Test top-1 ")[1].split(",")[0]
+    code, out, _ = call(monkeypatch, capsys, "--evaluate", "augments/one", program="run_from")
+    assert code == 0 and out.splitlines()[0].startswith("augments/one/final.pt: test loss ")
+    assert f"top-1 {reported}," in out.splitlines()[0]
+    code, _, err = call(monkeypatch, capsys, *CHEAP, "--name", "one", program="run_from")
+    assert code == 2 and "augments/one exists and is not overwritten" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
+    arguments = [*CHEAP, "--epochs", "12", "--drop_path_prob", "0.2", "--cutout_length", "2"]
+
+    def start(*extra):
+        command = [sys.executable, str(ROOT / "run_from.py"), *extra]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(*arguments, "--name", "whole").wait() == 0
+    whole, cut = in_tmp / "augments" / "whole", in_tmp / "augments" / "cut"
+    rng = random.Random(1)
+    process = start(*arguments, "--name", "cut")
+    for _ in range(2):
+        while not (cut / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        seen = (cut / "checkpoint.pt").stat().st_mtime_ns
+        while (cut / "checkpoint.pt").stat().st_mtime_ns == seen:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.2)
+        assert process.poll() is None  # it is killed at work, not after it
+        process.kill()
+        process.wait()
+        checkpoint(cut)  # can be read whenever the kill came
+        process = start("--resume", "augments/cut")
+    assert process.wait() == 0
+    assert_same_run(whole, cut)
