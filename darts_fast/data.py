@@ -211,5 +211,8 @@ def permutation(size: int, *seed: int) -> Tensor:
 
 
 def fingerprint(dataset: Dataset) -> int:
-    """A checksum of the training images and labels: is a run resumed on the data it began with?"""
-    return zlib.crc32(dataset.labels.numpy(), zlib.crc32(dataset.images.contiguous().numpy()))
+    """A checksum of all images and labels: is a run resumed on the data it began with?"""
+    checksum = 0
+    for tensor in (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels):
+        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+    return checksum

@@ -52,6 +52,7 @@ class Loop(ABC):
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
         self.augmentation = seeded(self.device, *augmentation_seed)
         self.statistics = channel_statistics(dataset.images)
+        self.fingerprint = fingerprint(dataset)
         with refusing_what_does_not_fit(f"{dataset.name} as one tensor", self.device):
             self.batches = self._batches(dataset.images, dataset.labels)
 
@@ -184,7 +185,7 @@ class Loop(ABC):
         Raises:
             InputError: the checkpoint is of another data set or another network.
         """
-        if checkpoint.get("data") != fingerprint(self.dataset):
+        if checkpoint.get("data") != self.fingerprint:
             raise InputError(
                 f"{self.folder.path} began with other images than {self.dataset.name} holds now; "
                 "restore them, or start a new run"
@@ -221,7 +222,7 @@ class Loop(ABC):
                 "best": self.best,
                 **self.state(),
                 "augmentation": self.augmentation.get_state(),
-                "data": fingerprint(self.dataset),
+                "data": self.fingerprint,
             }
         )
 

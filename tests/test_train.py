@@ -204,6 +204,7 @@ def test_refusals(data, in_tmp):
     refused("began with tensors", evaluate, path)
     changed = (255 - data[0], *data[1:])
     refused("began with other images", resume_training, path, changed)
+    refused("began with other images", resume_training, path, (*data[:2], 255 - data[2], data[3]))
     refused("does not hold", evaluate, path, data=tuple(t[:, :1] if t.ndim == 4 else t for t in data))
     from darts_fast import resume_search
 
