@@ -59,6 +59,7 @@ class Loop(ABC):
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
         self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
         self.best: dict[str, Any] | None = None  # the epoch of the best accuracy; its "top1" is compared
+        self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
     # What a subclass says
@@ -149,8 +150,17 @@ class Loop(ABC):
             self._stop_if_asked()
 
     def evaluated(self, batches: Batches, order: Tensor) -> Means:
-        """What `evaluated` gives; a signal stops and saves between two batches."""
-        return evaluated(self.network, batches, order, self.config.batch_size, self._stop_if_asked)
+        """What `evaluated` gives; the bar shows how far it is, a signal stops and saves between two batches."""
+
+        def after_batch(images: int) -> None:
+            self.bar.set_postfix_str(f"tested {images}/{len(order)}", refresh=False)
+            self.bar.update(0)
+            self._stop_if_asked()
+
+        started = time.perf_counter()
+        means = evaluated(self.network, batches, order, self.config.batch_size, after_batch)
+        self.evaluation_seconds = time.perf_counter() - started
+        return means
 
     def _finish_epoch(self, means: Means) -> None:
         if not math.isfinite(means[0]):
@@ -291,6 +301,7 @@ class Loop(ABC):
         """A line of the log: the epoch so far, the rate, the time left."""
         loss, top1, top5 = self.epoch_means()
         left = self.seconds_per_step * (self.config.epochs * self.steps_per_epoch - self.steps_done)
+        left += self.evaluation_seconds * (self.config.epochs - self.epoch)
         self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}", refresh=False)
         self.folder.log(
             f"Epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}  "
@@ -330,19 +341,20 @@ def evaluated(
     batches: Batches,
     order: Tensor,
     batch_size: int,
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> Means:
     """Mean loss and accuracies of a network in evaluation mode on the images of `order` (int64, on the host),
-    not augmented."""
+    not augmented. `after_batch` is told how many are done."""
     training = network.training
     network.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=batches.device)
+    sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
     for indices in order.split(batch_size):
         images, labels = batches.cut(indices, augment=False)
         logits = network(images)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss, *hits(logits, labels)])
-        after_batch()
+        done += len(indices)
+        after_batch(done)
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
