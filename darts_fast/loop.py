@@ -150,7 +150,7 @@ class Loop(ABC):
             self._stop_if_asked()
 
     def evaluated(self, batches: Batches, order: Tensor) -> Means:
-        """What `evaluated` gives; the bar shows how far it is, a signal stops and saves between two batches."""
+        """What `evaluated` gives; the bar shows how far it is, a signal stops it between two batches."""
 
         def after_batch(images: int) -> None:
             self.bar.set_postfix_str(f"tested {images}/{len(order)}", refresh=False)
