@@ -9,12 +9,15 @@ from darts_fast.runs import run_program
 
 def main() -> None:
     parser = argument_parser(SearchConfig, __doc__)
-    parser.add_argument("--resume", metavar="DIR", help="go on with the search of this run folder")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with the search of this run folder, on --device if given"
+    )
     given = vars(parser.parse_args())
     resumed = given.pop("resume")
     if resumed is not None:
+        device = given.pop("device", None)
         refuse_settings("--resume", resumed, given)
-        resume_search(resumed)
+        resume_search(resumed, device=device)
     else:
         search(SearchConfig(**given))
 

@@ -4,12 +4,14 @@ import sys
 
 from darts_fast import TrainConfig, evaluate, resume_training, train
 from darts_fast.config import argument_parser, refuse_settings
-from darts_fast.runs import run_program
+from darts_fast.runs import run_program, say
 
 
 def main() -> None:
     parser = argument_parser(TrainConfig, __doc__)
-    parser.add_argument("--resume", metavar="DIR", help="go on with the training of this run folder")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with the training of this run folder, on --device if given"
+    )
     parser.add_argument(
         "--evaluate", metavar="DIR", help="test the networks saved in this run folder again, on --device"
     )
@@ -19,10 +21,11 @@ def main() -> None:
         device = given.pop("device", None)
         refuse_settings("--evaluate", evaluated, given | ({"resume": resumed} if resumed else {}))
         for name, (loss, top1, top5) in evaluate(evaluated, device).items():
-            print(f"{evaluated}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}")
+            say(f"{evaluated}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}")
     elif resumed is not None:
+        device = given.pop("device", None)
         refuse_settings("--resume", resumed, given)
-        resume_training(resumed)
+        resume_training(resumed, device=device)
     else:
         train(TrainConfig(**given))
 

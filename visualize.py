@@ -5,7 +5,7 @@ import sys
 from darts_fast.config import OneSentenceParser
 from darts_fast.notation import NAMED, load_titled
 from darts_fast.plot import FORMATS, picture_path, save
-from darts_fast.runs import run_program
+from darts_fast.runs import run_program, say
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     title, genotype = load_titled(given.genotype)
     path = picture_path(title, given.out, given.format)
     save(genotype, path, title)
-    print(f"wrote {str(path)!r}")
+    say(f"wrote {str(path)!r}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-import math
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
 FRACTION: Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "from 0 to below 1")
 EVEN: Check = (lambda value: value >= 2 and value % 2 == 0, "an even number, at least 2")
+ZERO_OR_EVEN: Check = (lambda value: value >= 0 and value % 2 == 0, "0 or an even number")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
 IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
@@ -78,8 +80,10 @@ class Config:
                 raise InputError(f"{field.name} must be {NOUNS[wanted]}, not {value!r}")
             if wanted is int and value > LARGEST:
                 raise InputError(f"{field.name} must be at most {LARGEST}, not {value}")
-            if wanted is float and not math.isfinite(value):
-                raise InputError(f"{field.name} must be a finite number, not {value!r}")
+            if wanted is float and not abs(value) <= 1e30:  # near the end of float32
+                raise InputError(f"{field.name} must be a finite number, at most 1e30, not {value!r}")
+            if wanted is str and "\0" in value:
+                raise InputError(f"{field.name} must not hold a null character")
             choices, check = field.metadata["choices"], field.metadata["check"]
             if choices and value not in choices:
                 raise InputError(f"{field.name} must be {' or '.join(map(str, choices))}, not {value!r}")
@@ -91,7 +95,8 @@ class Config:
             )
 
     def resolved(self, dataset: str) -> "Config":
-        """The same with the data set's sizes and the device that is there in place of None.
+        """The same with the data set's sizes and the device that is there in place of None, and an absolute
+        path of the data.
 
         `name` may stay None, and so does `image_size` where the images have their own.
 
@@ -102,6 +107,9 @@ class Config:
         if dataset == "folder":
             sizes["image_size"] = FOLDER_IMAGE_SIZE
         chosen = {name: value for name, value in sizes.items() if getattr(self, name) is None}
+        chosen["data_path"] = os.path.abspath(
+            os.path.expanduser(self.data_path)
+        )  # a run may be resumed elsewhere
         return dataclasses.replace(self, dataset=dataset, device=str(available_device(self.device)), **chosen)
 
 
@@ -147,9 +155,7 @@ class SearchConfig(Config):
     train_portion: float = option(
         0.5, "share of the images that trains weights; the rest trains alphas", FRACTION
     )
-    cutout_length: int = option(
-        0, "side of the square that cutout blanks, in whole pairs of pixels; 0: none", NOT_NEGATIVE
-    )
+    cutout_length: int = option(0, "side of the square that cutout blanks, in pixels; 0: none", ZERO_OR_EVEN)
     print_freq: int = option(50, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, alphas, data order and augmentation", SEED)
 
@@ -196,8 +202,8 @@ class TrainConfig(Config):
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no auxiliary head", NOT_NEGATIVE)
     cutout_length: int | None = option(
         None,
-        "side of the square that cutout blanks, in whole pairs of pixels; 0: none",
-        NOT_NEGATIVE,
+        "side of the square that cutout blanks, in pixels; 0: none",
+        ZERO_OR_EVEN,
         shown="digits 0, else 16",
     )
     drop_path_prob: float | None = option(
@@ -244,9 +250,9 @@ def available_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or name.endswith(":"):
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,4})?", name):
         raise InputError(f"device must be cpu, cuda or cuda:N, not {name!r}")
+    kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; "

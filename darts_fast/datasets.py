@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -30,7 +31,7 @@ def load(name: str, path: str | Path, image_size: int | None = None) -> Dataset:
     Raises:
         InputError: no such data set, or its files are absent or damaged and cannot be downloaded.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # unlike Path's, it leaves what it does not know as it is
     if name.lower() == "folder":
         return _folder(path, image_size or FOLDER_IMAGE_SIZE)
     if name.lower() not in READERS:
@@ -47,11 +48,13 @@ def read_data(config: Config, data: tuple[Tensor, ...] | None, resumed: str | Pa
     Raises:
         InputError: it cannot be read; or the run folder that is `resumed` began with the other kind.
     """
+    if data is not None and len(data) not in (2, 4):
+        raise InputError("data must be images and labels, or both twice: to train and to test")
     if resumed is not None and (config.dataset == "tensors") != (data is not None):
         raise InputError(
-            f"{resumed} began with tensors; go on with it from Python, with the same data"
+            f"{resumed} began with tensors, so it needs the same data, given from Python"
             if data is None
-            else f"{resumed} began with {config.dataset}; go on with it without data"
+            else f"{resumed} began with {config.dataset}, so it takes no data"
         )
     return load(config.dataset, config.data_path, config.image_size) if data is None else from_tensors(*data)
 
@@ -175,7 +178,7 @@ def _bring(name: str, files: dict[Path, str], download: Callable[[], object]) ->
     """
     from torchvision.datasets.utils import check_integrity
 
-    absent = list(files)
+    absent, made = list(files), set()
     try:
         absent = [file for file in files if not file.exists()]
         damaged = [file for file in files if file not in absent and not check_integrity(file, files[file])]
@@ -184,11 +187,15 @@ def _bring(name: str, files: dict[Path, str], download: Callable[[], object]) ->
                 f"{name}: {', '.join(map(str, damaged))} is damaged (its MD5 is not the published one); "
                 "delete it or put the published file there"
             )
+        made = {folder for file in absent for folder in file.parents if not folder.exists()}
         if absent:
             download()
         if not all(check_integrity(file, files[file]) for file in absent):
             raise RuntimeError("the download brought other files")
     except (OSError, RuntimeError, HTTPException) as error:  # the disk's, torchvision's own, the network's
+        for folder in sorted(made, reverse=True):  # what a failed download made
+            with suppress(OSError):
+                folder.rmdir()
         raise InputError(
             f"{name}: {', '.join(map(str, absent or files))} could not be read or downloaded "
             f"({' '.join(str(error).split())}); put the published files there, or name their folder with "
@@ -220,6 +227,11 @@ def _folder(path: Path, image_size: int) -> Dataset:
         train, test = {}, {}
         rng = np.random.RandomState(0)  # not --seed: no run may train on what another is tested on
         for name, files in _class_files(path).items():
+            if len(files) < 5:
+                raise InputError(
+                    f"{_shown(path / name)} holds {len(files)} images; a class needs at least 5, because "
+                    "a fifth is for testing, or else folders train/ and test/ with the same classes"
+                )
             tested = set(rng.permutation(len(files))[: len(files) // 5].tolist())
             train[name] = [file for i, file in enumerate(files) if i not in tested]
             test[name] = [file for i, file in enumerate(files) if i in tested]

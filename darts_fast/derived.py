@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darts_fast.errors import InputError
+from darts_fast.errors import InputError, first_line
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
-from darts_fast.space import INPUTS, reduction_layers
-
-STEM_MULTIPLIER = 3  # the CIFAR stem is this many times as wide as a node of the first cell
+from darts_fast.space import INPUTS, STEM_MULTIPLIER, reduction_layers
 
 # By how much each stem and the two reduction cells divide an image's sides: they have to be divisible by it.
 SIZE_MULTIPLE = {"cifar": 4, "imagenet": 32}
@@ -85,11 +83,24 @@ def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def packed(module: "DerivedNetwork", **more: Any) -> dict[str, Any]:
-    """What `load_network` needs, as plain values and tensors on the host."""
-    arguments = {**module.arguments, "genotype": str(module.arguments["genotype"])}
-    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    return {"network": arguments, "state_dict": state, **more}
+def packed(
+    module: "DerivedNetwork", mean: Tensor, std: Tensor, data: int, test: dict[str, float]
+) -> dict[str, Any]:
+    """What a saved network's file holds, as plain values and tensors on the host: see `load_network`.
+
+    Args:
+        mean, std: [image channels], in pixel values, by which the images were normalised.
+        data: the checksum of the images it was trained and tested with.
+        test: loss, top1 and top5 (0 to 1) on the test images, and the epoch.
+    """
+    return {
+        "network": {**module.arguments, "genotype": str(module.arguments["genotype"])},
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()},
+        "mean": mean,
+        "std": std,
+        "data": data,
+        "test": test,
+    }
 
 
 def load_network(path: str | Path) -> "DerivedNetwork":
@@ -111,11 +122,13 @@ def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
         arguments = dict(content["network"])
         module = network(parse(arguments.pop("genotype")), **arguments)
         module.load_state_dict(content["state_dict"])
+        shapes = [content[key].shape for key in ("mean", "std")]
+        if shapes != [(module.arguments["image_channels"],)] * 2 or type(content["data"]) is not int:
+            raise ValueError("mean, std or data are not what they should be")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except Exception as error:  # whatever a damaged file makes of torch's reader
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be read as a trained network ({reason})") from error
+        raise InputError(f"{path} cannot be read as a trained network ({first_line(error)})") from error
     return module.eval(), content
 
 

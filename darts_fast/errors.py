@@ -10,3 +10,8 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, as when its loss is no longer finite. The programs exit with 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for a sentence."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from darts_fast.derived import DerivedNetwork, network
 from darts_fast.errors import InputError
 from darts_fast.genotype import Genotype
-from darts_fast.space import CANDIDATES, EDGES, NODES, reduction_layers
-from darts_fast.supernet import STEM_MULTIPLIER, Supernet
+from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
+from darts_fast.supernet import Supernet
 
 PT_DARTS_CANDIDATES = [name for name in CANDIDATES if name != "none"] + ["none"]
 

@@ -5,6 +5,7 @@ The position in the epoch is state: a loop that is stopped or killed anywhere go
 
 import dataclasses
 import math
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from tqdm import tqdm
 
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
-from darts_fast.errors import InputError, RunError
+from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.precision import strict_float32
-from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment, first_line
+from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment
+
+MOVABLE = ("name", "device", "data_path")  # settings that a resumed run may change
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
@@ -120,7 +123,9 @@ class Loop(ABC):
                 while self.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise RunError(
                     f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
                     f"--batch_size, --init_channels or --layers ({first_line(error)})"
@@ -149,8 +154,8 @@ class Loop(ABC):
                 self._report()
             self._stop_if_asked()
 
-    def evaluated(self, batches: Batches, order: Tensor) -> Means:
-        """What `evaluated` gives; the bar shows how far it is, a signal stops it between two batches."""
+    def measured(self, batches: Batches, order: Tensor) -> Means:
+        """`evaluated` of the network; the bar shows how far it is, a signal stops it between two batches."""
 
         def after_batch(images: int) -> None:
             self.bar.set_postfix_str(f"tested {images}/{len(order)}", refresh=False)
@@ -200,6 +205,13 @@ class Loop(ABC):
                 f"{self.folder.path} began with other images than {self.dataset.name} holds now; "
                 "restore them, or start a new run"
             )
+        began_with = checkpoint.get("settings", {})
+        for name, value in self._fixed_settings().items():
+            if began_with.get(name) != value:
+                raise InputError(
+                    f"{self.folder.path / CONFIG} says {name} = {value}, but the run began with "
+                    f"{began_with.get(name)}; put that back, or start a new run"
+                )
         try:
             self.load_state(checkpoint)
             self.augmentation.set_state(checkpoint["augmentation"])
@@ -219,6 +231,9 @@ class Loop(ABC):
         if changed:
             self.folder.log(f"not where it began ({', '.join(changed)}): the bits may differ")
 
+    def _fixed_settings(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in MOVABLE}
+
     def _save(self) -> None:
         """Raises RunError, and keeps the checkpoint before, where a weight or alpha is not finite."""
         for name, tensor in self.network.state_dict().items():
@@ -233,6 +248,7 @@ class Loop(ABC):
                 **self.state(),
                 "augmentation": self.augmentation.get_state(),
                 "data": self.fingerprint,
+                "settings": self._fixed_settings(),
             }
         )
 
@@ -241,7 +257,7 @@ class Loop(ABC):
             return
         self._read_metrics()
         self._save()
-        how = f"python {self.program} --resume {self.folder.path}"
+        how = f"python {self.program} --resume {shlex.quote(str(self.folder.path))}"
         if self.dataset.name == "tensors":
             how = f"darts_fast.{self.function}({str(self.folder.path)!r}, data)"
         raise Stopped(
@@ -358,6 +374,11 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an exception of its own; on the host it is told by its text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
 from darts_fast.config import Config
-from darts_fast.errors import InputError, RunError
+from darts_fast.errors import InputError, RunError, first_line
 
 try:
     import fcntl
@@ -104,7 +104,7 @@ class RunFolder:
             folder.environment = content["environment"]
             folder._event(file_version="brain.Event:2")
             return folder
-        except InputError:
+        except BaseException:
             shutil.rmtree(path, ignore_errors=True)  # nothing of a run that never began is left behind
             raise
 
@@ -259,11 +259,6 @@ def is_folder_name(name: str) -> bool:
     return not forbidden and name.isprintable() and len(name.encode()) <= 200  # file systems end at 255
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's exception says, short enough for a sentence."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _stamped(line: str) -> str:
     return f"{time.strftime('%m/%d %H:%M:%S')} | {line}"
 
@@ -274,15 +269,19 @@ def read_config(path: Path, kind: type[Config]) -> tuple[Config, dict[str, str]]
     Raises:
         InputError: the folder or the file is not there, or is not one of such a run.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path's, false of a path that is too long or forbidden
         raise InputError(f"{path} is not a folder; name the folder of a run, such as {kind.FOLDER}/digits")
     try:
         content = json.loads((path / CONFIG).read_text())
         then = content.pop("environment", {})
         config = kind(**content)
-    except (OSError, ValueError, AttributeError, TypeError, InputError) as error:
+    except TypeError:  # settings of another kind of run
         raise InputError(
-            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} does not say so ({first_line(error)})"
+            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} is not a {kind.WORD}'s"
+        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} cannot be read ({first_line(error)})"
         ) from error
     if not config.name or not is_folder_name(config.name) or not isinstance(then, dict):
         raise InputError(f"{path} is not the folder of a {kind.WORD}: its {CONFIG} holds no name of a run")
@@ -339,6 +338,8 @@ def environment(device: str) -> dict[str, str]:
 def _commit() -> str:
     """The checkout's commit, with `+` where files differ from it; "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
@@ -348,7 +349,7 @@ def _commit() -> str:
         )
     except OSError:  # no git
         return "unknown"
-    return done.stdout.strip() if (root / ".git").exists() and done.returncode == 0 else "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 class StopSignal:
@@ -373,14 +374,30 @@ class StopSignal:
         self.__exit__()
 
 
+def say(text: str) -> None:
+    """Prints a line that the program was asked for.
+
+    Raises:
+        RunError: it cannot be written, as when the disk is full or `| head` has gone.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python shall not try again at exit
+        raise RunError(f"cannot write to the standard output: {error.strerror}") from error
+
+
 def run_program(name: str, main: Callable[[], None]) -> int:
     """Runs a program and returns its exit code; what a user caused is one line on stderr, no traceback.
 
     2: bad input; 1: a run that cannot go on; 130 or 143: stopped by Ctrl-C or SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console that cannot show a name's letters shows "?"
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115  open until the end
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            # A console that cannot show a name's letters shows "?".
+            getattr(sys, stream).reconfigure(errors="replace")
     try:
         main()
         return 0

@@ -60,12 +60,16 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
         return run.run()
 
 
-def resume_search(path: str | Path, data: tuple[Tensor, Tensor] | None = None) -> SearchResult:
+def resume_search(
+    path: str | Path, data: tuple[Tensor, Tensor] | None = None, device: str | None = None
+) -> SearchResult:
     """Goes on with the search of a run folder from its checkpoint, to the same bits as if it had never
-    stopped. `data` as in `search`, where the search was given it. Raises what `search` raises.
+    stopped. `data` as in `search`, where the search was given it; `device`, if another than it began on (then
+    to other bits, which the log says). Raises what `search` raises.
     """
     folder, config, checkpoint = RunFolder.reopen(path, SearchConfig)
     with folder:
+        config = dataclasses.replace(config, device=device or config.device)
         run = Search(config, read_data(config, data, resumed=path))
         run.folder = folder
         run.load(checkpoint)
@@ -189,7 +193,7 @@ class Search(Loop):
         return self.search_step(train, validation, lr), len(train_indices)
 
     def evaluate(self) -> Means:
-        return self.evaluated(self.batches, self.validation_half)
+        return self.measured(self.batches, self.validation_half)
 
     def finish_epoch(self, means: Means) -> None:
         """Records the epoch, and keeps its genotype if it is the best so far."""

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 NODES = 4  # intermediate nodes of a cell; their outputs are concatenated into the cell's output
+STEM_MULTIPLIER = 3  # the stem (of CIFAR networks) is this many times as wide as a node of the first cell
 INPUTS = 2  # a cell reads the outputs of the two cells before it: states 0 and 1
 
 

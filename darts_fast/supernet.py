@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from darts_fast.reference import MixedCell
-from darts_fast.space import CANDIDATES, EDGES, NODES, reduction_layers
+from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
 
 ALPHAS = ("alphas_normal", "alphas_reduce")
-STEM_MULTIPLIER = 3  # the stem is this many times as wide as a node of the first cell
 
 
 class Supernet(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darts_fast import plot
 from darts_fast.config import TrainConfig, available_device
-from darts_fast.data import Batches, Dataset, check_for_network, permutation, seeded
+from darts_fast.data import Batches, Dataset, check_for_network, fingerprint, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.derived import (
     SIZE_MULTIPLE,
@@ -71,12 +71,17 @@ def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
         return run.run()
 
 
-def resume_training(path: str | Path, data: Data | None = None) -> TrainResult:
+def resume_training(path: str | Path, data: Data | None = None, device: str | None = None) -> TrainResult:
     """Goes on with the training of a run folder from its checkpoint, to the same bits as if it had never
-    stopped. `data` as in `train`, where the training was given it. Raises what `train` raises.
+    stopped. `data` as in `train`, where the training was given it; `device`, if another than it began on
+    (then to other bits, which the log says). Raises what `train` raises.
     """
     folder, config, checkpoint = RunFolder.reopen(path, TrainConfig)
     with folder:
+        for name, key in ((BEST, "best"), (FINAL, "final")):
+            if checkpoint.get(key) is not None and not (folder.path / name).exists():
+                raise InputError(f"{folder.path / name} is missing; put it back, or start a new run")
+        config = dataclasses.replace(config, device=device or config.device)
         run = Training(config, read_data(config, data, resumed=path))
         run.folder = folder
         run.load(checkpoint)
@@ -103,19 +108,19 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
-    found = {}
+    checksum, found = fingerprint(dataset), {}
     for name in files:
         module, content = unpacked(path / name)
-        wanted = (module.arguments["image_channels"], module.arguments["classes"])
-        if wanted != (dataset.images.shape[1], dataset.classes):
+        if content["data"] != checksum:
             raise InputError(
-                f"{path / name} was trained on images of {wanted[0]} channels and {wanted[1]} classes, which "
-                f"{dataset.name} does not hold"
+                f"{path / name} was trained with other images than {dataset.name} holds now; restore them, "
+                "or load it by darts_fast.load_network and test it on yours"
             )
-        statistics = tuple(torch.tensor(content[key], dtype=torch.float64) for key in ("mean", "std"))
+        statistics = content["mean"], content["std"]
         batches = Batches(dataset.test_images, dataset.test_labels, where, statistics, seeded(where, 0))
-        with strict_float32():
-            order = torch.arange(len(dataset.test_labels))
+        order = torch.arange(len(dataset.test_labels))
+        what = f"a batch of {config.batch_size} images"
+        with strict_float32(), refusing_what_does_not_fit(what, where):
             found[name] = evaluated(module.to(where), batches, order, config.batch_size)
     return found
 
@@ -145,6 +150,12 @@ class Training(Loop):
         self.genotype = load_genotype(config.genotype)
         self.height, self.width = dataset.images.shape[2:]
         self.auxiliary = config.aux_weight > 0 and auxiliary_fits(self.height, self.width, config.stem)
+        if self.auxiliary and 1 in (config.batch_size, len(dataset.labels) % config.batch_size):
+            raise InputError(
+                f"{len(dataset.labels)} images in batches of {config.batch_size} end in a batch of one, "
+                "which has no variance for the auxiliary head's batch norm; choose another --batch_size, or "
+                "--aux_weight 0"
+            )
         what = f"a network of {config.layers} layers and {config.init_channels} channels for {dataset.name}"
         with (
             refusing_what_does_not_fit(what, self.device),
@@ -190,7 +201,7 @@ class Training(Loop):
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)]), len(labels)
 
     def evaluate(self) -> Means:
-        return self.evaluated(self.test_batches, torch.arange(len(self.dataset.test_labels)))
+        return self.measured(self.test_batches, torch.arange(len(self.dataset.test_labels)))
 
     def finish_epoch(self, means: Means) -> None:
         """Records the epoch; keeps its network where it is the best so far, or the last."""
@@ -258,5 +269,5 @@ class Training(Loop):
         return "{:.3g} M parameters, {:.3g} M multiply-adds an image".format(*millions)
 
     def _save_network(self, name: str, means: dict[str, float]) -> None:
-        mean, std = (t.tolist() for t in self.statistics)
-        self.folder.save_tensors(name, packed(self.network, mean=mean, std=std, test=means))
+        mean, std = self.statistics
+        self.folder.save_tensors(name, packed(self.network, mean, std, self.fingerprint, means))

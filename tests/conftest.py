@@ -108,7 +108,7 @@ def log_lines(folder):
     kept = [
         line
         for line in lines
-        if not line.startswith(("name =", "Resumed", "not where")) and "run folder" not in line
+        if not line.startswith(("name =", "data_path =", "Resumed", "not where")) and "run folder" not in line
     ]
     return [line.split("  lr ")[0] for line in kept]
 

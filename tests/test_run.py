@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ def load_program(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refused(*arguments, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refused)
 
 
 def call(monkeypatch, capsys, *arguments, program="run"):
@@ -57,10 +66,16 @@ BAD = {
     "--seed 4294967296": "seed must be at most 4294967295",
     "--train_portion 1": "train_portion must be above 0 and below 1",
     "--train_portion 0.001": "gives 1 of 1437 images to the weights",
-    "--cutout_length -1": "cutout_length must be 0 or more",
+    "--cutout_length -1": "cutout_length must be 0 or an even number",
     "--order 3": "invalid choice",
     "--hvp approximate": "invalid choice",
     "--derive both": "invalid choice",
+    "--alpha_lr 1e300": "alpha_lr must be a finite number, at most 1e30",
+    "--cutout_length 3": "cutout_length must be 0 or an even number",
+    "--device cpu:0": "device must be cpu, cuda or cuda:N",
+    "--device cuda:99999999999": "device must be cpu, cuda or cuda:N",
+    "--dataset cifar10 --data_path ~nosuchuser/x": "~nosuchuser/x/cifar-10-batches-py",
+    f"--resume {'d' * 5000}": "is not a folder",
     "--device tpu": "device must be cpu, cuda or cuda:N",
     "--device cuda:99": "CUDA devices",
     "--dataset imagenet": "no data set 'imagenet'",
@@ -93,6 +108,15 @@ def test_bad_input_is_one_sentence(arguments, monkeypatch, capsys, in_tmp):
     assert os.listdir(in_tmp) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "| true"])
+def test_output_that_goes_nowhere_is_no_traceback(redirection, in_tmp):
+    command = f"{sys.executable} {ROOT / 'visualize.py'} DARTS_V2 --out a.svg {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert (in_tmp / "a.svg").read_bytes().startswith(b"<?xml")
+
+
 def test_an_empty_name_is_refused(monkeypatch, capsys, in_tmp):
     code, _, err = call(monkeypatch, capsys, "--name", "")
     assert code == 2 and "name must be" in err and os.listdir(in_tmp) == []
@@ -101,12 +125,13 @@ def test_an_empty_name_is_refused(monkeypatch, capsys, in_tmp):
 def test_help_shows_every_default(monkeypatch, capsys):
     with pytest.raises(SystemExit) as done:
         call(monkeypatch, capsys, "-h")
-    text = " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
     assert done.value.code == 0
     from darts_fast import SearchConfig
 
     for field in dataclasses.fields(SearchConfig):
-        about = text.split(f" --{field.name} ")[-1].split(" --")[0]
+        about = re.search(rf"(?ms)^  --{field.name} (.*?)(?=^  -|\Z)", text)[1]
+        about = " ".join(about.split())
         assert about.endswith(f"(default: {field.metadata['shown'] or field.default})"), field.name
 
 

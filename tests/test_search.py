@@ -15,6 +15,7 @@ from conftest import assert_same_run, checkpoint, events, log_lines, same
 from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume_search, search
+from darts_fast.data import Batches
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 
@@ -62,6 +63,23 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert result.genotype == whole.genotype and result.final_genotype == whole.final_genotype
 
 
+def test_a_signal_in_an_evaluation_saves_too(data, undisturbed, in_tmp, monkeypatch):
+    config, whole = undisturbed
+    plain, calls = Batches.cut, []
+
+    def cut(self, indices, augment):
+        if not augment:
+            calls.append(None)
+            if len(calls) == 2:  # of the three batches of the first epoch's evaluation
+                os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, indices, augment)
+
+    monkeypatch.setattr(Batches, "cut", cut)
+    with pytest.raises(Stopped, match="after 4 steps"):
+        search(config, data)
+    assert_same_run(whole.path, resume_search("searchs/tensors", data).path)
+
+
 def test_resuming_a_finished_search_changes_nothing(data, in_tmp):
     whole = search(TINY, data)
     before = log_lines(whole.path)
@@ -93,6 +111,22 @@ def test_a_search_leaves_the_callers_generator_alone(data, in_tmp):
     torch.manual_seed(5)
     search(TINY, data)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_memory_is_a_sentence(data, in_tmp, monkeypatch):
+    """What the host's allocator says (shown on 64 channels with an address space of 6 GiB)."""
+
+    def step(self, *arguments):
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nframe"
+        )
+
+    monkeypatch.setattr(SearchStep, "__call__", step)
+    with pytest.raises(
+        RunError, match=r"cpu ran out of memory after step 0; try a smaller --batch_size"
+    ) as e:
+        search(TINY, data)
+    assert "\n" not in str(e.value)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(data, in_tmp, monkeypatch):
@@ -168,7 +202,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monke
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     path = search(TINY, data).path
-    assert sum("no picture of epoch" in line for line in log_lines(path)) == 2
+    assert sum("no picture EP0" in line for line in log_lines(path)) == 2
 
 
 def test_refusals_of_resume_change_nothing(data, in_tmp):
@@ -181,7 +215,7 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
         assert "\n" not in str(error.value)
         assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
-    refused("searched on tensors", path)
+    refused("began with tensors", path)
     refused("began with other images", path, (255 - data[0], data[1]))
     for name, length in checkpoint(path)["lengths"].items():
         whole = (path / name).read_bytes()
@@ -206,11 +240,20 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
         refused("cannot be read as a checkpoint", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "layers": 4}))
-    refused("does not fit the settings", path, data)
+    for name, value in (
+        ("layers", 4),
+        ("epochs", 3),
+        ("epochs", None),
+        ("batch_size", 9),
+        ("w_momentum", 0.5),
+    ):
+        (path / "config.json").write_text(json.dumps({**config, name: value}))
+        refused(f"says {name} = .*, but the run began with {config[name]}", path, data)
     (path / "config.json").write_text(json.dumps({**config, "name": "../../other"}))
     refused("holds no name of a run", path, data)
     (path / "config.json").write_text(json.dumps({**config, "colour": 4}))
+    refused("not the folder of a search", path, data)
+    (path / "config.json").write_text("[" * 100_000)
     refused("not the folder of a search", path, data)
     (path / "config.json").write_text("{")
     refused("not the folder of a search", path, data)

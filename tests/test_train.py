@@ -1,5 +1,6 @@
 """Whole trainings: against a loop written out by hand, resumed to the same bits, and what is refused."""
 
+import dataclasses
 import json
 import math
 import os
@@ -142,7 +143,7 @@ def test_evaluating_gives_what_the_training_reported(undisturbed, data):
     assert found["best.pt"][1] == undisturbed.best_top1
     module = load_network(undisturbed.path / "final.pt")
     content = torch.load(undisturbed.path / "final.pt", weights_only=True)
-    mean, std = (torch.tensor(content[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (content[key].float().view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         logits = module((data[2].float() - mean) / std)
     assert float((logits.argmax(1) == data[3]).float().mean()) == pytest.approx(undisturbed.top1)
@@ -205,15 +206,25 @@ def test_refusals(data, in_tmp):
     changed = (255 - data[0], *data[1:])
     refused("began with other images", resume_training, path, changed)
     refused("began with other images", resume_training, path, (*data[:2], 255 - data[2], data[3]))
-    refused("does not hold", evaluate, path, data=tuple(t[:, :1] if t.ndim == 4 else t for t in data))
+    refused("was trained with other images", evaluate, path, data=changed)
+    refused("ends? in a batch of one", train, dataclasses.replace(TINY, batch_size=29), data)
+    refused("ends? in a batch of one", train, dataclasses.replace(TINY, batch_size=1), data)
+    refused("data must be images and labels", train, TINY, data[:1])
     from darts_fast import resume_search
 
     refused("is not the folder of a search", resume_search, path)
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    content = torch.load(path / "final.pt", weights_only=True)
+    for key in ("mean", "data", "state_dict", "network"):
+        torch.save({name: value for name, value in content.items() if name != key}, path / "final.pt")
+        refused("final.pt cannot be read as a trained network", evaluate, path, data=data)
     (path / "final.pt").write_bytes(before[path / "final.pt"][:500])
     refused("final.pt cannot be read as a trained network", evaluate, path, data=data)
     for name in ("final.pt", "best.pt"):
         (path / name).unlink()
+        refused(
+            "best.pt is missing" if name == "best.pt" else "final.pt is missing", resume_training, path, data
+        )
     refused("no final.pt or best.pt yet", evaluate, path, data=data)
 
 
@@ -223,6 +234,9 @@ BAD = {
     "--genotype nowhere/x.json": "no file or folder 'nowhere/x.json'",
     "--genotype Genotype(normal=[])": "genotype, character 19: expected",
     "--genotype DARTS --lr 0": "lr must be above 0",
+    "--genotype DARTS --weight_decay 1e308": "weight_decay must be a finite number, at most 1e30",
+    f"--resume {'d' * 5000}": "is not a folder",
+    f"--evaluate {'d' * 5000}": "is not a folder",
     "--genotype DARTS --drop_path_prob 1": "drop_path_prob must be from 0 to below 1",
     "--genotype DARTS --aux_weight -1": "aux_weight must be 0 or more",
     "--genotype DARTS --stem mnist": "invalid choice",
