@@ -101,6 +101,7 @@ class SearchConfig(Config):
         None,
         ("exact", "finite-difference"),
     )
+    fused: bool = option(False, "compute the cells in a few calls: the same search, faster")
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts)",
@@ -165,6 +166,14 @@ def argument_parser(config: type[Config], description: str) -> argparse.Argument
     parser = OneSentenceParser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
+        if field.type is bool:
+            parser.add_argument(
+                f"--{field.name}",
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=field.metadata["meaning"].replace("%", "%%"),
+            )
+            continue
         shown = field.metadata["shown"] or field.default
         parser.add_argument(
             f"--{field.name}",

@@ -11,20 +11,21 @@ from darts_fast.supernet import STEM_MULTIPLIER, Supernet
 
 
 def load_official_search(
-    state_dict: Mapping[str, Tensor], alphas_normal: Tensor, alphas_reduce: Tensor
+    state_dict: Mapping[str, Tensor], alphas_normal: Tensor, alphas_reduce: Tensor, fused: bool = False
 ) -> Supernet:
     """Our supernet with the weights, running statistics and alphas of the official code's search network.
 
     Args:
         state_dict: of `cnn/model_search.py`'s `Network`, in any floating dtype; the supernet has the same.
         alphas_normal, alphas_reduce: [14, 8], which the official code keeps outside its state.
+        fused: as in `Supernet`.
 
     Raises:
         InputError: a tensor is missing, left over or of another shape; the message names it.
     """
     stem, classifier = _required(state_dict, "stem.0.weight"), _required(state_dict, "classifier.weight")
     layers = len({name.split(".")[1] for name in state_dict if name.startswith("cells.")})
-    network = Supernet(stem.shape[0] // STEM_MULTIPLIER, classifier.shape[0], layers, stem.shape[1])
+    network = Supernet(stem.shape[0] // STEM_MULTIPLIER, classifier.shape[0], layers, stem.shape[1], fused)
     network.to(stem.dtype)
     renamed = {_search_name(name): tensor for name, tensor in state_dict.items()}
     renamed |= {"alphas_normal": alphas_normal, "alphas_reduce": alphas_reduce}

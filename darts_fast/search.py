@@ -202,7 +202,9 @@ class Search:
 
         with torch.random.fork_rng(devices=[]):  # the caller's generator is left as it was
             torch.manual_seed(config.seed)
-            network = Supernet(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
+            network = Supernet(
+                config.init_channels, dataset.classes, config.layers, dataset.images.shape[1], config.fused
+            )
         self.network = network.to(device)
         self.take_step = SearchStep(self.network, config)
 
