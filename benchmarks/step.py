@@ -46,7 +46,7 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     difference = sum(((found[name] - expected[name]) ** 2).sum() for name in expected)
-    return float((difference / sum((t**2).sum() for t in expected.values())).sqrt())
+    return float((difference / sum((t**2).sum() for t in expected.values())).sqrt().detach())
 
 
 def check() -> None:
