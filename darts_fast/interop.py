@@ -16,19 +16,20 @@ PT_DARTS_CANDIDATES = [name for name in CANDIDATES if name != "none"] + ["none"]
 
 
 def load_official_search(
-    state_dict: Mapping[str, Tensor], alphas_normal: Tensor, alphas_reduce: Tensor
+    state_dict: Mapping[str, Tensor], alphas_normal: Tensor, alphas_reduce: Tensor, fused: bool = False
 ) -> Supernet:
     """Our supernet with the weights, running statistics and alphas of the official code's search network.
 
     Args:
         state_dict: of `cnn/model_search.py`'s `Network`, in any floating dtype; the supernet has the same.
         alphas_normal, alphas_reduce: [14, 8], which the official code keeps outside its state.
+        fused: as in `Supernet`.
 
     Raises:
         InputError: a tensor is missing, left over or of another shape; the message names it.
     """
     renamed = _renamed(_unwrapped(state_dict), _search_name)
-    return _supernet({**renamed, "alphas_normal": alphas_normal, "alphas_reduce": alphas_reduce})
+    return _supernet({**renamed, "alphas_normal": alphas_normal, "alphas_reduce": alphas_reduce}, fused)
 
 
 def load_official_eval(state_dict: Mapping[str, Tensor], genotype: Genotype) -> DerivedNetwork:
@@ -46,11 +47,12 @@ def load_official_eval(state_dict: Mapping[str, Tensor], genotype: Genotype) -> 
     return _derived(state, genotype, pool_batch_norm=False)
 
 
-def load_pt_darts_search(state_dict: Mapping[str, Tensor]) -> Supernet:
+def load_pt_darts_search(state_dict: Mapping[str, Tensor], fused: bool = False) -> Supernet:
     """Our supernet with the weights, running statistics and alphas of pt.darts's `SearchCNNController`, whose
     `none` is the last candidate and whose alphas are a tensor a node.
 
-    pt.darts saves the module itself: load it beside its code, and give its `state_dict()`.
+    pt.darts saves the module itself: load it beside its code, and give its `state_dict()`. `fused` as in
+    `Supernet`.
 
     Raises:
         InputError: a tensor is missing, left over or of another shape; the message names it.
@@ -64,7 +66,7 @@ def load_pt_darts_search(state_dict: Mapping[str, Tensor]) -> Supernet:
         if alphas.shape[1:] != (len(order),):
             raise InputError(f"the state's '{theirs}' is not about {len(order)} candidates")
         renamed[ours] = alphas[:, order]
-    return _supernet(renamed)
+    return _supernet(renamed, fused)
 
 
 def load_pt_darts_augment(state_dict: Mapping[str, Tensor], genotype: Genotype) -> DerivedNetwork:
@@ -85,10 +87,11 @@ def load_pt_darts_augment(state_dict: Mapping[str, Tensor], genotype: Genotype) 
     return _derived(state, genotype, pool_batch_norm=True)
 
 
-def _supernet(state: Mapping[str, Tensor]) -> Supernet:
+def _supernet(state: Mapping[str, Tensor], fused: bool) -> Supernet:
     """The supernet whose sizes are those of the state."""
     stem, classifier = _required(state, "stem.0.weight"), _required(state, "classifier.weight")
-    supernet = Supernet(stem.shape[0] // STEM_MULTIPLIER, classifier.shape[0], _layers(state), stem.shape[1])
+    channels = stem.shape[0] // STEM_MULTIPLIER
+    supernet = Supernet(channels, classifier.shape[0], _layers(state), stem.shape[1], fused)
     supernet.to(stem.dtype)
     load_exactly(supernet, state)
     return supernet

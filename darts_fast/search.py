@@ -175,7 +175,9 @@ class Search(Loop):
             torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
         ):
             torch.default_generator.manual_seed(config.seed)
-            network = Supernet(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
+            network = Supernet(
+                config.init_channels, dataset.classes, config.layers, dataset.images.shape[1], config.fused
+            )
             self.network = network.to(self.device)
         self.search_step = SearchStep(self.network, config)
 

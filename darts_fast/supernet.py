@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from darts_fast.fused import FusedCell
 from darts_fast.reference import MixedCell
 from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
 
@@ -22,14 +23,20 @@ class Supernet(nn.Module):
         classes: number of classes.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         image_channels: channels of the input images.
+        fused: compute the cells by `fused.FusedCell` instead of `reference.MixedCell`: the same function of
+            the same parameters, faster.
 
     The alphas `alphas_normal` and `alphas_reduce` ([14, 8] each: edges in the order of `space.EDGES`,
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
     is every other parameter.
     """
 
-    def __init__(self, channels: int, classes: int, layers: int, image_channels: int = 3):
+    def __init__(
+        self, channels: int, classes: int, layers: int, image_channels: int = 3, fused: bool = False
+    ):
         super().__init__()
+        self.fused = fused
+        cell_class = FusedCell if fused else MixedCell
         width = STEM_MULTIPLIER * channels
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
@@ -40,7 +47,7 @@ class Supernet(nn.Module):
             reduction = layer in reduction_layers(layers)
             if reduction:
                 channels *= 2
-            self.cells.append(MixedCell(before_previous, previous, channels, reduction, previous_reduction))
+            self.cells.append(cell_class(before_previous, previous, channels, reduction, previous_reduction))
             before_previous, previous, previous_reduction = previous, NODES * channels, reduction
         self.classifier = nn.Linear(previous, classes)
         for name in ALPHAS:
@@ -57,6 +64,8 @@ class Supernet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]."""
+        if self.fused:  # its cells are channels-last, and so is the stem before them
+            images = images.contiguous(memory_format=torch.channels_last)
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         before_previous = previous = self.stem(images)
         for cell in self.cells:

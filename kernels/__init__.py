@@ -1,5 +1,18 @@
-"""Kernels of the mixed cell, installed as `darts_fast.kernels`.
+"""Kernels of the mixed cell, installed as `darts_fast.kernels`: this is the whole interface.
 
-Empty for now: the fused mixed cell and its kernels come behind the interface that will stand here.
-Until then every search runs on the reference cell (`darts_fast/reference.py`).
+    sepconv   halves of separable convolutions, a list of tasks in one call; also 1x1 convolutions and the
+              two of a factorized reduce (tasks without a depthwise part)
+    pool      max and average pool of a state
+    mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
+
+Each can be differentiated twice, as far as the exact second-order architecture gradient needs it, and raises
+where it cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent forward and
+the second backward sweep of docs/mathematics.md, without weight gradients.
 """
+
+from darts_fast.kernels.mix import mix
+from darts_fast.kernels.pool import pool
+from darts_fast.kernels.sepconv import sepconv
+from darts_fast.kernels.torch_backend import Task
+
+__all__ = ["Task", "mix", "pool", "sepconv"]

@@ -1,0 +1,91 @@
+"""The search step as the official code and its ports compute it: the peer that every ratio is taken against.
+
+NCHW, every weight a tensor of its own, a second network that holds w', the Hessian-vector product by finite
+differences on weights that are moved and moved back in place, optimizers tensor by tensor. Nothing here is
+slowed: benchmarks/traffic.py counts its launches and bytes, and a test holds them to the published port's.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from darts_fast.config import SearchConfig
+from darts_fast.supernet import Supernet
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TextbookStep:
+    """One second-order step on a supernet of reference cells, which it changes in place."""
+
+    def __init__(self, network: Supernet, config: SearchConfig):
+        self.network, self.config = network, config
+        self.virtual = copy.deepcopy(network)
+        self.weights, self.alphas = list(network.weights().values()), list(network.alphas().values())
+        self.weight_optimizer = torch.optim.SGD(
+            self.weights, config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay, foreach=False
+        )
+        self.alpha_optimizer = torch.optim.Adam(
+            self.alphas, config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay, foreach=False
+        )
+
+    def phases(self, train: Batch, validation: Batch, lr: float) -> Iterator[str]:
+        """Takes the step; yields each phase's name when it is done."""
+        self._virtual_step(train, lr)
+        yield "virtual step"
+        alpha_gradients, v = self._validation_pass(validation)
+        yield "validation pass"
+        product = self._hessian_vector_product(train, v)
+        yield "hessian-vector product"
+        for alpha, found, h in zip(self.alphas, alpha_gradients, product, strict=True):
+            alpha.grad = found - lr * h
+        self.alpha_optimizer.step()
+        yield "alpha optimizer"
+        self._weight_step(train, lr)
+        yield "weight step"
+
+    def _virtual_step(self, train: Batch, lr: float) -> None:
+        gradients = torch.autograd.grad(_loss(self.network, train), self.weights)
+        with torch.no_grad():
+            for w, copied, g in zip(self.weights, self.virtual.weights().values(), gradients, strict=True):
+                momentum = self.weight_optimizer.state[w].get("momentum_buffer", 0.0)
+                momentum = momentum * self.config.w_momentum
+                copied.copy_(w - lr * (momentum + g + self.config.w_weight_decay * w))
+            for alpha, copied in zip(self.alphas, self.virtual.alphas().values(), strict=True):
+                copied.copy_(alpha)
+
+    def _validation_pass(self, validation: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        alphas = list(self.virtual.alphas().values())
+        found = torch.autograd.grad(
+            _loss(self.virtual, validation), [*alphas, *self.virtual.weights().values()]
+        )
+        return found[: len(alphas)], found[len(alphas) :]
+
+    def _hessian_vector_product(self, train: Batch, v: list[Tensor]) -> list[Tensor]:
+        epsilon = 0.01 / torch.cat([d.reshape(-1) for d in v]).norm()
+        self._move(v, epsilon)
+        plus = torch.autograd.grad(_loss(self.network, train), self.alphas)
+        self._move(v, -2.0 * epsilon)
+        minus = torch.autograd.grad(_loss(self.network, train), self.alphas)
+        self._move(v, epsilon)
+        return [(p - n) / (2.0 * epsilon) for p, n in zip(plus, minus, strict=True)]
+
+    @torch.no_grad()
+    def _move(self, v: list[Tensor], epsilon: Tensor) -> None:
+        for w, d in zip(self.weights, v, strict=True):
+            w += epsilon * d
+
+    def _weight_step(self, train: Batch, lr: float) -> None:
+        self.weight_optimizer.zero_grad()
+        _loss(self.network, train).backward(inputs=self.weights)
+        torch.nn.utils.clip_grad_norm_(self.weights, self.config.w_grad_clip, foreach=False)
+        for group in self.weight_optimizer.param_groups:
+            group["lr"] = lr
+        self.weight_optimizer.step()
+
+
+def _loss(network: Supernet, batch: Batch) -> Tensor:
+    return F.cross_entropy(network(batch[0]), batch[1])

@@ -1,0 +1,169 @@
+"""Counts the launches and the bytes of one second-order step without a GPU and without computing anything.
+
+    python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--json F]
+
+The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view;
+its bytes are those of the distinct elements of its tensor arguments and results. tests/test_benchmarks.py
+holds both counts against real runs. (In the fused weight step PyTorch clips tensor by tensor on meta, where
+on CPU and CUDA it takes fewer launches: that phase counts some too many.)
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fused_step import FusedStep  # noqa: E402
+from textbook import TextbookStep  # noqa: E402
+
+from darts_fast.config import SearchConfig  # noqa: E402
+from darts_fast.supernet import Supernet  # noqa: E402
+
+
+class Count(NamedTuple):
+    """Launches, and bytes read and written."""
+
+    launches: int = 0
+    bytes: int = 0
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what runs within. `live` and `peak` are bytes of storages made within and not yet freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.live, self.peak = Count(), 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is aten.convolution.default and args[0].is_contiguous(memory_format=torch.channels_last):
+            # On real tensors its result is channels-last, too; on meta tensors PyTorch leaves that out.
+            found = found.contiguous(memory_format=torch.channels_last)
+        if not func.is_view and func not in NOTHING:
+            results = list(_tensors(found))
+            if results:
+                operands = {_place(t): t for t in [*_tensors(args), *_tensors(kwargs), *results]}
+                moved = sum(elements(t) * t.element_size() for t in operands.values())
+                self.total = Count(self.total.launches + 1, self.total.bytes + moved)
+        if not func.is_view:
+            for tensor in _tensors(found):
+                self._watch(tensor.untyped_storage())
+        return found
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, storage.nbytes())
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+# PyTorch gives this operation no shapes for meta tensors.
+library = torch.library.Library("aten", "IMPL")
+library.impl(
+    "batch_norm_update_stats",
+    lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
+    "Meta",
+)
+
+aten = torch.ops.aten
+# Allocations and metadata: they launch nothing.
+NOTHING = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+    aten.detach.default,
+    aten._unsafe_view.default,
+    aten.is_same_size.default,
+}
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def elements(tensor: Tensor) -> int:
+    """The distinct ones: an expanded dimension counts once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count
+
+
+def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:
+    """Runs the step; the counts of each phase."""
+    found, before = {}, traffic.total
+    for name in step:
+        found[name] = Count(traffic.total.launches - before.launches, traffic.total.bytes - before.bytes)
+        before = traffic.total
+    return found
+
+
+def count(
+    fused: bool, batch_size: int, channels: int, layers: int, size: int = 32, device: str = "meta"
+) -> dict[str, Any]:
+    """The counts of one step, not the first (there are momenta)."""
+    with torch.device(device):
+        network = Supernet(channels, 10, layers, fused=fused)
+        images = torch.zeros(batch_size, 3, size, size)
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+    step = (FusedStep if fused else TextbookStep)(network, SearchConfig())
+    for w in network.weights().values():
+        step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    batch = images, labels
+    with Traffic() as traffic:
+        found = phases(step.phases(batch, batch, 0.025), traffic)
+    return {"phases": found, "total": traffic.total, "peak": traffic.peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--init_channels", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--json", metavar="F", help="write the counts there too")
+    args = parser.parse_args()
+    setting = f"batch {args.batch_size}, {args.init_channels} channels, {args.layers} layers, 32x32, float32"
+    print(f"one second-order step, {setting}, torch {torch.__version__}, meta tensors")
+    results = {}
+    for name, fused in (("textbook", False), ("fused", True)):
+        found = results[name] = count(fused, args.batch_size, args.init_channels, args.layers)
+        print(f"\n{name:<24}{'launches':>10}{'GB':>9}")
+        for phase, (launches, moved) in [*found["phases"].items(), ("total", found["total"])]:
+            print(f"{phase:<24}{launches:>10,}{moved / 1e9:>9.1f}")
+        print(f"{'peak of live bytes':<24}{'':>10}{found['peak'] / 1e9:>9.1f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"setting": vars(args), "torch": torch.__version__, **results}))
+
+
+if __name__ == "__main__":
+    main()

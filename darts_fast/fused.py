@@ -1,0 +1,156 @@
+"""The mixed cell on `darts_fast.kernels`: the same sums as `reference.MixedCell`, shared and fused.
+
+Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from darts_fast import kernels
+from darts_fast.kernels import Task
+from darts_fast.reference import FactorizedReduce, MixedCell
+from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+
+POOLS = ("max_pool_3x3", "avg_pool_3x3")
+CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_conv", "dil_conv"))
+
+# A candidate's output before its batch norm, and the statistics [3, C] it is to be normalised by, if any.
+Candidate = tuple[Tensor, Tensor | None]
+
+
+class FusedCell(MixedCell):
+    """`reference.MixedCell` with everything that edges from one state share computed once: ReLU, both pools
+    and their batch norms, the identity. `none` adds nothing to a node; its alpha has its gradient through
+    the softmax. States are channels-last.
+
+    Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass, where a module is training
+    and tracks them; in evaluation mode every edge is normalised by its own.
+    """
+
+    def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
+        """As the reference's; the output is channels-last. Twice differentiable as far as `kernels` are."""
+        self._observed: list[tuple[nn.BatchNorm2d, Tensor, int]] = []
+        states = [
+            self._preprocess(self.preprocess0, before_previous),
+            self._preprocess(self.preprocess1, previous),
+        ]
+        candidates: dict[int, list[Candidate]] = {}  # by edge, in the order of CANDIDATES without `none`
+        for source in range(INPUTS + NODES):
+            if source >= INPUTS:
+                states.append(self._node(source - INPUTS, candidates, probabilities))
+            edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
+            if edges:
+                candidates |= self._candidates(states[source], edges)
+        self._update_running_statistics()
+        return torch.cat(states[INPUTS:], dim=1)
+
+    def _node(self, node: int, candidates: dict[int, list[Candidate]], probabilities: Tensor) -> Tensor:
+        """Equation 1: the sum over the node's edges of equation 2."""
+        edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
+        tensors, statistics = zip(*(pair for edge in edges for pair in candidates[edge]), strict=True)
+        weights = probabilities[edges[0] : edges[-1] + 1, 1:].reshape(-1)  # `none` is the first column
+        return kernels.mix(tensors, statistics, weights, self.training)
+
+    def _candidates(self, x: Tensor, edges: list[int]) -> dict[int, list[Candidate]]:
+        """Every candidate of the edges that leave the state x."""
+        stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
+        convolutions = self._convolutions(x, edges, stride)
+        pools = self._pools(x, edges, stride)
+        return {
+            edge: [
+                *pools[edge],
+                (x, None) if stride == 1 else self._factorized_reduce(self.edges[edge]["skip_connect"], x),
+                *convolutions[edge],
+            ]
+            for edge in edges
+        }
+
+    def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
+        *pools, statistics = kernels.pool(x, stride)
+        norms = {edge: [self.edges[edge][name][1] for name in POOLS] for edge in edges}
+        found = {
+            edge: [self._statistics(*args) for args in zip(norms[edge], pools, statistics, strict=True)]
+            for edge in edges
+        }
+        if not self.training:  # each edge has its own running statistics
+            return {edge: list(zip(pools, found[edge], strict=True)) for edge in edges}
+        one = statistics.new_ones(1)
+        normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
+        return {edge: [(y, None) for y in normalized] for edge in edges}
+
+    def _convolutions(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
+        """The first half of every convolution in one call, then the second half of the separable ones."""
+        keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
+        modules = {key: self.edges[key[0]][key[1]] for key in keys}
+        tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
+        found = dict(
+            zip(keys, self._halves([x], None, tasks, [m[:4] for m in modules.values()]), strict=True)
+        )
+        twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
+        second = self._halves(
+            [found[key][0] for key in twice],
+            torch.stack([found[key][1] for key in twice]),
+            [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
+            [modules[key][4:] for key in twice],
+        )
+        found |= zip(twice, second, strict=True)
+        return {edge: [found[edge, name] for name in CONVOLUTIONS] for edge in edges}
+
+    def _halves(
+        self,
+        sources: list[Tensor],
+        statistics: Tensor | None,
+        tasks: list[Task],
+        modules: list[nn.Sequential],
+    ) -> list[Candidate]:
+        """Modules are ReLU, depthwise, pointwise, batch norm."""
+        outputs, found = kernels.sepconv(
+            sources,
+            tasks,
+            [m[1].weight for m in modules],
+            [m[2].weight for m in modules],
+            statistics,
+            self.training,
+        )
+        return [(y, self._statistics(m[3], y, s)) for y, s, m in zip(outputs, found, modules, strict=True)]
+
+    def _factorized_reduce(self, module: FactorizedReduce, x: Tensor) -> Candidate:
+        tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
+        outputs, statistics = kernels.sepconv(
+            [x], tasks, [None, None], [module.conv_1.weight, module.conv_2.weight]
+        )
+        y = torch.cat(outputs, dim=1)
+        return y, self._statistics(module.bn, y, torch.cat(list(statistics), dim=1))
+
+    def _preprocess(self, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, FactorizedReduce):
+            y, statistics = self._factorized_reduce(module, x)
+        else:
+            _, convolution, norm = module
+            (y,), (found,) = kernels.sepconv([x], [Task()], [None], [convolution.weight])
+            statistics = self._statistics(norm, y, found)
+        return kernels.mix([y], [statistics], statistics.new_ones(1), self.training)
+
+    # Statistics
+
+    def _statistics(self, norm: nn.BatchNorm2d, y: Tensor, batch: Tensor) -> Tensor:
+        """What y is normalised by, [3, C]: in training the statistics of the batch, which are noted."""
+        if not self.training:
+            mean, variance = norm.running_mean, norm.running_var
+            return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
+        if norm.track_running_stats:
+            self._observed.append((norm, batch, y.numel() // y.shape[1]))
+        return batch
+
+    @torch.no_grad()
+    def _update_running_statistics(self) -> None:
+        """As `nn.BatchNorm2d`: the variance that runs is the unbiased one."""
+        observed, self._observed = self._observed, []
+        if not observed:
+            return
+        norms, statistics, counts = zip(*observed, strict=True)
+        means = [s[0] for s in statistics]
+        variances = [s[1] * (m / (m - 1)) for s, m in zip(statistics, counts, strict=True)]
+        running = [n.running_mean for n in norms] + [n.running_var for n in norms]
+        torch._foreach_lerp_(running, means + variances, norms[0].momentum)
+        torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

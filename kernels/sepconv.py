@@ -1,0 +1,133 @@
+"""Halves of separable convolutions: [batch norm] -> ReLU -> depthwise -> pointwise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from darts_fast.kernels.backends import backend
+from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
+from darts_fast.kernels.torch_backend import Normalizer, Task
+
+
+def sepconv(
+    sources: Sequence[Tensor],
+    tasks: Sequence[Task],
+    depthwise: Sequence[Tensor | None],
+    pointwise: Sequence[Tensor],
+    statistics: Tensor | None = None,
+    batch_statistics: bool = True,
+) -> tuple[list[Tensor], Tensor]:
+    """y_t = P_t (D_t * relu(h)) for every task t; h is source number `task.source`, or its batch norm.
+
+    Differentiable once with respect to the weights, and their gradients once more with respect to the
+    sources: the four sweeps of docs/mathematics.md.
+
+    Args:
+        sources: [N, C, H, W] each, float64, float32, bfloat16 or float16, in any memory layout.
+        tasks: which source each reads, with what stride and dilation. One source's ReLU is computed once.
+        depthwise: [C, 1, k, k] each with k odd, padded to `same`; None: no depthwise convolution, the
+            pixels (offset + stride * i, offset + stride * j) are read, and sizes must divide by the stride.
+        pointwise: [K, C, 1, 1] each. Weights are float64 for float64 sources, else float32.
+        statistics: [sources, 3, C]: mean, biased variance and 1 / sqrt(variance + 1e-5) to normalise each
+            source by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
+        batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
+            batch norm's in training; else they are constants.
+
+    Returns:
+        y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype;
+        and their statistics [tasks, 3, K] as above, not differentiable.
+
+    Raises:
+        ValueError: a size does not divide by the stride of a task without depthwise part; or a single
+            value a channel, which has no variance.
+        RuntimeError: when a second derivative with respect to a weight is asked for.
+    """
+    for task, d in zip(tasks, depthwise, strict=True):
+        height, width = sources[task.source].shape[2:]
+        if d is None and (height % task.stride or width % task.stride):
+            raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
+    weights = differentiable_once([*depthwise, *pointwise])
+    sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
+    *outputs, found = _SepConv.apply(tuple(tasks), batch_statistics, statistics, *sources, *weights)
+    return outputs, found
+
+
+class _SepConv(torch.autograd.Function):
+    """Tensors are the sources, then each task's depthwise and each task's pointwise weight."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        tasks: tuple[Task, ...],
+        batch: bool,
+        statistics: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.tasks, ctx.batch = tasks, batch
+        ctx.save_for_backward(statistics, *tensors)
+        outputs, found = backend(tensors[0].device).sepconv_forward(
+            *_arguments(tasks, batch, statistics, tensors)
+        )
+        ctx.mark_non_differentiable(found)
+        return *outputs, found
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
+        statistics, *tensors = ctx.saved_tensors
+        found = _SepConvBackward.apply(
+            ctx.tasks, ctx.batch, weights_wanted(ctx), statistics, *tensors, *adjoints[:-1]
+        )
+        return None, None, None, *found
+
+
+class _SepConvBackward(torch.autograd.Function):
+    """The first backward sweep. Its own backward is the tangent forward sweep."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        tasks: tuple[Task, ...],
+        batch: bool,
+        weight_gradients: bool,
+        statistics: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.tasks, ctx.batch = tasks, batch
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(statistics, *tensors)
+        tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
+        sources, d, p = backend(adjoints[0].device).sepconv_backward(
+            *_arguments(tasks, batch, statistics, tensors), adjoints, weight_gradients
+        )
+        return *sources, *d, *p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if weights_wanted(ctx):
+            refuse_second_derivative("its weights")
+        n = len(ctx.tasks)
+        statistics, *tensors = ctx.saved_tensors
+        tensors, adjoints = tensors[:-n], tensors[-n:]
+        outputs, sources = backend(adjoints[0].device).sepconv_tangent(
+            *_arguments(ctx.tasks, ctx.batch, statistics, tensors),
+            adjoints,
+            tangents[: -2 * n],
+            tangents[-2 * n : -n],
+            tangents[-n:],
+        )
+        return None, None, None, None, *sources, *[None] * (2 * n), *outputs
+
+
+def _arguments(
+    tasks: tuple[Task, ...], batch: bool, statistics: Tensor | None, tensors: Sequence[Tensor | None]
+) -> tuple:
+    """What every function of a backend begins with: sources, normalizers, tasks, both kinds of weights."""
+    n = len(tasks)
+    sources = tensors[: -2 * n]
+    normalizers = (
+        [None] * len(sources) if statistics is None else [Normalizer(*s.unbind(), batch) for s in statistics]
+    )
+    return sources, normalizers, tasks, tensors[-2 * n : -n], tensors[-n:]
