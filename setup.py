@@ -19,6 +19,7 @@ requirements = [
 ]
 test_requirements = [
     "pytest",
+    "pytest-xdist",  # a worker a core
     "hypothesis",  # random genotypes and random damage to them, against the grammar
     "ruff",  # lint, also run by CI
 ]

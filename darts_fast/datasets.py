@@ -227,11 +227,6 @@ def _folder(path: Path, image_size: int) -> Dataset:
         train, test = {}, {}
         rng = np.random.RandomState(0)  # not --seed: no run may train on what another is tested on
         for name, files in _class_files(path).items():
-            if len(files) < 5:
-                raise InputError(
-                    f"{_shown(path / name)} holds {len(files)} images; a class needs at least 5, because "
-                    "a fifth is for testing, or else folders train/ and test/ with the same classes"
-                )
             tested = set(rng.permutation(len(files))[: len(files) // 5].tolist())
             train[name] = [file for i, file in enumerate(files) if i not in tested]
             test[name] = [file for i, file in enumerate(files) if i in tested]

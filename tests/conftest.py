@@ -2,6 +2,8 @@ import ast
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch; for the programs that tests start, too
+
 import numpy as np
 import pytest
 import torch
