@@ -23,6 +23,7 @@ def test_float64_matches_the_official_code(golden_search):
     assert all(error < 1e-9 for error in errors.values()), errors
 
 
+@pytest.mark.xdist_group("float32_allowance")  # computed once, for both tests that need it
 def test_float32_is_as_close_to_float64_as_its_own_rounding_allows(golden_search, float32_allowance):
     expected = golden_search.group("float64", torch.float64)
     for layout in LAYOUTS:

@@ -54,6 +54,7 @@ def test_float64_matches_the_official_code(golden_search):
     assert all(error < 1e-9 for error in errors.values()), errors
 
 
+@pytest.mark.xdist_group("float32_allowance")  # computed once, for both tests that need it
 def test_float32_is_as_close_to_float64_as_rounding_allows_the_reference(golden_search, float32_allowance):
     found = everything(
         official_network(golden_search, torch.float32, fused=True), golden_search, torch.float32
