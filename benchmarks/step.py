@@ -46,12 +46,12 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     difference = sum(((found[name] - expected[name]) ** 2).sum() for name in expected)
-    return float((difference / sum((t**2).sum() for t in expected.values())).sqrt())
+    return float((difference / sum((t**2).sum() for t in expected.values())).sqrt().detach())
 
 
 def check() -> None:
     """Raises AssertionError where the two disagree."""
-    dtype, (train, validation) = torch.float64, batches(4, 16, torch.float64)
+    dtype, (train, validation) = torch.float64, batches(4, 8, torch.float64)
     networks = [supernet(4, 3, fused, dtype) for fused in (False, True)]
     differences = SearchConfig(hvp="finite-difference")
     steps = TextbookStep(networks[0], differences), SearchStep(networks[1], differences)

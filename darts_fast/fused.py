@@ -14,7 +14,7 @@ from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_conv", "dil_conv"))
 
-# A candidate's output before its batch norm, and the statistics [2, C] it is to be normalised by, if any.
+# A candidate's output before its batch norm, and the statistics [3, C] it is to be normalised by, if any.
 Candidate = tuple[Tensor, Tensor | None]
 
 
@@ -134,9 +134,10 @@ class FusedCell(MixedCell):
     # Statistics
 
     def _statistics(self, norm: nn.BatchNorm2d, y: Tensor, batch: Tensor) -> Tensor:
-        """What y is normalised by, [2, C]: in training the statistics of the batch, which are noted."""
+        """What y is normalised by, [3, C]: in training the statistics of the batch, which are noted."""
         if not self.training:
-            return torch.stack([norm.running_mean, norm.running_var])
+            mean, variance = norm.running_mean, norm.running_var
+            return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
         if norm.track_running_stats:
             self._observed.append((norm, batch, y.numel() // y.shape[1]))
         return batch
@@ -148,8 +149,8 @@ class FusedCell(MixedCell):
         if not observed:
             return
         norms, statistics, counts = zip(*observed, strict=True)
-        means = [mean for mean, _ in statistics]
-        variances = [variance * (m / (m - 1)) for (_, variance), m in zip(statistics, counts, strict=True)]
+        means = [s[0] for s in statistics]
+        variances = [s[1] * (m / (m - 1)) for s, m in zip(statistics, counts, strict=True)]
         running = [n.running_mean for n in norms] + [n.running_var for n in norms]
         torch._foreach_lerp_(running, means + variances, norms[0].momentum)
         torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

@@ -25,7 +25,8 @@ def mix(
 
     Args:
         candidates: y_k, [N, C, H, W] each, float64, float32, bfloat16 or float16, in any memory layout.
-        statistics: for each, means and biased variances [2, C], not differentiated; None: h_k is y_k.
+        statistics: for each, [3, C]: mean, biased variance and 1 / sqrt(variance + 1e-5), not
+            differentiated; None: h_k is y_k.
         weights: p [candidates], float64 for float64 candidates, else float32.
         batch_statistics: that the statistics are those of the candidates themselves, so that the derivative
             is batch norm's in training; else they are constants.
@@ -101,4 +102,4 @@ class _MixBackward(torch.autograd.Function):
 
 
 def _normalizers(statistics: Sequence[Tensor | None], batch: bool) -> list[Normalizer | None]:
-    return [None if s is None else Normalizer.of(s, batch) for s in statistics]
+    return [None if s is None else Normalizer(*s.unbind(), batch) for s in statistics]

@@ -18,8 +18,8 @@ def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         stride: 1 or 2.
 
     Returns:
-        maximum and average, [N, C, H / stride, W / stride] (rounded up), channels-last, in x's dtype; and the
-        mean and biased variance of each, [2, 2, C], not differentiable.
+        maximum and average, [N, C, H / stride, W / stride] (rounded up), channels-last, in x's dtype; and of
+        each the mean, biased variance and 1 / sqrt(variance + 1e-5), [2, 3, C], not differentiable.
 
     Raises:
         ValueError: a single value a channel, which has no variance.

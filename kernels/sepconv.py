@@ -30,14 +30,14 @@ def sepconv(
         depthwise: [C, 1, k, k] each with k odd, padded to `same`; None: no depthwise convolution, the
             pixels (offset + stride * i, offset + stride * j) are read, and sizes must divide by the stride.
         pointwise: [K, C, 1, 1] each. Weights are float64 for float64 sources, else float32.
-        statistics: [sources, 2, C]: means and biased variances to normalise the sources by on load; they
-            are not differentiated, see `batch_statistics`. None: the sources are read as they are.
+        statistics: [sources, 3, C]: mean, biased variance and 1 / sqrt(variance + 1e-5) to normalise each
+            source by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
         batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
             batch norm's in training; else they are constants.
 
     Returns:
         y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype;
-        and their statistics [tasks, 2, K], not differentiable.
+        and their statistics [tasks, 3, K] as above, not differentiable.
 
     Raises:
         ValueError: a size does not divide by the stride of a task without depthwise part; or a single
@@ -126,6 +126,6 @@ def _arguments(
     n = len(tasks)
     sources = tensors[: -2 * n]
     normalizers = (
-        [None] * len(sources) if statistics is None else [Normalizer.of(s, batch) for s in statistics]
+        [None] * len(sources) if statistics is None else [Normalizer(*s.unbind(), batch) for s in statistics]
     )
     return sources, normalizers, tasks, tensors[-2 * n : -n], tensors[-n:]

@@ -35,7 +35,9 @@ class Task(NamedTuple):
 
 def wide(x: Tensor) -> Tensor:
     """`x` channels-last, in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(memory_format=torch.channels_last)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -49,8 +51,13 @@ def image(x: Tensor, like: Tensor) -> Tensor:
     return x.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
-def channel_sum(x: Tensor) -> Tensor:
-    return x.sum((0, 2, 3))
+def channel_dot(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of x y per channel, [C]: the gradient of a batch norm's weight where mean is 0 and r is 1,
+    because that pass writes no product."""
+    zero, one = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    return aten.native_batch_norm_backward(
+        x, y, None, zero, one, zero, one, True, EPSILON, [False, True, False]
+    )[1]
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -62,18 +69,13 @@ def per_channel(x: Tensor) -> Tensor:
 
 
 class Normalizer(NamedTuple):
-    """The mean and reciprocal standard deviation [C] that y is normalised by; `batch` says that they are
-    those of y itself, so that they move with it, and not constants (evaluation mode)."""
+    """The mean, biased variance and r [C] that y is normalised by; `batch` says that they are those of y
+    itself, so that they move with it, and not constants (evaluation mode)."""
 
     mean: Tensor
     variance: Tensor
     r: Tensor
     batch: bool
-
-    @classmethod
-    def of(cls, statistics: Tensor, batch: bool) -> "Normalizer":
-        mean, variance = statistics
-        return cls(mean, variance, (variance + EPSILON).rsqrt(), batch)
 
     def apply(self, y: Tensor) -> Tensor:
         """h"""
@@ -82,11 +84,9 @@ class Normalizer(NamedTuple):
     def adjoint(self, g: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """weight B(g) with B(g) = r (g - mean(g) - h mean(g h)), and the sum of g h per channel.
 
-        B is its own transpose: it also takes the tangent of y to the tangent of h.
+        B is its own transpose: it also takes the tangent of y to the tangent of h. `weight` is [C] and
+        contiguous: with an expanded one ATen returns garbage for channels-last input.
         """
-        if weight is not None:
-            # Contiguous: with an expanded weight ATen returns garbage for channels-last input.
-            weight = weight.expand(y.shape[1]).contiguous()
         found, sums, _ = aten.native_batch_norm_backward(
             g,
             y,
@@ -101,28 +101,40 @@ class Normalizer(NamedTuple):
         )
         return found, sums
 
-    def second(
-        self, y: Tensor, adjoint: Tensor, s: Tensor, hd: Tensor, t: Tensor, u: Tensor, weight: Tensor
-    ) -> Tensor | None:
-        """How weight B(g) changes with y, along yd: - r (t weight B(g) + s weight hd + u weight h).
 
-        Args:
-            adjoint: weight B(g).
-            s, t, u: mean(g h), mean(h yd), mean(g hd), [C].
-            hd: the tangent of h.
-        """
-        if not self.batch:
-            return None
-        scale = -self.r * self.r * weight * u
-        found = torch.addcmul(per_channel(-scale * self.mean), y, per_channel(scale))
-        found.addcmul_(adjoint, per_channel(-self.r * t))
-        return found.addcmul_(hd, per_channel(-self.r * weight * s))
+def second_adjoint(
+    y: Tensor, norm: Normalizer, weight: Tensor, adjoint: Tensor, s: Tensor, hd: Tensor, t: Tensor, u: Tensor
+) -> Tensor | None:
+    """How weight B(g) changes with y, along yd: - r (t weight B(g) + s weight hd + u weight h).
+
+    Args:
+        weight: a number or [C].
+        adjoint: weight B(g).
+        s, t, u: mean(g h), mean(h yd), mean(g hd), [C].
+        hd: the tangent of h.
+    """
+    if not norm.batch:
+        return None
+    minus_r = -norm.r
+    scale = minus_r * norm.r * weight * u
+    found = torch.addcmul(per_channel(-scale * norm.mean), y, per_channel(scale))
+    found.addcmul_(adjoint, per_channel(minus_r * t))
+    return found.addcmul_(hd, per_channel(minus_r * weight * s))
 
 
-def statistics_of(y: Tensor) -> Tensor:
-    """Mean and biased variance per channel, the variance about the mean: [2, C]."""
-    mean, variance = torch.batch_norm_update_stats(y, None, None, 0.0)
-    return torch.stack([mean, variance])
+def statistics_of(outputs: Sequence[Tensor]) -> Tensor:
+    """Mean, biased variance (about the mean, which is stable) and r of each channel: [outputs, 3, C].
+
+    Raises ValueError where a channel has a single value.
+    """
+    n, _, height, width = outputs[0].shape
+    if n * height * width == 1:
+        raise ValueError(
+            f"batch norm in training needs more than one value a channel, not {outputs[0].shape}"
+        )
+    found = torch.stack([part for y in outputs for part in torch.batch_norm_update_stats(y, None, None, 0.0)])
+    found = found.view(len(outputs), 2, -1)
+    return torch.cat([found, (found[:, 1:] + EPSILON).rsqrt()], dim=1)
 
 
 # Separable half: [h = batch norm of x] -> a = relu(h) -> z = D * a (depthwise) -> y = P z (pointwise)
@@ -136,24 +148,32 @@ def depthwise(a: Tensor, weight: Tensor | None, task: Task) -> Tensor:
     return F.conv2d(a, weight, None, task.stride, padding, task.dilation, groups=a.shape[1])
 
 
-def depthwise_adjoint(z: Tensor, weight: Tensor | None, task: Task, like: Tensor) -> Tensor:
-    """A = D' * z, of the shape of `like`, as a forward convolution with the flipped kernel: ATen's own
-    backward of a dilated depthwise convolution took 1438 us where this took 174 us (3x3, batch 16, 16
-    channels, 32x32, one CPU core)."""
+def depthwise_adjoint(
+    z: Tensor, weight: Tensor | None, task: Task, like: Tensor, total: Tensor | None
+) -> Tensor:
+    """total + D' * z, of the shape of `like`; `total` (None: zero) is overwritten.
+
+    A forward convolution with the flipped kernel: ATen's own backward of a dilated depthwise convolution
+    took 1438 us where this took 174 us (3x3, batch 16, 16 channels, 32x32, one CPU core).
+    """
     if task.stride > 1:
-        spread = torch.zeros_like(like, memory_format=torch.channels_last)
-        spread[:, :, task.offset :: task.stride, task.offset :: task.stride] = z
+        spread = total
+        if weight is not None or total is None:
+            spread = torch.zeros_like(like, memory_format=torch.channels_last)
+        spread[:, :, task.offset :: task.stride, task.offset :: task.stride] += z
+        if weight is None:
+            return spread
         z = spread
-    if weight is None:
-        return z
-    padding = task.dilation * (weight.shape[-1] // 2)
-    return F.conv2d(z, weight.flip(2, 3), None, 1, padding, task.dilation, groups=z.shape[1])
+    if weight is not None:
+        padding = task.dilation * (weight.shape[-1] // 2)
+        z = F.conv2d(z, weight.flip(2, 3), None, 1, padding, task.dilation, groups=z.shape[1])
+    return z if total is None else total.add_(z)
 
 
 def depthwise_weight_gradient(z: Tensor, planes: Tensor, weight: Tensor, task: Task) -> Tensor:
     """dD: z correlated with a, as a forward convolution too: every channel of every image is a channel, z is
     the kernel, stride and dilation change places. ATen's own backward took 1.2 to 3.0 ms where this took 0.8
-    to 1.1 ms (5x5 or dilated, batch 16, 16 channels, 32x32, one CPU core), and had 4 times its rounding.
+    to 1.1 ms (5x5 or dilated, batch 16, 16 channels, 32x32, one CPU core), with up to 4 times its rounding.
 
     Args:
         planes: a, contiguous in [N, C, H, W].
@@ -187,6 +207,11 @@ def masked(x: Tensor, a: Tensor) -> Tensor:
     return aten.threshold_backward(x, a, 0)
 
 
+def masked_(x: Tensor, a: Tensor) -> Tensor:
+    """The same in place."""
+    return aten.threshold_backward.grad_input(x, a, 0, grad_input=x)
+
+
 def sepconv_forward(
     sources: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
@@ -194,14 +219,13 @@ def sepconv_forward(
     depthwise_weights: Sequence[Tensor | None],
     pointwise_weights: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
-    """y of every task in the sources' dtype, and their statistics [tasks, 2, K]."""
+    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]."""
     inputs = [_rectified(x, norm) for x, norm in zip(sources, normalizers, strict=True)]
-    outputs, statistics = [], []
-    for task, d, p in zip(tasks, depthwise_weights, pointwise_weights, strict=True):
-        y = pointwise(depthwise(inputs[task.source], d, task), p)
-        statistics.append(statistics_of(y))
-        outputs.append(y.to(sources[task.source].dtype))
-    return outputs, torch.stack(statistics)
+    outputs = [
+        pointwise(depthwise(inputs[task.source], d, task), p)
+        for task, d, p in zip(tasks, depthwise_weights, pointwise_weights, strict=True)
+    ]
+    return [y.to(sources[0].dtype) for y in outputs], statistics_of(outputs)
 
 
 def sepconv_backward(
@@ -214,27 +238,28 @@ def sepconv_backward(
     weight_gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """The adjoint of every source, and the gradients of the weights: None where they are not asked for."""
-    inputs = [_rectified(x, norm) for x, norm in zip(sources, normalizers, strict=True)]
-    planes = [a.contiguous() for a in inputs] if weight_gradients else []
-    found: list[Tensor | None] = [None] * len(sources)
+    found: list[Tensor] = []
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
-    for index, task in enumerate(tasks):
-        d, p, a, y = depthwise_weights[index], pointwise_weights[index], inputs[task.source], adjoints[index]
-        y = wide(y)
-        z = pointwise_adjoint(y, p)
-        found[task.source] = _plus(found[task.source], depthwise_adjoint(z, d, task, a))
-        if weight_gradients:
-            # The depthwise output is computed again rather than kept: keeping it would double what the
-            # forward pass saves.
-            p_gradients[index] = (rows(y).t() @ rows(depthwise(a, d, task))).view_as(p)
-            if d is not None:
-                d_gradients[index] = depthwise_weight_gradient(z, planes[task.source], d, task)
-    for index, (x, norm) in enumerate(zip(sources, normalizers, strict=True)):
-        adjoint = masked(found[index], inputs[index])
+    for source, (x, norm) in enumerate(zip(sources, normalizers, strict=True)):
+        a, total, planes = _rectified(x, norm), None, None
+        for index, task in enumerate(tasks):
+            if task.source != source:
+                continue
+            d, p, y = depthwise_weights[index], pointwise_weights[index], wide(adjoints[index])
+            z = pointwise_adjoint(y, p)
+            if weight_gradients:
+                # The depthwise output is computed again rather than kept: keeping it would nearly double
+                # what the forward pass saves.
+                p_gradients[index] = (rows(y).t() @ rows(depthwise(a, d, task))).view_as(p)
+                if d is not None:
+                    planes = a.contiguous() if planes is None else planes
+                    d_gradients[index] = depthwise_weight_gradient(z, planes, d, task)
+            total = depthwise_adjoint(z, d, task, a, total)
+        adjoint = masked_(total, a)
         if norm is not None:
             adjoint, _ = norm.adjoint(adjoint, wide(x))
-        found[index] = adjoint.to(x.dtype)
+        found.append(adjoint.to(x.dtype))
     return found, d_gradients, p_gradients
 
 
@@ -250,77 +275,64 @@ def sepconv_tangent(
     pointwise_tangents: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """yd of every task, and what the sources' second adjoints gain. A tangent that is None is zero."""
-    inputs = [_rectified(x, norm) for x, norm in zip(sources, normalizers, strict=True)]
-    h_tangents: list[Tensor | None] = [None] * len(sources)
-    a_tangents: list[Tensor | None] = [None] * len(sources)
-    sums: list[Tensor | None] = [None] * len(sources)
-    for index, (x, xd, norm) in enumerate(zip(sources, source_tangents, normalizers, strict=True)):
+    outputs: list[Tensor | None] = [None] * len(tasks)
+    gained: list[Tensor | None] = []
+    for source, (x, xd, norm) in enumerate(zip(sources, source_tangents, normalizers, strict=True)):
+        a = _rectified(x, norm)
+        hd = ad = first = second = None
         if xd is not None:
-            hd = wide(xd)
+            hd, t = (wide(xd), None) if norm is None else norm.adjoint(wide(xd), wide(x))
+            ad = masked(hd, a)
+        for index, task in enumerate(tasks):
+            if task.source != source:
+                continue
+            d, p, y = depthwise_weights[index], pointwise_weights[index], wide(adjoints[index])
+            dd, pd = depthwise_tangents[index], pointwise_tangents[index]
+            z, zd, yd = pointwise_adjoint(y, p), None, None
+            if ad is not None:
+                zd = depthwise(ad, d, task)
+            if dd is not None:
+                term = depthwise(a, dd, task)
+                zd = term if zd is None else zd.add_(term)
+                second = depthwise_adjoint(z, dd, task, a, second)
+            if zd is not None:
+                yd = pointwise(zd, p)
+            if pd is not None:
+                yd = pointwise(depthwise(a, d, task), pd, yd)
+                second = depthwise_adjoint(pointwise_adjoint(y, pd), d, task, a, second)
+            if norm is not None and hd is not None:
+                first = depthwise_adjoint(z, d, task, a, first)
+            outputs[index] = None if yd is None else yd.to(x.dtype)
+        if second is not None:
+            second = masked_(second, a)
             if norm is not None:
-                hd, sums[index] = norm.adjoint(hd, wide(x))
-            h_tangents[index], a_tangents[index] = hd, masked(hd, inputs[index])
-    outputs: list[Tensor | None] = []
-    first: list[Tensor | None] = [None] * len(sources)  # the adjoint of relu(h), of the first backward
-    second: list[Tensor | None] = [None] * len(sources)  # how it changes with the weights, along v
-    for index, task in enumerate(tasks):
-        d, p, y = depthwise_weights[index], pointwise_weights[index], wide(adjoints[index])
-        a, ad = inputs[task.source], a_tangents[task.source]
-        dd, pd = depthwise_tangents[index], pointwise_tangents[index]
-        zd = None if ad is None else depthwise(ad, d, task)
-        z = pointwise_adjoint(y, p)
-        if dd is not None:
-            zd = _plus(zd, depthwise(a, dd, task))
-            second[task.source] = _plus(second[task.source], depthwise_adjoint(z, dd, task, a))
-        yd = None if zd is None else pointwise(zd, p)
-        if pd is not None:
-            yd = pointwise(depthwise(a, d, task), pd, yd)
-            gained = depthwise_adjoint(pointwise_adjoint(y, pd), d, task, a)
-            second[task.source] = _plus(second[task.source], gained)
-        if normalizers[task.source] is not None and h_tangents[task.source] is not None:
-            first[task.source] = _plus(first[task.source], depthwise_adjoint(z, d, task, a))
-        outputs.append(None if yd is None else yd.to(sources[task.source].dtype))
-    for index, (x, norm) in enumerate(zip(sources, normalizers, strict=True)):
-        gained = None if second[index] is None else masked(second[index], inputs[index])
-        if norm is not None:
-            if gained is not None:
-                gained, _ = norm.adjoint(gained, wide(x))
-            hd = h_tangents[index]
-            if hd is not None:
-                g = masked(first[index], inputs[index])
-                adjoint, s = norm.adjoint(g, wide(x))
-                m = x.numel() / x.shape[1]
-                curvature = norm.second(
-                    wide(x), adjoint, s / m, hd, sums[index] / m, channel_sum(g * hd) / m, hd.new_ones(())
-                )
-                gained = _plus(gained, curvature)
-        second[index] = None if gained is None else gained.to(x.dtype)
-    return outputs, second
+                second, _ = norm.adjoint(second, wide(x))
+        if first is not None:
+            y, m = wide(x), x.numel() / x.shape[1]
+            g = masked_(first, a)
+            adjoint, s = norm.adjoint(g, y)
+            term = second_adjoint(y, norm, s.new_ones(()), adjoint, s / m, hd, t / m, channel_dot(g, hd) / m)
+            second = term if second is None or term is None else second.add_(term)
+        gained.append(None if second is None else second.to(x.dtype))
+    return outputs, gained
 
 
 def _rectified(x: Tensor, norm: Normalizer | None) -> Tensor:
-    x = wide(x)
-    return (x if norm is None else norm.apply(x)).relu()
-
-
-def _plus(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    """total + term, where None is zero; `total` is overwritten."""
-    if total is None or term is None:
-        return term if total is None else total
-    return total.add_(term)
+    """a = relu(h)"""
+    return wide(x).relu() if norm is None else norm.apply(wide(x)).relu_()
 
 
 # Pools: 3x3, padding 1, over the pixels that are there
 
 
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maximum and average in x's dtype, the maximum's position, and the statistics of both [2, 2, C].
+    """Maximum and average in x's dtype, the maximum's position, and the statistics of both [2, 3, C].
 
     Of equal values the first in row-major order is the maximum.
     """
     maximum, position = F.max_pool2d(wide(x), 3, stride, 1, return_indices=True)
     average = F.avg_pool2d(wide(x), 3, stride, 1, count_include_pad=False)
-    statistics = torch.stack([statistics_of(maximum), statistics_of(average)])
+    statistics = statistics_of([maximum, average])
     return maximum.to(x.dtype), average.to(x.dtype), position, statistics
 
 
@@ -344,13 +356,17 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
 
 def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
     """o in the candidates' dtype; p [candidates]."""
-    total = per_channel(
-        sum((-w * norm.r * norm.mean for w, norm in zip(p, normalizers, strict=True) if norm), p.new_zeros(1))
-    )
-    for y, w, norm in zip(candidates, p, normalizers, strict=True):
-        scale = w if norm is None else per_channel(w * norm.r)
-        # Out of place once, where the total is one number a channel yet.
-        total = torch.addcmul(total, wide(y), scale, out=None if y is candidates[0] else total)
+    scales, total = list(p), p.new_zeros(1, 1, 1, 1)
+    normalized = [k for k, norm in enumerate(normalizers) if norm is not None]
+    if normalized:
+        factors = p[normalized, None] * torch.stack([normalizers[k].r for k in normalized])
+        means = torch.stack([normalizers[k].mean for k in normalized])
+        total = per_channel(-(factors * means).sum(0))
+        for k, factor in zip(normalized, factors, strict=True):
+            scales[k] = per_channel(factor)
+    total = torch.addcmul(total, wide(candidates[0]), scales[0])
+    for y, scale in zip(candidates[1:], scales[1:], strict=True):
+        total.addcmul_(wide(y), scale)
     return total.to(candidates[0].dtype)
 
 
@@ -359,12 +375,13 @@ def mix_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
     g = wide(g)
+    weights = p[:, None].repeat(1, g.shape[1])
     adjoints, sums = [], []
-    for y, w, norm in zip(candidates, p, normalizers, strict=True):
+    for y, w, row, norm in zip(candidates, p, weights, normalizers, strict=True):
         if norm is None:
-            adjoint, total = g * w, channel_sum(g * wide(y))
+            adjoint, total = g * w, channel_dot(g, wide(y))
         else:
-            adjoint, total = norm.adjoint(g, wide(y), w)
+            adjoint, total = norm.adjoint(g, wide(y), row)
         adjoints.append(adjoint.to(y.dtype))
         sums.append(total)
     return adjoints, torch.stack(sums)
@@ -384,22 +401,20 @@ def mix_tangent(
     `adjoints` and `sums` are what `mix_backward` returned.
     """
     g, m = wide(g), g.numel() / g.shape[1]
-    total = torch.zeros_like(g)
-    gained: list[Tensor | None] = []
-    p_gained = torch.zeros_like(p)
-    for k, (y, w, norm, yd) in enumerate(zip(candidates, p, normalizers, tangents, strict=True)):
-        if yd is None:
-            gained.append(None)
-            continue
-        hd = wide(yd)
-        if norm is not None:
-            y = wide(y)
-            hd, t = norm.adjoint(hd, y)
-        total.addcmul_(hd, w)
-        u = channel_sum(g * hd)
-        p_gained[k] = u.sum()
+    total, gained, p_gained = None, [], []
+    for y, w, norm, adjoint, s, yd in zip(
+        candidates, p, normalizers, adjoints, sums / m, tangents, strict=True
+    ):
         second = None
-        if norm is not None:
-            second = norm.second(y, wide(adjoints[k]), sums[k] / m, hd, t / m, u / m, w)
-        gained.append(None if second is None else second.to(adjoints[k].dtype))
-    return total.to(candidates[0].dtype), gained, p_gained
+        p_gained.append(torch.zeros_like(s))
+        if yd is not None:
+            y, hd = wide(y), wide(yd)
+            if norm is not None:
+                hd, t = norm.adjoint(hd, y)
+            total = hd * w if total is None else total.addcmul_(hd, w)
+            p_gained[-1] = u = channel_dot(g, hd)
+            if norm is not None:
+                second = second_adjoint(y, norm, w, wide(adjoint), s, hd, t / m, u / m)
+        gained.append(None if second is None else second.to(adjoint.dtype))
+    total = torch.zeros_like(g) if total is None else total
+    return total.to(candidates[0].dtype), gained, torch.stack(p_gained).sum(1)

@@ -67,9 +67,11 @@ def compared(name, *arguments, select=lambda result: result):
 @pytest.fixture(autouse=True)
 def poisoned():
     """Every tensor that is allocated is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before)
 
 
 # The tasks of one call: (kernel, dilation); 0: no depthwise part
@@ -96,9 +98,10 @@ def arguments_of(shape, stride, normalized, kernels=KERNELS, batch=True, outputs
     sources = [image(g, *shape) * 2 + 3, image(g, *shape)]
     norms = [None, None]
     if normalized:
-        norms = [Normalizer.of(torch_backend.statistics_of(x), batch) for x in sources]
+        norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(sources)]
         if not batch:
-            norms = [Normalizer.of(torch.rand(2, c, generator=g) + 0.5, False) for _ in sources]
+            constants = [torch.rand(2, c, generator=g) + 0.5 for _ in sources]
+            norms = [Normalizer(m, v, (v + torch_backend.EPSILON).rsqrt(), False) for m, v in constants]
     tasks, d, p = [], [], []
     for source in range(2):
         for kernel, dilation in kernels:
@@ -158,7 +161,7 @@ def test_statistics_of_a_large_mean():
     sources = [x.abs() * 1e-3 + 100 for x in sources]
     p = [torch.eye(16)[:, :, None, None]] * 2
     _, statistics = native.sepconv_forward(sources, norms, tasks, d, p)
-    exact = torch.stack([torch_backend.statistics_of(x.double()) for x in sources])
+    exact = torch_backend.statistics_of([x.double() for x in sources])
     assert_agree(statistics[:, 0], exact[:, 0], 1e-7)
     assert_agree(statistics[:, 1], exact[:, 1], 1e-4)
 
@@ -194,7 +197,7 @@ def test_pool_takes_the_first_of_equal_values_and_nan():
 def test_mix(shape, count, batch):
     g = generator(count)
     candidates = [image(g, *shape) * (1 + k) + k for k in range(count)]
-    norms = [Normalizer.of(torch_backend.statistics_of(y), batch) for y in candidates]
+    norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(candidates)]
     if count > 1:
         norms[1] = None
     p = torch.rand(count, generator=g)

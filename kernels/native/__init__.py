@@ -25,7 +25,7 @@ _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
 
 class _Source(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "x_tangent", "mean", "variance", "adjoint")),
+        *((name, c_void_p) for name in ("x", "x_tangent", "mean", "r", "adjoint")),
         *((name, c_int64) for name in ("batch", "n", "h", "w", "c")),
     ]
 
@@ -47,7 +47,7 @@ class _Pool(ctypes.Structure):
 
 class _Candidate(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("y", "mean", "variance", "tangent", "adjoint")),
+        *((name, c_void_p) for name in ("y", "mean", "r", "tangent", "adjoint")),
         ("batch", c_int64),
     ]
 
@@ -119,7 +119,7 @@ def _source(keep: _Tensors, x: Tensor, norm: Normalizer | None) -> _Source:
     n, c, h, w = x.shape
     found = _Source(x=keep(x), n=n, h=h, w=w, c=c)
     if norm is not None:
-        found.mean, found.variance, found.batch = keep(norm.mean), keep(norm.variance), norm.batch
+        found.mean, found.r, found.batch = keep(norm.mean), keep(norm.r), norm.batch
     return found
 
 
@@ -148,8 +148,8 @@ def sepconv_forward(
     """y_t = P_t (D_t * relu(h)) of every task, and the statistics.
 
     Returns:
-        y of each task, [N, K, ceil(H / stride), ceil(W / stride)]; and their means and biased variances,
-        [tasks, 2, K].
+        y of each task, [N, K, ceil(H / stride), ceil(W / stride)]; and of each the mean, biased variance
+        and 1 / sqrt(variance + 1e-5), [tasks, 3, K].
 
     Raises:
         ValueError: a single value a channel, which has no variance.
@@ -157,7 +157,7 @@ def sepconv_forward(
     keep = _Tensors()
     in_c = [_source(keep, x, norm) for x, norm in zip(sources, normalizers, strict=True)]
     outputs, table = [], []
-    statistics = torch.empty(len(tasks), 2, pointwise_weights[0].shape[0])
+    statistics = torch.empty(len(tasks), 3, pointwise_weights[0].shape[0])
     for index, (task, d, p) in enumerate(zip(tasks, depthwise_weights, pointwise_weights, strict=True)):
         n, _, h, w = sources[task.source].shape
         y = _image(n, p.shape[0], -(-h // task.stride), -(-w // task.stride))
@@ -251,7 +251,7 @@ def sepconv_tangent(
 
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Maximum and average, [N, C, ceil(H / stride), ceil(W / stride)]; the maximum's position in its window,
-    uint8, 0 to 8 in row-major order, of equal values the first; and the statistics of both, [2, 2, C].
+    uint8, 0 to 8 in row-major order, of equal values the first; and the statistics of both, [2, 3, C].
 
     Raises:
         ValueError: a single value a channel, which has no variance.
@@ -260,7 +260,7 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     n, c, h, w = x.shape
     maximum = _image(n, c, -(-h // stride), -(-w // stride))
     _refuse_one_value(maximum)
-    average, statistics = torch.empty_like(maximum), torch.empty(2, 2, c)
+    average, statistics = torch.empty_like(maximum), torch.empty(2, 3, c)
     position = torch.empty_like(maximum, dtype=torch.uint8)
     _pool(
         "forward",
@@ -376,7 +376,7 @@ def _candidates(
     for y, norm in zip(candidates, normalizers, strict=True):
         row = _Candidate(y=keep(y))
         if norm is not None:
-            row.mean, row.variance, row.batch = keep(norm.mean), keep(norm.variance), norm.batch
+            row.mean, row.r, row.batch = keep(norm.mean), keep(norm.r), norm.batch
         found.append(row)
     return found
 

@@ -5,6 +5,7 @@
 // never reordered by the compiler (no -ffast-math): the same library gives the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -142,6 +143,8 @@ struct Parts {
   explicit Parts(int64_t whole) : size((whole + PARTS - 1) / PARTS), count((whole + size - 1) / size) {}
 };
 
+constexpr double EPSILON = 1e-5;  // of every batch norm, nn.BatchNorm2d's default
+
 // Count, mean and sum of squared deviations of one channel, from parts that each summed about a shift of
 // their own: float32 sums about a value of the channel lose nothing to a large mean.
 struct Moments {
@@ -154,6 +157,7 @@ struct Moments {
     squares += part_squares + delta * delta * (count * n / total);
     count = total;
   }
+  float r() const { return float(1.0 / std::sqrt(double(variance()) + EPSILON)); }
   float variance() const { return squares < 0 ? 0.f : float(squares / count); }
 };
 
@@ -177,7 +181,5 @@ INLINE V narrow(const double* from, V v) {
   return v;
 }
 INLINE float narrow(const double* from, float) { return float(*from); }
-
-constexpr double EPSILON = 1e-5;  // of every batch norm, nn.BatchNorm2d's default
 
 }  // namespace

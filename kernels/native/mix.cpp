@@ -1,16 +1,14 @@
 // The mix: candidates, batch-normalised on load, weighed and summed into a node; all candidates of a node in
 // one pass over memory, a chunk of pixels after the other, so that what they share stays in the first cache.
-#include <cmath>
-
 #include "lanes.h"
 
 extern "C" {
 
 // Tensors [m, c]. mean null: h is y. Pointers that a function does not use are null.
 struct Candidate {
-  const float *y, *mean, *variance, *tangent;
+  const float *y, *mean, *r, *tangent;
   float* adjoint;  // in `tangent`: what the second adjoint gains
-  int64_t batch;   // whether mean and variance are those of y, and not constants
+  int64_t batch;   // whether mean and r are those of y, and not constants
 };
 
 struct Mix {
@@ -42,7 +40,7 @@ struct Norms {
       for (int64_t i = 0; i < q.c; ++i) {
         const Candidate& y = q.candidates[k];
         if (y.mean) mean[k * q.c + i] = y.mean[i];
-        r[k * q.c + i] = y.mean ? float(1.0 / std::sqrt(double(y.variance[i]) + EPSILON)) : 1.f;
+        r[k * q.c + i] = y.mean ? y.r[i] : 1.f;
       }
   }
 };

@@ -8,7 +8,7 @@ struct Pool {
   const float* x;
   float *maximum, *average;
   uint8_t* position;  // of the maximum in its window, row-major: 0 to 8
-  float* statistics;  // [2, 2, c]
+  float* statistics;  // [2, 3, c]
   float* adjoint;     // of x
   int64_t n, h, w, c, stride;
 };
@@ -123,8 +123,8 @@ extern "C" void darts_pool_forward(const Pool* call, int threads) {
         const double* at = sums + (part * 6 + pool * 3) * q.c + i;
         moments.merge(double(images * ho * wo), at[0], at[q.c], at[2 * q.c]);
       }
-      q.statistics[pool * 2 * q.c + i] = float(moments.mean);
-      q.statistics[pool * 2 * q.c + q.c + i] = moments.variance();
+      float* into = q.statistics + pool * 3 * q.c + i;
+      into[0] = float(moments.mean), into[q.c] = moments.variance(), into[2 * q.c] = moments.r();
     }
 }
 

@@ -6,17 +6,15 @@
 // loops over registers: `stencil` (a depthwise convolution: a list of offsets and weights, so any kernel
 // size, dilation, stride, their adjoints, and sums of two convolutions are the same loop), `pointwise`,
 // `outer` (gradient of the pointwise weights) and `correlate` (gradient of the depthwise weights).
-#include <cmath>
-
 #include "lanes.h"
 
 extern "C" {
 
 // A source [n, h, w, c], channels-last; pointers may be null where kernels/native/__init__.py says so.
 struct Source {
-  const float *x, *x_tangent, *mean, *variance;
+  const float *x, *x_tangent, *mean, *r;
   float* adjoint;  // of x in `backward`; what the second adjoint gains in `tangent`
-  int64_t batch;   // whether mean and variance are those of x, and not constants
+  int64_t batch;   // whether mean and r are those of x, and not constants
   int64_t n, h, w, c;
 };
 
@@ -24,7 +22,7 @@ struct Task {
   int64_t source, kernel, stride, dilation, offset, k;  // kernel 0: no depthwise part; k: channels of y
   const float *d, *p, *d_tangent, *p_tangent;           // [c, 1, kernel, kernel] and [k, c]
   const float* y_adjoint;                               // [n, ho, wo, k]
-  float *y, *statistics;                                // y, or its tangent; [2, k]
+  float *y, *statistics;                                // y, or its tangent; [3, k]
   float *d_gradient, *p_gradient;
 };
 }
@@ -364,7 +362,7 @@ struct Norm {
     xd_mean = of_call.zeros(padded), t = of_call.zeros(padded);
     for (int64_t i = 0; i < s.c; ++i) {
       mean[i] = s.mean[i];
-      r[i] = float(1.0 / std::sqrt(double(s.variance[i]) + EPSILON));
+      r[i] = s.r[i];
     }
   }
 };
@@ -523,6 +521,7 @@ extern "C" void darts_sepconv_forward(const Source* sources, int64_t n_sources, 
       }
       half.task.statistics[i] = float(moments.mean);
       half.task.statistics[half.k + i] = moments.variance();
+      half.task.statistics[2 * half.k + i] = moments.r();
     }
   }
 }
