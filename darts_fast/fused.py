@@ -81,7 +81,7 @@ class FusedCell(MixedCell):
     def _convolutions(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
         """The first half of every convolution in one call, then the second half of the separable ones."""
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
-        modules = {key: self.edges[key[0]][key[1]] for key in keys}
+        modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
         found = dict(
             zip(keys, self._halves([x], None, tasks, [m[:4] for m in modules.values()]), strict=True)
@@ -101,7 +101,7 @@ class FusedCell(MixedCell):
         sources: list[Tensor],
         statistics: Tensor | None,
         tasks: list[Task],
-        modules: list[nn.Sequential],
+        modules: list[list[nn.Module]],
     ) -> list[Candidate]:
         """Modules are ReLU, depthwise, pointwise, batch norm."""
         outputs, found = kernels.sepconv(

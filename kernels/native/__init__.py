@@ -91,24 +91,25 @@ class _Tensors:
     def __init__(self):
         self.kept: list[Tensor] = []
 
-    def __call__(self, tensor: Tensor | None) -> int | None:
-        """The address of a float32 tensor in its dense layout."""
+    def image(self, tensor: Tensor | None) -> int | None:
+        """The address of activations [N, C, H, W], in channels-last memory."""
         if tensor is None:
             return None
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype is not torch.float32 or tensor.is_cuda:
             raise TypeError(
                 f"the native kernels take float32 on the CPU, not {tensor.dtype} on {tensor.device}"
             )
-        if tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] > 1:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
-        else:
-            tensor = tensor.contiguous()
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def weight(self, tensor: Tensor | None) -> int | None:
-        """The address of weights, [K, C, k, k] in the order of their dimensions."""
-        return None if tensor is None else self(tensor.reshape(-1))
+    def __call__(self, tensor: Tensor | None) -> int | None:
+        """The address of weights, their gradients or statistics, in the order of their dimensions."""
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
 
 def _image(n: int, c: int, h: int, w: int) -> Tensor:
@@ -117,7 +118,7 @@ def _image(n: int, c: int, h: int, w: int) -> Tensor:
 
 def _source(keep: _Tensors, x: Tensor, norm: Normalizer | None) -> _Source:
     n, c, h, w = x.shape
-    found = _Source(x=keep(x), n=n, h=h, w=w, c=c)
+    found = _Source(x=keep.image(x), n=n, h=h, w=w, c=c)
     if norm is not None:
         found.mean, found.r, found.batch = keep(norm.mean), keep(norm.r), norm.batch
     return found
@@ -125,7 +126,7 @@ def _source(keep: _Tensors, x: Tensor, norm: Normalizer | None) -> _Source:
 
 def _task(keep: _Tensors, task: Task, d: Tensor | None, p: Tensor) -> _Task:
     kernel = 0 if d is None else d.shape[-1]
-    return _Task(*task[:1], kernel, *task[1:], p.shape[0], keep.weight(d), keep.weight(p))
+    return _Task(*task[:1], kernel, *task[1:], p.shape[0], keep(d), keep(p))
 
 
 def _sepconv(sweep: str, sources: list[_Source], tasks: list[_Task]) -> None:
@@ -163,7 +164,7 @@ def sepconv_forward(
         y = _image(n, p.shape[0], -(-h // task.stride), -(-w // task.stride))
         _refuse_one_value(y)
         found = _task(keep, task, d, p)
-        found.y, found.statistics = keep(y), keep(statistics[index])
+        found.y, found.statistics = keep.image(y), keep(statistics[index])
         outputs.append(y)
         table.append(found)
     _sepconv("forward", in_c, table)
@@ -190,20 +191,20 @@ def sepconv_backward(
     in_c = []
     for x, norm, adjoint in zip(sources, normalizers, found, strict=True):
         in_c.append(_source(keep, x, norm))
-        in_c[-1].adjoint = keep(adjoint)
+        in_c[-1].adjoint = keep.image(adjoint)
     table = []
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     for index, task in enumerate(tasks):
         d, p = depthwise_weights[index], pointwise_weights[index]
         table.append(_task(keep, task, d, p))
-        table[-1].y_adjoint = keep(adjoints[index])
+        table[-1].y_adjoint = keep.image(adjoints[index])
         if weight_gradients:
             p_gradients[index] = torch.empty(p.shape)
-            table[-1].p_gradient = keep.weight(p_gradients[index])
+            table[-1].p_gradient = keep(p_gradients[index])
             if d is not None:
                 d_gradients[index] = torch.empty(d.shape)
-                table[-1].d_gradient = keep.weight(d_gradients[index])
+                table[-1].d_gradient = keep(d_gradients[index])
     _sepconv("backward", in_c, table)
     return found, d_gradients, p_gradients
 
@@ -233,18 +234,18 @@ def sepconv_tangent(
         bends = norm is not None and norm.batch and xd is not None
         adjoint = torch.empty_like(x, memory_format=torch.channels_last)
         in_c.append(_source(keep, x, norm))
-        in_c[-1].x_tangent, in_c[-1].adjoint = keep(xd), keep(adjoint)
+        in_c[-1].x_tangent, in_c[-1].adjoint = keep.image(xd), keep.image(adjoint)
         gained.append(adjoint if weights_move[index] or bends else None)
     outputs: list[Tensor | None] = []
     table = []
     for index, task in enumerate(tasks):
         dd, pd = depthwise_tangents[index], pointwise_tangents[index]
         table.append(_task(keep, task, depthwise_weights[index], pointwise_weights[index]))
-        table[-1].y_adjoint = keep(adjoints[index])
-        table[-1].d_tangent, table[-1].p_tangent = keep.weight(dd), keep.weight(pd)
+        table[-1].y_adjoint = keep.image(adjoints[index])
+        table[-1].d_tangent, table[-1].p_tangent = keep(dd), keep(pd)
         moves = any(t is not None for t in (dd, pd, source_tangents[task.source]))
         outputs.append(_image(*adjoints[index].shape) if moves else None)
-        table[-1].y = keep(outputs[-1])
+        table[-1].y = keep.image(outputs[-1])
     _sepconv("tangent", in_c, table)
     return outputs, gained
 
@@ -266,9 +267,9 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
         "forward",
         x.shape,
         stride,
-        x=keep(x),
-        maximum=keep(maximum),
-        average=keep(average),
+        x=keep.image(x),
+        maximum=keep.image(maximum),
+        average=keep.image(average),
         position=position.data_ptr(),
         statistics=keep(statistics),
     )
@@ -283,10 +284,10 @@ def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, ave
         "backward",
         x.shape,
         stride,
-        maximum=keep(maximum),
-        average=keep(average),
+        maximum=keep.image(maximum),
+        average=keep.image(average),
         position=position.data_ptr(),
-        adjoint=keep(found),
+        adjoint=keep.image(found),
     )
     return found
 
@@ -299,9 +300,9 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
         "tangent",
         xd.shape,
         stride,
-        x=keep(xd),
-        maximum=keep(maximum),
-        average=keep(average),
+        x=keep.image(xd),
+        maximum=keep.image(maximum),
+        average=keep.image(average),
         position=position.data_ptr(),
     )
     return maximum, average
@@ -325,7 +326,7 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
     keep = _Tensors()
     table = _candidates(keep, candidates, normalizers)
     out = _image(*candidates[0].shape)
-    _mix("forward", table, out, p=keep(p), out=keep(out))
+    _mix("forward", table, out, p=keep(p), out=keep.image(out))
     return out
 
 
@@ -337,8 +338,8 @@ def mix_backward(
     table = _candidates(keep, candidates, normalizers)
     adjoints, sums = [_image(*g.shape) for _ in candidates], torch.empty(len(table), g.shape[1])
     for row, adjoint in zip(table, adjoints, strict=True):
-        row.adjoint = keep(adjoint)
-    _mix("backward", table, g, p=keep(p), g=keep(g), sums=keep(sums))
+        row.adjoint = keep.image(adjoint)
+    _mix("backward", table, g, p=keep(p), g=keep.image(g), sums=keep(sums))
     return adjoints, sums
 
 
@@ -364,8 +365,17 @@ def mix_tangent(
     for row, norm, tangent in zip(table, normalizers, tangents, strict=True):
         bends = norm is not None and norm.batch and tangent is not None
         gained.append(_image(*g.shape) if bends else None)
-        row.tangent, row.adjoint = keep(tangent), keep(gained[-1])
-    _mix("tangent", table, g, p=keep(p), g=keep(g), out=keep(out), sums=keep(sums), p_gained=keep(p_gained))
+        row.tangent, row.adjoint = keep.image(tangent), keep.image(gained[-1])
+    _mix(
+        "tangent",
+        table,
+        g,
+        p=keep(p),
+        g=keep.image(g),
+        out=keep.image(out),
+        sums=keep(sums),
+        p_gained=keep(p_gained),
+    )
     return out, gained, p_gained
 
 
@@ -374,7 +384,7 @@ def _candidates(
 ) -> list[_Candidate]:
     found = []
     for y, norm in zip(candidates, normalizers, strict=True):
-        row = _Candidate(y=keep(y))
+        row = _Candidate(y=keep.image(y))
         if norm is not None:
             row.mean, row.r, row.batch = keep(norm.mean), keep(norm.r), norm.batch
         found.append(row)
