@@ -18,6 +18,11 @@ CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_c
 Candidate = tuple[Tensor, Tensor | None]
 
 
+def kernels_on(like: Tensor) -> str:
+    """The kernels that compute on activations of the device and dtype of `like`, in a few words."""
+    return kernels.used(like)
+
+
 class FusedCell(MixedCell):
     """`reference.MixedCell` with everything that edges from one state share computed once: ReLU, both pools
     and their batch norms, the identity. `none` adds nothing to a node; its alpha has its gradient through

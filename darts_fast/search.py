@@ -26,6 +26,7 @@ from darts_fast.data import (
     seeded,
 )
 from darts_fast.errors import InputError, RunError
+from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
 from darts_fast.precision import strict_float32
 from darts_fast.runs import CHECKPOINT, RunFolder, Stopped, StopSignal, environment
@@ -394,6 +395,8 @@ class Search:
             f"{len(self.validation_half)} train the alphas; {config.epochs} epochs of {self.steps_per_epoch} "
             f"steps, {form}, float32 on {config.device}; run folder {folder.path}"
         )
+        if config.fused:
+            folder.log(f"fused kernels: {kernels_on(next(self.network.parameters()))}")
 
     def _read_metrics(self, lr: float) -> None:
         """Brings the steps since the last call from the device and records them.

@@ -20,12 +20,20 @@ def backend(like: Tensor) -> ModuleType:
     return torch_backend
 
 
+def used(like: Tensor) -> str:
+    """What `backend(like)` is, in a few words, and where it is not the fastest for its device: why."""
+    if backend(like) is native:
+        return f"native (C++, {native.LEVELS[native.level()]})"
+    if like.device.type == "cpu" and like.dtype == torch.float32:
+        return f"torch (ATen; native is faster but {NOT_BUILT})"
+    return "torch (ATen)"
+
+
+NOT_BUILT = "was not built: no C++ compiler with OpenMP when darts_fast was installed"
+
+
 def available() -> dict[str, str]:
     """Each backend with what it is used for on this machine, or why it is not."""
-    found = {}
     if native.level() is None:
-        found["native"] = "not built: no C++ compiler with OpenMP when darts_fast was installed"
-    else:
-        found["native"] = f"float32 on the CPU, {native.LEVELS[native.level()]}"
-    found["torch"] = "everything else" if native.level() is not None else "everything"
-    return found
+        return {"native": NOT_BUILT, "torch": "everything"}
+    return {"native": f"float32 on the CPU, {native.LEVELS[native.level()]}", "torch": "everything else"}

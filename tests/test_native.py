@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from darts_fast.kernels import native, torch_backend
+from darts_fast import kernels
+from darts_fast.kernels import backends, native, torch_backend
 from darts_fast.kernels.torch_backend import Normalizer, Task
 
 pytestmark = pytest.mark.skipif(
@@ -233,3 +234,31 @@ def test_other_dtypes_and_memory_layouts():
         native.pool_forward(torch.zeros(1, 4, 4, 4, dtype=torch.float64), 1)
     x = torch.randn(2, 5, 6, 7, generator=generator())  # [N, C, H, W] in memory too
     assert_agree(native.pool_forward(x, 1)[0], torch_backend.pool_forward(x.double(), 1)[0])
+
+
+def test_float32_on_the_cpu_is_native_and_nothing_else_is():
+    assert backends.backend(torch.zeros(1)) is native
+    assert kernels.used(torch.zeros(1)).startswith("native (C++, ")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert backends.backend(torch.zeros(1, dtype=dtype)) is torch_backend
+
+
+def test_where_it_was_not_built_the_other_says_so(monkeypatch):
+    monkeypatch.setattr(native, "level", lambda: None)
+    assert backends.backend(torch.zeros(1)) is torch_backend
+    assert kernels.used(torch.zeros(1)).startswith("torch (ATen; native is faster but was not built")
+    assert backends.available()["native"].startswith("was not built")
+
+
+@pytest.mark.parametrize("level", sorted(native.LEVELS))
+def test_every_library_that_this_processor_runs(level, monkeypatch):
+    """A small check of each; `test_sepconv` and the others are of the one that is used."""
+    if native._path(level) is None or level > native.level():
+        pytest.skip("not built, or not for this processor")
+    library = native.library_of(level)
+    monkeypatch.setattr(native, "_library", lambda: library)
+    for shape in ((2, 16, 9, 11), (2, 5, 6, 7)):
+        check_sepconv(*arguments_of(shape, 1, True))
+        check_sepconv(*arguments_of(shape, 2, False))
+        test_pool(shape, 2)
+        test_mix(shape, 7, True)

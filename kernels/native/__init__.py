@@ -75,14 +75,19 @@ def level() -> int | None:
     return max(found for found in LEVELS if found <= most and _path(found) is not None)
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_path(level())))
+def library_of(level: int) -> ctypes.CDLL:
+    """The library of a processor level, which must have been built."""
+    library = ctypes.CDLL(str(_path(level)))
     for sweep in ("forward", "backward", "tangent"):
         for name, table in (("sepconv", [c_void_p, c_int64] * 2), ("pool", [c_void_p]), ("mix", [c_void_p])):
             function = getattr(library, f"darts_{name}_{sweep}")
             function.argtypes, function.restype = [*table, c_int], None
     return library
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return library_of(level())
 
 
 class _Tensors:
