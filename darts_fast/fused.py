@@ -77,7 +77,9 @@ class FusedCell(MixedCell):
             edge: [self._statistics(*args) for args in zip(norms[edge], pools, statistics, strict=True)]
             for edge in edges
         }
-        if not self.training:  # each edge has its own running statistics
+        # In evaluation each edge has its own running statistics; in training all have the same, and it is for
+        # the kernels to say what is faster: one batch norm for all edges, or one on load for each.
+        if not (self.training and kernels.pools_normalized_once(x)):
             return {edge: list(zip(pools, found[edge], strict=True)) for edge in edges}
         one = statistics.new_ones(1)
         normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]

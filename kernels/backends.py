@@ -20,6 +20,13 @@ def backend(like: Tensor) -> ModuleType:
     return torch_backend
 
 
+def pools_normalized_once(like: Tensor) -> bool:
+    """Whether to normalise a pool once for all edges from its state (by `mix` alone) is faster than to leave
+    it to the mix of each: not in C++, where a mix reads its candidates once either way, and the normalised
+    copies were 10 of the 16 mixes of a cell."""
+    return backend(like) is not native
+
+
 def used(like: Tensor) -> str:
     """What `backend(like)` is, in a few words, and where it is not the fastest for its device: why."""
     if backend(like) is native:

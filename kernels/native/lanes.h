@@ -143,6 +143,14 @@ struct Parts {
   explicit Parts(int64_t whole) : size((whole + PARTS - 1) / PARTS), count((whole + size - 1) / size) {}
 };
 
+// The sums over parts of partial[part][width], in double and in order of the parts.
+INLINE double* over_parts(const float* partial, int64_t parts, int64_t width, Arena& arena) {
+  double* found = arena.zeros<double>(width);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = 0; i < width; ++i) found[i] += double(partial[part * width + i]);
+  return found;
+}
+
 constexpr double EPSILON = 1e-5;  // of every batch norm, nn.BatchNorm2d's default
 
 // Count, mean and sum of squared deviations of one channel, from parts that each summed about a shift of

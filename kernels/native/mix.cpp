@@ -45,13 +45,6 @@ struct Norms {
   }
 };
 
-// The sum over chunks of one float of each
-double over_chunks(const float* sums, int64_t chunks, int64_t stride) {
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * stride];
-  return sum;
-}
-
 }  // namespace
 
 extern "C" void darts_mix_forward(const Mix* call, int threads) {
@@ -126,12 +119,13 @@ extern "C" void darts_mix_backward(const Mix* call, int threads) {
       }
     });
   }
+  const double* totals = over_parts(partial, chunks.count, width, of_call);
   float* g_mean = of_call.take(q.c);
   float* gh_mean = of_call.take(q.count * q.c);
   for (int64_t i = 0; i < q.c; ++i) {
-    g_mean[i] = float(over_chunks(partial + q.count * q.c + i, chunks.count, width) / double(q.m));
+    g_mean[i] = float(totals[q.count * q.c + i] / double(q.m));
     for (int64_t k = 0; k < q.count; ++k) {
-      double sum = over_chunks(partial + k * q.c + i, chunks.count, width);
+      double sum = totals[k * q.c + i];
       q.sums[k * q.c + i] = float(sum);
       gh_mean[k * q.c + i] = float(sum / double(q.m));
     }
@@ -193,6 +187,7 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
       }
     });
   }
+  const double* totals = over_parts(partial, chunks.count, width, of_call);
   enum { YD, T_, S, U, QUANTITIES };  // means of yd, h yd, g h, g hd
   float* means = of_call.zeros(q.count * QUANTITIES * q.c);
   float* g_means = of_call.take(q.c);
@@ -201,12 +196,12 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
     const Candidate& candidate = q.candidates[k];
     double gained = 0, m = double(q.m);
     for (int64_t i = 0; i < q.c; ++i) {
-      double g_mean = over_chunks(partial + 3 * q.count * q.c + i, chunks.count, width) / m;
+      double g_mean = totals[3 * q.count * q.c + i] / m;
       g_means[i] = float(g_mean);
       if (!candidate.tangent) continue;
-      double yd = over_chunks(partial + 3 * k * q.c + i, chunks.count, width) / m;
-      double t = over_chunks(partial + (3 * k + 1) * q.c + i, chunks.count, width) / m;
-      double u = over_chunks(partial + (3 * k + 2) * q.c + i, chunks.count, width) / m;
+      double yd = totals[3 * k * q.c + i] / m;
+      double t = totals[(3 * k + 1) * q.c + i] / m;
+      double u = totals[(3 * k + 2) * q.c + i] / m;
       float* into = means + k * QUANTITIES * q.c + i;
       if (candidate.mean) {
         double s = double(q.sums[k * q.c + i]) / m;

@@ -636,23 +636,19 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
   for (int64_t t = 0; t < n_tasks; ++t) {
     const Half& half = call.halves[t];
     if (half.task.p_gradient == nullptr) continue;
+    of_worker.reset();
     int64_t parts = call.parts_of(int(t)).count, taps = half.side() * half.side();
-    int64_t p_size = half.kb * half.cb * LANES * LANES, d_size = half.cb * taps * LANES;
+    const double* p_total = over_parts(p_sums[t], parts, half.kb * half.cb * LANES * LANES, of_worker);
     for (int64_t o = 0; o < half.k; ++o)
       for (int64_t i = 0; i < half.c; ++i) {
-        const float* at = p_sums[t] + ((o / LANES * half.cb + i / LANES) * LANES + i % LANES) * LANES + o % LANES;
-        double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += at[part * p_size];
-        half.task.p_gradient[o * half.c + i] = float(sum);
+        int64_t block = o / LANES * half.cb + i / LANES;
+        half.task.p_gradient[o * half.c + i] = float(p_total[(block * LANES + i % LANES) * LANES + o % LANES]);
       }
     if (half.task.d_gradient == nullptr) continue;
+    const double* d_total = over_parts(d_sums[t], parts, half.cb * taps * LANES, of_worker);
     for (int64_t i = 0; i < half.c; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const float* at = d_sums[t] + (i / LANES * taps + tap) * LANES + i % LANES;
-        double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += at[part * d_size];
-        half.task.d_gradient[i * taps + tap] = float(sum);
-      }
+      for (int64_t tap = 0; tap < taps; ++tap)
+        half.task.d_gradient[i * taps + tap] = float(d_total[(i / LANES * taps + tap) * LANES + i % LANES]);
   }
   std::vector<float*> means(n_sources);  // of G and G h
   for (int64_t s = 0; s < n_sources; ++s) {
