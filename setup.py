@@ -1,6 +1,8 @@
+import platform
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 requirements = [
     "torch>=2.9",  # the tensors, automatic differentiation and optimizers everything rests on
@@ -24,6 +26,29 @@ test_requirements = [
     "ruff",  # lint, also run by CI
 ]
 
+# The CPU kernels, once per processor level; which one runs is chosen when it is loaded. Optional: without a
+# compiler the install succeeds, and the kernels in ATen are used. Predictive commoning spills the sums that
+# the loops keep in registers.
+LEVELS = {"_portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"_v3": ["-march=x86-64-v3"], "_v4": ["-march=x86-64-v4"]}
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-predictive-commoning", "-fopenmp"]
+
+
+class BuildLevels(build_ext):
+    """Each library compiles the same sources, so each has a folder of its own for its objects."""
+
+    def build_extension(self, ext: Extension) -> None:
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # a plain library, no module
+
+
 setup(
     name="darts_fast",
     version="0.1.0",
@@ -34,8 +59,25 @@ setup(
     python_requires=">=3.10",
     # kernels/ stands at the top level for the reader and is installed below darts_fast, so that
     # nothing else called "kernels" is shadowed.
-    packages=["darts_fast", "darts_fast.kernels"],
-    package_dir={"darts_fast": "darts_fast", "darts_fast.kernels": "kernels"},
+    packages=["darts_fast", "darts_fast.kernels", "darts_fast.kernels.native"],
+    package_dir={
+        "darts_fast": "darts_fast",
+        "darts_fast.kernels": "kernels",
+        "darts_fast.kernels.native": "kernels/native",
+    },
+    ext_modules=[
+        Extension(
+            f"darts_fast.kernels.native.{name}",
+            sorted(str(path) for path in Path("kernels/native").glob("*.cpp")),
+            depends=["kernels/native/lanes.h"],
+            extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+        for name, flags in LEVELS.items()
+    ],
+    cmdclass={"build_ext": BuildLevels},
     install_requires=requirements,
     extras_require={"test": test_requirements},
 )

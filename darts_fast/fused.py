@@ -18,6 +18,11 @@ CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_c
 Candidate = tuple[Tensor, Tensor | None]
 
 
+def kernels_on(like: Tensor) -> str:
+    """The kernels that compute on activations of the device and dtype of `like`, in a few words."""
+    return kernels.used(like)
+
+
 class FusedCell(MixedCell):
     """`reference.MixedCell` with everything that edges from one state share computed once: ReLU, both pools
     and their batch norms, the identity. `none` adds nothing to a node; its alpha has its gradient through
@@ -72,7 +77,9 @@ class FusedCell(MixedCell):
             edge: [self._statistics(*args) for args in zip(norms[edge], pools, statistics, strict=True)]
             for edge in edges
         }
-        if not self.training:  # each edge has its own running statistics
+        # In evaluation each edge has its own running statistics; in training all have the same, and it is for
+        # the kernels to say what is faster: one batch norm for all edges, or one on load for each.
+        if not (self.training and kernels.pools_normalized_once(x)):
             return {edge: list(zip(pools, found[edge], strict=True)) for edge in edges}
         one = statistics.new_ones(1)
         normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
@@ -81,7 +88,7 @@ class FusedCell(MixedCell):
     def _convolutions(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
         """The first half of every convolution in one call, then the second half of the separable ones."""
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
-        modules = {key: self.edges[key[0]][key[1]] for key in keys}
+        modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
         found = dict(
             zip(keys, self._halves([x], None, tasks, [m[:4] for m in modules.values()]), strict=True)
@@ -101,7 +108,7 @@ class FusedCell(MixedCell):
         sources: list[Tensor],
         statistics: Tensor | None,
         tasks: list[Task],
-        modules: list[nn.Sequential],
+        modules: list[list[nn.Module]],
     ) -> list[Candidate]:
         """Modules are ReLU, depthwise, pointwise, batch norm."""
         outputs, found = kernels.sepconv(

@@ -14,6 +14,7 @@ from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
 from darts_fast.datasets import read_data
 from darts_fast.errors import InputError
+from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
 from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
 from darts_fast.runs import RunFolder
@@ -231,10 +232,13 @@ class Search(Loop):
         config = self.config
         form = "first order" if config.order == 1 else f"second order, {config.hvp} Hessian-vector product"
         parameters = sum(w.numel() for w in self.network.weights().values())
+        cells = "reference cells"
+        if config.fused:
+            cells = f"fused cells ({kernels_on(self.network.alphas_normal)})"
         return (
             f"{self.dataset.name}: {len(self.train_half)} images train {parameters:,} weights, "
             f"{len(self.validation_half)} train the alphas; {config.epochs} epochs of {self.steps_per_epoch} "
-            f"steps, {form}, float32 on {config.device}"
+            f"steps, {form}, {cells}, float32 on {config.device}"
         )
 
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:

@@ -10,9 +10,10 @@ where it cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)`
 the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
+from darts_fast.kernels.backends import pools_normalized_once, used
 from darts_fast.kernels.mix import mix
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.torch_backend import Task
 
-__all__ = ["Task", "mix", "pool", "sepconv"]
+__all__ = ["Task", "mix", "pool", "pools_normalized_once", "sepconv", "used"]

@@ -52,7 +52,7 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.batch = batch
         ctx.save_for_backward(*statistics, weights, *candidates)
-        return backend(weights.device).mix_forward(candidates, _normalizers(statistics, batch), weights)
+        return backend(candidates[0]).mix_forward(candidates, _normalizers(statistics, batch), weights)
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +73,7 @@ class _MixBackward(torch.autograd.Function):
         g: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, ...]:
-        adjoints, sums = backend(g.device).mix_backward(
+        adjoints, sums = backend(g).mix_backward(
             candidates,
             _normalizers(statistics, batch),
             weights,
@@ -95,7 +95,7 @@ class _MixBackward(torch.autograd.Function):
         saved = ctx.saved_tensors
         statistics, adjoints, candidates = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n]
         weights, g, sums = saved[3 * n :]
-        output, gained, weights_gained = backend(g.device).mix_tangent(
+        output, gained, weights_gained = backend(g).mix_tangent(
             candidates, _normalizers(statistics, ctx.batch), weights, g, adjoints, sums, tangents
         )
         return None, None, weights_gained, output, *gained

@@ -30,7 +30,7 @@ def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        maximum, average, position, statistics = backend(x.device).pool_forward(x, stride)
+        maximum, average, position, statistics = backend(x).pool_forward(x, stride)
         ctx.stride = stride
         ctx.save_for_backward(x, position)
         ctx.mark_non_differentiable(statistics)
@@ -50,10 +50,10 @@ class _PoolBackward(torch.autograd.Function):
     ) -> Tensor:
         ctx.stride = stride
         ctx.save_for_backward(position)
-        return backend(x.device).pool_backward(x, position, stride, maximum, average)
+        return backend(x).pool_backward(x, position, stride, maximum, average)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, tangent: Tensor) -> tuple[Tensor | None, ...]:
         (position,) = ctx.saved_tensors
-        return None, None, None, *backend(tangent.device).pool_tangent(tangent, position, ctx.stride)
+        return None, None, None, *backend(tangent).pool_tangent(tangent, position, ctx.stride)

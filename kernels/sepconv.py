@@ -67,9 +67,7 @@ class _SepConv(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.tasks, ctx.batch = tasks, batch
         ctx.save_for_backward(statistics, *tensors)
-        outputs, found = backend(tensors[0].device).sepconv_forward(
-            *_arguments(tasks, batch, statistics, tensors)
-        )
+        outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
         ctx.mark_non_differentiable(found)
         return *outputs, found
 
@@ -98,7 +96,7 @@ class _SepConvBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
         tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
-        sources, d, p = backend(adjoints[0].device).sepconv_backward(
+        sources, d, p = backend(adjoints[0]).sepconv_backward(
             *_arguments(tasks, batch, statistics, tensors), adjoints, weight_gradients
         )
         return *sources, *d, *p
@@ -111,7 +109,7 @@ class _SepConvBackward(torch.autograd.Function):
         n = len(ctx.tasks)
         statistics, *tensors = ctx.saved_tensors
         tensors, adjoints = tensors[:-n], tensors[-n:]
-        outputs, sources = backend(adjoints[0].device).sepconv_tangent(
+        outputs, sources = backend(adjoints[0]).sepconv_tangent(
             *_arguments(ctx.tasks, ctx.batch, statistics, tensors),
             adjoints,
             tangents[: -2 * n],

@@ -1,0 +1,193 @@
+// Vectors of channels, and the memory that kernels work in.
+//
+// Every source is compiled once per processor level; LANES is what one register of that level holds. GCC's
+// and clang's vector extension is used rather than intrinsics, so that one text serves all levels. Sums are
+// never reordered by the compiler (no -ffast-math): the same library gives the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int TILE = 16;  // pixels a register tile: with the weights 17 of 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+constexpr int TILE = 8;  // 9 of 16 registers; 8 sums hide the latency of two multiply-adds a cycle
+#else
+constexpr int LANES = 4;
+constexpr int TILE = 8;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+namespace {
+
+typedef float V __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t VI __attribute__((vector_size(LANES * sizeof(float))));
+
+// The same body serves LANES channels (T = V) and one channel (T = float): channels that do not fill a
+// register are computed one by one.
+template <class T>
+INLINE T load(const float* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+INLINE void store(float* p, T v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first `count` lanes; the others are zero.
+INLINE V load_some(const float* p, int count) {
+  if (count == LANES) return load<V>(p);
+  V v = {};
+  for (int l = 0; l < count; ++l) v[l] = p[l];
+  return v;
+}
+
+INLINE void store_some(float* p, V v, int count) {
+  if (count == LANES) return store(p, v);
+  for (int l = 0; l < count; ++l) p[l] = v[l];
+}
+
+// relu(x); NaN stays NaN.
+INLINE V relu(V x) { return x < 0.f ? V{} : x; }
+
+// [a > 0] g; where a is NaN, g.
+INLINE V masked(V g, V a) { return a <= 0.f ? V{} : g; }
+
+INLINE int blocks_of(int64_t channels) { return int((channels + LANES - 1) / LANES); }
+
+INLINE int lanes_of(int64_t channels, int block) {
+  int64_t left = channels - int64_t(block) * LANES;
+  return left < LANES ? int(left) : LANES;
+}
+
+// Memory that is kept between calls: a fresh allocation a call costs a page fault per 4 KB.
+// One a thread; what `take` returned is valid until the next `reset` of the same arena.
+class Arena {
+ public:
+  void reset() {
+    if (pieces_.size() > 1) {  // it has grown: next time in one piece
+      size_t total = 0;
+      for (Piece& piece : pieces_) {
+        total += piece.size;
+        std::free(piece.start);
+      }
+      pieces_.clear();
+      grow(total);
+    }
+    used_ = 0;
+  }
+
+  template <class T = float>
+  T* take(size_t count) {
+    size_t size = (count * sizeof(T) + 63) / 64 * 64;
+    if (pieces_.empty() || used_ + size > pieces_.back().size) {
+      grow(size < (size_t(1) << 20) ? size_t(1) << 20 : size);
+      used_ = 0;
+    }
+    T* found = reinterpret_cast<T*>(pieces_.back().start + used_);
+    used_ += size;
+    return found;
+  }
+
+  template <class T = float>
+  T* zeros(size_t count) {
+    T* found = take<T>(count);
+    std::memset(found, 0, count * sizeof(T));
+    return found;
+  }
+
+  ~Arena() {
+    for (Piece& piece : pieces_) std::free(piece.start);
+  }
+
+ private:
+  struct Piece {
+    char* start;
+    size_t size;
+  };
+
+  void grow(size_t size) {
+    void* start = std::aligned_alloc(64, size);
+    if (start == nullptr) {
+      std::fprintf(stderr, "darts_fast: out of memory (%zu bytes of workspace)\n", size);
+      std::abort();
+    }
+    pieces_.push_back({static_cast<char*>(start), size});
+  }
+
+  std::vector<Piece> pieces_;
+  size_t used_ = 0;
+};
+
+thread_local Arena of_call;    // what all threads of a call share; belongs to the thread that called
+thread_local Arena of_worker;  // what one thread works in
+
+// Work is cut into parts that depend on its size alone, never on the number of threads; each part has sums
+// of its own, and they are added in order of the parts. Hence the same bits for any number of threads.
+constexpr int64_t PARTS = 32;
+
+struct Parts {
+  int64_t size, count;
+  explicit Parts(int64_t whole) : size((whole + PARTS - 1) / PARTS), count((whole + size - 1) / size) {}
+};
+
+// The sums over parts of partial[part][width], in double and in order of the parts.
+INLINE double* over_parts(const float* partial, int64_t parts, int64_t width, Arena& arena) {
+  double* found = arena.zeros<double>(width);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = 0; i < width; ++i) found[i] += double(partial[part * width + i]);
+  return found;
+}
+
+constexpr double EPSILON = 1e-5;  // of every batch norm, nn.BatchNorm2d's default
+
+// Count, mean and sum of squared deviations of one channel, from parts that each summed about a shift of
+// their own: float32 sums about a value of the channel lose nothing to a large mean.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void merge(double n, double shift, double sum, double sum_of_squares) {
+    double part_mean = shift + sum / n, part_squares = sum_of_squares - sum * (sum / n);
+    double delta = part_mean - mean, total = count + n;
+    mean += delta * (n / total);
+    squares += part_squares + delta * delta * (count * n / total);
+    count = total;
+  }
+  float r() const { return float(1.0 / std::sqrt(double(variance()) + EPSILON)); }
+  float variance() const { return squares < 0 ? 0.f : float(squares / count); }
+};
+
+// body(T, channel) for every register of channels, then for the channels that are left
+template <class Body>
+INLINE void for_channels(int64_t c, const Body& body) {
+  int64_t i = 0;
+  for (; i + LANES <= c; i += LANES) body(V{}, i);
+  for (; i < c; ++i) body(0.f, i);
+}
+
+// Adds a sum to one in double, a channel at a time.
+INLINE void flush(double* into, V sum) {
+  for (int l = 0; l < LANES; ++l) into[l] += double(sum[l]);
+}
+INLINE void flush(double* into, float sum) { *into += double(sum); }
+
+// The same in float32, as the type of the second argument.
+INLINE V narrow(const double* from, V v) {
+  for (int l = 0; l < LANES; ++l) v[l] = float(from[l]);
+  return v;
+}
+INLINE float narrow(const double* from, float) { return float(*from); }
+
+}  // namespace

@@ -1,0 +1,14 @@
+// Which of the libraries this processor can run: 4 (x86-64-v4, AVX-512), 3 (x86-64-v3, AVX2) or 0 (portable).
+extern "C" int darts_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+            __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl");
+  return v4 ? 4 : v3 ? 3 : 0;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,187 @@
+// 3x3 max and average pool (padding 1, over the pixels that are there) of a state, in one pass over it.
+#include "lanes.h"
+
+extern "C" {
+
+// x [n, h, w, c], channels-last; the pools [n, ho, wo, c]. Pointers that a function does not use are null.
+struct Pool {
+  const float* x;
+  float *maximum, *average;
+  uint8_t* position;  // of the maximum in its window, row-major: 0 to 8
+  float* statistics;  // [2, 3, c]
+  float* adjoint;     // of x
+  int64_t n, h, w, c, stride;
+};
+}
+
+namespace {
+
+template <class T>
+struct Of {
+  typedef VI Int;
+  typedef uint8_t Byte __attribute__((vector_size(LANES)));
+  static void store(uint8_t* p, Int v) {
+    Byte bytes = __builtin_convertvector(v, Byte);
+    std::memcpy(p, &bytes, sizeof bytes);
+  }
+  static Int load(const uint8_t* p) {
+    Byte bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Int);
+  }
+};
+
+template <>
+struct Of<float> {
+  typedef int32_t Int;
+  static void store(uint8_t* p, Int v) { *p = uint8_t(v); }
+  static Int load(const uint8_t* p) { return *p; }
+};
+
+// The pixels that a window has in one direction: from, to (exclusive)
+struct Window {
+  int64_t from, to;
+  Window(int64_t out, int64_t stride, int64_t size)
+      : from(out * stride - 1 < 0 ? 0 : out * stride - 1), to(out * stride + 2 < size ? out * stride + 2 : size) {}
+  int64_t count() const { return to - from; }
+};
+
+// The windows that a pixel is in, in one direction: from, to (exclusive)
+struct Windows {
+  int64_t from, to;
+  Windows(int64_t in, int64_t stride, int64_t count) : from((in - 1 + stride - 1) / stride), to((in + 1) / stride + 1) {
+    if (in < 1) from = 0;
+    if (to > count) to = count;
+  }
+};
+
+template <class T>
+struct PoolSums {
+  T shift, sum, squares;
+  void add(T v) {
+    T d = v - shift;
+    sum += d, squares += d * d;
+  }
+};
+
+}  // namespace
+
+extern "C" void darts_pool_forward(const Pool* call, int threads) {
+  const Pool& q = *call;
+  int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
+  Parts parts(q.n);
+  of_call.reset();
+  double* sums = of_call.zeros<double>(parts.count * 6 * q.c);  // [part][pool][shift, sum, squares][c]
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t part = 0; part < parts.count; ++part) {
+    int64_t first = part * parts.size, last = first + parts.size < q.n ? first + parts.size : q.n;
+    for (int64_t row = first * ho; row < last * ho; ++row) {
+      const float* x = q.x + row / ho * q.h * q.w * q.c;
+      Window wy(row % ho, q.stride, q.h);
+      for_channels(q.c, [&](auto zero, int64_t i) {
+        using T = decltype(zero);
+        using I = typename Of<T>::Int;
+        PoolSums<T> found[2] = {};
+        double* of_part = sums + part * 6 * q.c + i;
+        for (int64_t ox = 0; ox < wo; ++ox) {
+          Window wx(ox, q.stride, q.w);
+          T maximum = load<T>(x + (wy.from * q.w + wx.from) * q.c + i), sum = {};
+          I position = I{} + int32_t((wy.from - (row % ho * q.stride - 1)) * 3 + wx.from - (ox * q.stride - 1));
+          for (int64_t y = wy.from; y < wy.to; ++y)
+            for (int64_t xx = wx.from; xx < wx.to; ++xx) {
+              T v = load<T>(x + (y * q.w + xx) * q.c + i);
+              I at = I{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
+              sum += v;
+              auto better = (v > maximum) | (v != v);  // NaN is the maximum
+              maximum = better ? v : maximum;
+              position = better ? at : position;
+            }
+          T average = sum * (1.f / float(wy.count() * wx.count()));
+          int64_t out = (row * wo + ox) * q.c + i;
+          store(q.maximum + out, maximum);
+          store(q.average + out, average);
+          Of<T>::store(q.position + out, position);
+          if (ox == 0) {
+            if (row == first * ho) flush(of_part, maximum), flush(of_part + 3 * q.c, average);
+            found[0].shift = narrow(of_part, zero), found[1].shift = narrow(of_part + 3 * q.c, zero);
+          }
+          found[0].add(maximum);
+          found[1].add(average);
+        }
+        for (int pool = 0; pool < 2; ++pool) {
+          flush(of_part + (pool * 3 + 1) * q.c, found[pool].sum);
+          flush(of_part + (pool * 3 + 2) * q.c, found[pool].squares);
+        }
+      });
+    }
+  }
+  for (int pool = 0; pool < 2; ++pool)
+    for (int64_t i = 0; i < q.c; ++i) {
+      Moments moments;
+      for (int64_t part = 0; part < parts.count; ++part) {
+        int64_t images = part + 1 < parts.count ? parts.size : q.n - part * parts.size;
+        const double* at = sums + (part * 6 + pool * 3) * q.c + i;
+        moments.merge(double(images * ho * wo), at[0], at[q.c], at[2 * q.c]);
+      }
+      float* into = q.statistics + pool * 3 * q.c + i;
+      into[0] = float(moments.mean), into[q.c] = moments.variance(), into[2 * q.c] = moments.r();
+    }
+}
+
+// The adjoint of x, gathered: every pixel adds what the windows that it is in have for it.
+extern "C" void darts_pool_backward(const Pool* call, int threads) {
+  const Pool& q = *call;
+  int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < q.n * q.h; ++row) {
+    int64_t y = row % q.h, image = row / q.h;
+    Windows wy(y, q.stride, ho);
+    for_channels(q.c, [&](auto zero, int64_t i) {
+      using T = decltype(zero);
+      using I = typename Of<T>::Int;
+      for (int64_t x = 0; x < q.w; ++x) {
+        Windows wx(x, q.stride, wo);
+        T sum = {};
+        for (int64_t oy = wy.from; oy < wy.to; ++oy)
+          for (int64_t ox = wx.from; ox < wx.to; ++ox) {
+            int64_t at = ((image * ho + oy) * wo + ox) * q.c + i;
+            I here = I{} + int32_t((y - (oy * q.stride - 1)) * 3 + x - (ox * q.stride - 1));
+            sum += Of<T>::load(q.position + at) == here ? load<T>(q.maximum + at) : T{};
+            int64_t count = Window(oy, q.stride, q.h).count() * Window(ox, q.stride, q.w).count();
+            sum += load<T>(q.average + at) * (1.f / float(count));
+          }
+        store(q.adjoint + (row * q.w + x) * q.c + i, sum);
+      }
+    });
+  }
+}
+
+// The tangents of both pools, from that of x.
+extern "C" void darts_pool_tangent(const Pool* call, int threads) {
+  const Pool& q = *call;
+  int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < q.n * ho; ++row) {
+    const float* x = q.x + row / ho * q.h * q.w * q.c;
+    Window wy(row % ho, q.stride, q.h);
+    for_channels(q.c, [&](auto zero, int64_t i) {
+      using T = decltype(zero);
+      using I = typename Of<T>::Int;
+      for (int64_t ox = 0; ox < wo; ++ox) {
+        Window wx(ox, q.stride, q.w);
+        int64_t out = (row * wo + ox) * q.c + i;
+        I position = Of<T>::load(q.position + out);
+        T maximum = {}, sum = {};
+        for (int64_t y = wy.from; y < wy.to; ++y)
+          for (int64_t xx = wx.from; xx < wx.to; ++xx) {
+            T v = load<T>(x + (y * q.w + xx) * q.c + i);
+            I at = I{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
+            sum += v;
+            maximum = position == at ? v : maximum;
+          }
+        store(q.maximum + out, maximum);
+        store(q.average + out, sum * (1.f / float(wy.count() * wx.count())));
+      }
+    });
+  }
+}

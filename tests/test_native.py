@@ -1,0 +1,264 @@
+"""The C++ kernels, function by function against the ATen ones in float64, and the whole supernet on them."""
+
+import pytest
+import torch
+
+from darts_fast import kernels
+from darts_fast.kernels import backends, native, torch_backend
+from darts_fast.kernels.torch_backend import Normalizer, Task
+
+pytestmark = pytest.mark.skipif(
+    native.level() is None, reason="the C++ kernels were not built: no compiler when this was installed"
+)
+
+TOLERANCE = 1e-5  # relative norm, float32 against float64
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def image(g, n, c, h, w):
+    return torch.randn(n, c, h, w, generator=g).contiguous(memory_format=torch.channels_last)
+
+
+def wide(value):
+    """The same arguments in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Normalizer):
+        return Normalizer(*(wide(t) for t in value[:3]), value.batch)
+    if isinstance(value, Task) or not isinstance(value, (list, tuple)):
+        return value
+    return [wide(item) for item in value]
+
+
+def flat(result):
+    if isinstance(result, (list, tuple)):
+        return [tensor for item in result for tensor in flat(item)]
+    return [result]
+
+
+def assert_agree(found, expected, tolerance=TOLERANCE):
+    found, expected = flat(found), flat(expected)
+    assert len(found) == len(expected)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a is None) == (b is None), index
+        if a is not None:
+            assert a.shape == b.shape and a.dtype == torch.float32
+            error = float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+            assert error <= tolerance, (index, error)
+
+
+def compared(name, *arguments, select=lambda result: result):
+    """The native result, after it was held against float64's and against itself on two threads."""
+    found = getattr(native, name)(*arguments)
+    assert_agree(select(found), select(getattr(torch_backend, name)(*wide(arguments))))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        again = getattr(native, name)(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(flat(found), flat(again), strict=True):
+        assert a is b is None or torch.equal(a, b)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every tensor that is allocated is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+# The tasks of one call: (kernel, dilation); 0: no depthwise part
+KERNELS = [(3, 1), (5, 1), (3, 2), (5, 2)]
+SHAPES = [
+    (2, 16, 9, 11),
+    (1, 16, 8, 8),
+    (3, 32, 7, 6),
+    (2, 64, 5, 4),
+    (2, 1, 6, 5),
+    (2, 3, 7, 9),
+    (2, 5, 4, 33),
+    (2, 17, 6, 7),
+    (2, 24, 8, 3),
+    (1, 16, 2, 40),
+    (35, 4, 3, 3),
+]
+
+
+def arguments_of(shape, stride, normalized, kernels=KERNELS, batch=True, outputs=None):
+    """Two sources, tasks on both; the arguments that all three functions begin with, and each y's adjoint."""
+    n, c, h, w = shape
+    g = generator(c + stride)
+    sources = [image(g, *shape) * 2 + 3, image(g, *shape)]
+    norms = [None, None]
+    if normalized:
+        norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(sources)]
+        if not batch:
+            constants = [torch.rand(2, c, generator=g) + 0.5 for _ in sources]
+            norms = [Normalizer(m, v, (v + torch_backend.EPSILON).rsqrt(), False) for m, v in constants]
+    tasks, d, p = [], [], []
+    for source in range(2):
+        for kernel, dilation in kernels:
+            offset = source if kernel == 0 and stride > 1 else 0
+            tasks.append(Task(source, stride, dilation, offset))
+            d.append(torch.randn(c, 1, kernel, kernel, generator=g) if kernel else None)
+            p.append(torch.randn(outputs or c, c, 1, 1, generator=g))
+    size = -(-h // stride), -(-w // stride)
+    adjoints = [image(g, n, outputs or c, *size) for _ in tasks]
+    return (sources, norms, tasks, d, p), adjoints
+
+
+def check_sepconv(start, adjoints):
+    compared("sepconv_forward", *start)
+    compared("sepconv_backward", *start, adjoints, True)
+    compared("sepconv_backward", *start, adjoints, False)
+    g = generator(5)
+    sources, _, _, d, p = start
+    tangents = [torch.randn(x.shape, generator=g) for x in sources]
+    moved = [[None if w is None else torch.randn(w.shape, generator=g) for w in ws] for ws in (d, p)]
+    compared("sepconv_tangent", *start, adjoints, tangents, *moved)
+    compared("sepconv_tangent", *start, adjoints, [None] * len(sources), *moved)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sepconv(shape, stride, normalized):
+    check_sepconv(*arguments_of(shape, stride, normalized))
+
+
+@pytest.mark.parametrize("channels", [(16, 16), (48, 16), (64, 8), (3, 5), (24, 40)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sepconv_without_depthwise_part(channels, stride):
+    check_sepconv(*arguments_of((2, channels[0], 6, 8), stride, False, [(0, 1)], outputs=channels[1]))
+
+
+@pytest.mark.parametrize("kernels", [[(1, 1)], [(7, 1)], [(3, 3)]])
+def test_sepconv_of_other_kernels(kernels):
+    check_sepconv(*arguments_of((2, 8, 9, 10), 1, True, kernels))
+    check_sepconv(*arguments_of((2, 8, 9, 10), 3, False, kernels))
+
+
+def test_sepconv_with_constant_statistics():
+    check_sepconv(*arguments_of((2, 16, 6, 6), 1, True, batch=False))
+
+
+def test_sepconv_leaves_out_what_is_zero():
+    start, adjoints = arguments_of((2, 16, 6, 6), 1, True)
+    nothing = [[None] * len(tensors) for tensors in (start[0], start[3], start[4])]
+    found, gained = native.sepconv_tangent(*start, adjoints, *nothing)
+    assert found == [None] * len(start[2]) and gained == [None, None]
+
+
+def test_statistics_of_a_large_mean():
+    (sources, norms, tasks, d, p), _ = arguments_of((4, 16, 16, 16), 1, False, [(0, 1)])
+    sources = [x.abs() * 1e-3 + 100 for x in sources]
+    p = [torch.eye(16)[:, :, None, None]] * 2
+    _, statistics = native.sepconv_forward(sources, norms, tasks, d, p)
+    exact = torch_backend.statistics_of([x.double() for x in sources])
+    assert_agree(statistics[:, 0], exact[:, 0], 1e-7)
+    assert_agree(statistics[:, 1], exact[:, 1], 1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pool(shape, stride):
+    g = generator()
+    x = image(g, *shape).mul(4).round().div(4)  # ties
+    maximum, average, position, statistics = native.pool_forward(x, stride)
+    expected = torch_backend.pool_forward(x.double(), stride)
+    assert_agree([maximum, average, statistics], [*expected[:2], expected[3]])
+    a, b = (image(g, *maximum.shape) for _ in range(2))
+    found = native.pool_backward(x, position, stride, a, b)
+    assert_agree(found, torch_backend.pool_backward(x.double(), expected[2], stride, a.double(), b.double()))
+    xd = image(g, *shape)
+    found = native.pool_tangent(xd, position, stride)
+    assert_agree(found, torch_backend.pool_tangent(xd.double(), expected[2], stride))
+
+
+def test_pool_takes_the_first_of_equal_values_and_nan():
+    x = torch.zeros(1, 16, 4, 4)
+    _, _, position, _ = native.pool_forward(x, 1)
+    assert position[0, :, 0, 0].tolist() == [4] * 16 and position[0, :, 1, 1].tolist() == [0] * 16
+    x[0, :, 2, 2] = float("nan")
+    maximum = native.pool_forward(x, 1)[0]
+    assert torch.equal(maximum.isnan(), torch.nn.functional.max_pool2d(x, 3, 1, 1).isnan())
+
+
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 7, 35])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mix(shape, count, batch):
+    g = generator(count)
+    candidates = [image(g, *shape) * (1 + k) + k for k in range(count)]
+    norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(candidates)]
+    if count > 1:
+        norms[1] = None
+    p = torch.rand(count, generator=g)
+    compared("mix_forward", candidates, norms, p)
+    adjoint = image(g, *shape) + 0.5
+    adjoints, sums = compared("mix_backward", candidates, norms, p, adjoint, select=lambda result: result[0])
+    exact = torch_backend.mix_backward(*wide((candidates, norms, p, adjoint)))[1]
+    # Here and below, sums whose terms nearly cancel: their error is that of the terms.
+    for k, (y, norm) in enumerate(zip(candidates, norms, strict=True)):
+        h = y if norm is None else norm.apply(y)
+        assert (sums[k] - exact[k]).norm() <= 1e-6 * float(adjoint.norm() * h.norm())
+    tangents = [image(g, *shape) + 1 for _ in range(count)]
+    if count > 2:
+        tangents[2] = None
+    start = candidates, norms, p, adjoint, adjoints, sums, tangents
+    found = compared("mix_tangent", *start, select=lambda result: result[:2])
+    exact = torch_backend.mix_tangent(*wide(start))[2]
+    for k, tangent in enumerate(tangents):
+        terms = 0.0 if tangent is None else float(adjoint.norm() * tangent.norm())
+        assert abs(found[2][k].double() - exact[k]) <= 1e-6 * terms
+
+
+def test_nan_is_not_hidden():
+    (sources, norms, tasks, d, p), _ = arguments_of((2, 16, 6, 6), 1, False)
+    sources[0][0, 0, 0, 0] = float("nan")
+    outputs, statistics = native.sepconv_forward(sources, norms, tasks, d, p)
+    assert all(y.isnan().any() for y, t in zip(outputs, tasks, strict=True) if t.source == 0)
+    assert statistics[: len(KERNELS)].isnan().all() and not statistics[len(KERNELS) :].isnan().any()
+
+
+def test_other_dtypes_and_memory_layouts():
+    with pytest.raises(TypeError, match="float32 on the CPU, not torch.float64"):
+        native.pool_forward(torch.zeros(1, 4, 4, 4, dtype=torch.float64), 1)
+    x = torch.randn(2, 5, 6, 7, generator=generator())  # [N, C, H, W] in memory too
+    assert_agree(native.pool_forward(x, 1)[0], torch_backend.pool_forward(x.double(), 1)[0])
+
+
+def test_float32_on_the_cpu_is_native_and_nothing_else_is():
+    assert backends.backend(torch.zeros(1)) is native
+    assert kernels.used(torch.zeros(1)).startswith("native (C++, ")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert backends.backend(torch.zeros(1, dtype=dtype)) is torch_backend
+
+
+def test_where_it_was_not_built_the_other_says_so(monkeypatch):
+    monkeypatch.setattr(native, "level", lambda: None)
+    assert backends.backend(torch.zeros(1)) is torch_backend
+    assert kernels.used(torch.zeros(1)).startswith("torch (ATen; native is faster but was not built")
+    assert backends.available()["native"].startswith("was not built")
+
+
+@pytest.mark.parametrize("level", sorted(native.LEVELS))
+def test_every_library_that_this_processor_runs(level, monkeypatch):
+    """A small check of each; `test_sepconv` and the others are of the one that is used."""
+    if native._path(level) is None or level > native.level():
+        pytest.skip("not built, or not for this processor")
+    library = native.library_of(level)
+    monkeypatch.setattr(native, "_library", lambda: library)
+    for shape in ((2, 16, 9, 11), (2, 5, 6, 7)):
+        check_sepconv(*arguments_of(shape, 1, True))
+        check_sepconv(*arguments_of(shape, 2, False))
+        test_pool(shape, 2)
+        test_mix(shape, 7, True)
