@@ -53,15 +53,8 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
   Norms norms(q);
   Chunks chunks(q);
   float* scale = of_call.take(q.count * q.c);
-  float* offset = of_call.take(q.c);
-  for (int64_t i = 0; i < q.c; ++i) {
-    double sum = 0;
-    for (int64_t k = 0; k < q.count; ++k) {
-      scale[k * q.c + i] = q.p[k] * norms.r[k * q.c + i];
-      sum -= double(scale[k * q.c + i]) * double(norms.mean[k * q.c + i]);
-    }
-    offset[i] = float(sum);
-  }
+  for (int64_t k = 0; k < q.count; ++k)
+    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = q.p[k] * norms.r[k * q.c + i];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
@@ -70,19 +63,19 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
       for_channels(q.c, [&](auto zero, int64_t i) {
         using T = decltype(zero);
         const float* y[4];
-        T s[4];
+        T s[4], mean[4];  // the mean is taken off first: one offset for all would cancel, and lose digits
         for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first once more, times nothing
           y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
           s[l] = l < n ? load<T>(scale + (k + l) * q.c + i) : T{};
+          mean[l] = l < n ? load<T>(norms.mean + (k + l) * q.c + i) : T{};
         }
-        T start = load<T>(offset + i);
         for (int64_t j = first; j < last; ++j) {
           float* out = q.out + j * q.c + i;
-          T sum = k == 0 ? start : load<T>(out);
-          sum += s[0] * load<T>(y[0] + j * q.c);
-          if (n > 1) sum += s[1] * load<T>(y[1] + j * q.c);
-          if (n > 2) sum += s[2] * load<T>(y[2] + j * q.c);
-          if (n > 3) sum += s[3] * load<T>(y[3] + j * q.c);
+          T sum = k == 0 ? T{} : load<T>(out);
+          sum += s[0] * (load<T>(y[0] + j * q.c) - mean[0]);
+          if (n > 1) sum += s[1] * (load<T>(y[1] + j * q.c) - mean[1]);
+          if (n > 2) sum += s[2] * (load<T>(y[2] + j * q.c) - mean[2]);
+          if (n > 3) sum += s[3] * (load<T>(y[3] + j * q.c) - mean[3]);
           store(out, sum);
         }
       });
