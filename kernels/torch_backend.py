@@ -312,7 +312,8 @@ def sepconv_tangent(
             g = masked_(first, a)
             adjoint, s = norm.adjoint(g, y)
             term = second_adjoint(y, norm, s.new_ones(()), adjoint, s / m, hd, t / m, channel_dot(g, hd) / m)
-            second = term if second is None or term is None else second.add_(term)
+            if term is not None:
+                second = term if second is None else second.add_(term)
         gained.append(None if second is None else second.to(x.dtype))
     return outputs, gained
 
