@@ -166,21 +166,15 @@ def argument_parser(config: type[Config], description: str) -> argparse.Argument
     parser = OneSentenceParser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        if field.type is bool:
-            parser.add_argument(
-                f"--{field.name}",
-                action="store_true",
-                default=argparse.SUPPRESS,
-                help=field.metadata["meaning"].replace("%", "%%"),
-            )
-            continue
         shown = field.metadata["shown"] or field.default
-        parser.add_argument(
-            f"--{field.name}",
-            type=plain_type(hints[field.name]),
-            choices=field.metadata["choices"],
-            default=argparse.SUPPRESS,
-            metavar=None if field.metadata["choices"] else field.name.upper(),
-            help=f"{field.metadata['meaning']} (default: {shown})".replace("%", "%%"),
-        )
+        given = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['meaning']} (default: {shown})".replace("%", "%%"),
+        }
+        kind, choices = plain_type(hints[field.name]), field.metadata["choices"]
+        if kind is bool:  # the flag alone turns it on
+            parser.add_argument(f"--{field.name}", action="store_true", **given)
+        else:
+            metavar = None if choices else field.name.upper()
+            parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, **given)
     return parser

@@ -169,10 +169,11 @@ def mix_tangent_kernel(
     p_gh_sums,  # [candidates, C]: of G h
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
     p_out,  # [positions, C]: od
-    p_gained,  # [candidates, positions, C]
+    p_gained,  # [normalised candidates, positions, C]
     p_weights_gained,  # [c blocks, candidates]
     positions,
     NORMS: tl.constexpr,
+    SLOTS: tl.constexpr,  # which entry of p_gained a candidate has, if it is normalised
     HAS_TANGENT: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
@@ -208,7 +209,7 @@ def mix_tangent_kernel(
                 b_adjoint = tl.load(p_adjoints[k] + o, mask=m, other=0.0).to(ACC)
                 b_gained = b_adjoint * (b_r * b_t)[None, :]
                 b_gained += (b_hd * b_s[None, :] + b_h * b_u[None, :]) * (b_r * b_weight)[None, :]
-                tl.store(p_gained + k * size + o, (-b_gained).to(p_gained.dtype.element_ty), mask=m)
+                tl.store(p_gained + SLOTS[k] * size + o, (-b_gained).to(p_gained.dtype.element_ty), mask=m)
             else:
                 b_hd = b_yd * b_r[None, :]
                 b_u = b_u * b_r
@@ -271,31 +272,33 @@ def mix_tangent(
     )
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
-    gained = images(len(candidates), y.shape, y.dtype, y.device)
+    slots = tuple(sum(table.norms[:k]) for k in range(len(candidates)))
+    gained = images(sum(table.norms), y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y)
     p_gained = p.new_empty(blocks, len(candidates))
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
         {
-            "p_candidates": tuple(candidates),
+            # Of a candidate without batch norm only the tangent is read.
+            "p_candidates": _where(table.norms, candidates, tangents),
             "p_tangents": tangents,
-            "p_adjoints": tuple(adjoints),
+            "p_adjoints": _where(table.norms, adjoints, tangents),
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
             "p_gh_sums": sums.contiguous(),
             "p_sums": norm_sums(tangents, candidates, normalizers, g),
             "p_out": out,
-            "p_gained": gained,
+            "p_gained": gained if any(table.norms) else out,
             "p_weights_gained": p_gained,
             "positions": _positions(y),
         },
-        {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
+        {"NORMS": table.norms, "SLOTS": slots, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
     found = [
-        x if table.batch and norm and given else None
-        for x, norm, given in zip(gained, table.norms, has, strict=True)
+        gained[slot] if table.batch and norm and given else None
+        for slot, norm, given in zip(slots, table.norms, has, strict=True)
     ]
     return out, found, p_gained.view(-1) if blocks == 1 else p_gained.sum(0)
 
@@ -356,7 +359,7 @@ def norm_backward(
         (tiles, entries, blocks),
         {
             "p_g": tuple(gs),
-            "p_y": tuple(ys),
+            "p_y": _where(table.norms, ys, gs),  # y is read for batch norm only
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": sums if p is None else p.contiguous(),
@@ -376,6 +379,10 @@ def norm_backward(
         },
     )
     return list(found.unbind())
+
+
+def _where(flags: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t if flag else o for flag, t, o in zip(flags, tensors, others, strict=True))
 
 
 def _positions(y: Tensor) -> int:

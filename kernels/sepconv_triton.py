@@ -615,7 +615,9 @@ def _launch_pointwise(
     splits = triton.cdiv(call.positions(), BLOCK_P)
     partials = None
     if weight_gradients:
-        splits = splits_of(splits, count * triton.cdiv(c, block_c))
+        # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
+        # sums of a weight gradient at 64 channels were more bytes than its operands.
+        splits = splits_of(splits, count * triton.cdiv(c, block_c), 264)
         partials = x.new_empty(count, splits, k * c + c * taps, dtype=dtype)
     launch(
         sepconv_bwd_pointwise_kernel,

@@ -78,17 +78,17 @@ def channel_block(channels: int) -> int:
     return min(64, max(16, power_of_two(channels)))
 
 
-def elementwise_tile(channels: int) -> tuple[int, int]:
+def elementwise_tile(channels: int, elements: int = 2048) -> tuple[int, int]:
     """(BLOCK_P, BLOCK_C) of kernels without a dot: 2,048 elements, 16 a thread of 4 warps, so that a thread
     has four 128-bit float32 loads under way for each of its operands."""
     block_c = channel_block(channels)
-    return 2048 // block_c, block_c
+    return elements // block_c, block_c
 
 
-def splits_of(tiles: int, entries: int) -> int:
+def splits_of(tiles: int, entries: int, programs: int = 1024) -> int:
     """Programs that share the tiles of a reduction of each of `entries`: about 1,024 programs in all, eight
     for each of an H100's 132 multiprocessors, and partial sums that are small beside what they are of."""
-    return max(1, min(tiles, 1024 // entries))
+    return max(1, min(tiles, programs // entries))
 
 
 # Tensors

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import relative_error
+from official import LAYOUTS, everything, flat, official_network, three_steps
 from torch import nn
 
 from darts_fast import architect
@@ -11,51 +12,6 @@ from darts_fast.genotype import derive
 from darts_fast.interop import load_official_search
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
-
-
-def official_network(golden, dtype):
-    state = golden.group("init", dtype)
-    return load_official_search(state, state.pop("alphas_normal"), state.pop("alphas_reduce"))
-
-
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
-
-
-def everything(network, golden, dtype, order=(0, 1)):
-    """Every quantity of the golden file, computed by ours: batch 0 trains, batch 1 validates."""
-    meta = golden.meta
-    weights, alphas = network.weights(), network.alphas()
-    (x, y), (x_val, y_val) = (golden.batch(index, dtype) for index in order)
-
-    def train_loss(w, a):
-        return network.loss(x, y, w, a)
-
-    def validation_loss(w, a):
-        return network.loss(x_val, y_val, w, a)
-
-    step = architect.VirtualStep(meta["xi"], meta["momentum"], meta["weight_decay"])
-    w, a = architect.leaves(weights), architect.leaves(alphas)
-    loss = train_loss(w, a)
-    w_gradients = architect.gradients(loss, w, create_graph=True)
-    virtual = step(w, architect.detached(w_gradients), {})
-    alpha_gradient, v = architect._at_virtual_weights(validation_loss, virtual, a)
-    return {
-        "train_logits": network(x),
-        "train_loss": loss,
-        "weight_grad_norms": torch.stack([g.norm() for g in w_gradients.values()]),
-        "alpha_grad_train": flat(architect.gradients(loss, a, create_graph=True)),
-        "first_order_alpha_grad": flat(architect.first_order(validation_loss, weights, alphas)),
-        "dalpha_val": flat(alpha_gradient),
-        "val_direction_norm": flat(v).norm(),
-        "hvp_exact": flat(architect.exact_hvp(w_gradients, a, v)),
-        "unrolled_exact_alpha_grad": flat(
-            architect.second_order_exact(train_loss, validation_loss, weights, alphas, {}, step)
-        ),
-        "unrolled_fd_alpha_grad": flat(
-            architect.second_order_finite_difference(train_loss, validation_loss, weights, alphas, {}, step)
-        ),
-    }
 
 
 def test_float64_matches_the_official_code(golden_search):
@@ -67,46 +23,16 @@ def test_float64_matches_the_official_code(golden_search):
     assert all(error < 1e-9 for error in errors.values()), errors
 
 
-def test_float32_is_as_close_to_float64_as_its_own_rounding_allows(golden_search):
-    """The error against float64 is at most twice the largest over copies of the weights moved by 6e-8."""
+def test_float32_is_as_close_to_float64_as_its_own_rounding_allows(golden_search, float32_allowance):
     expected = golden_search.group("float64", torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    allowed = dict.fromkeys(expected, 0.0)
-    layouts = (torch.contiguous_format, torch.channels_last)
-    for copy in range(8):
-        network = official_network(golden_search, torch.float32).to(memory_format=layouts[copy % 2])
-        with torch.no_grad():
-            for w in network.weights().values():
-                w *= 1 + 6e-8 * torch.randn(w.shape, generator=generator)
-        found = everything(network, golden_search, torch.float32)
-        for name in expected:
-            allowed[name] = max(allowed[name], relative_error(found[name], expected[name]))
-    for layout in layouts:
+    for layout in LAYOUTS:
         network = official_network(golden_search, torch.float32).to(memory_format=layout)
         found = everything(network, golden_search, torch.float32)
         errors = {name: relative_error(found[name], expected[name]) for name in expected}
-        assert all(error <= 2 * allowed[name] for name, error in errors.items()), (errors, allowed)
-
-
-def three_steps(golden):
-    """The golden file's three steps, finite differences, in float64 -> losses, network."""
-    meta = golden.meta
-    config = SearchConfig(
-        hvp="finite-difference",
-        w_lr=meta["xi"],
-        w_momentum=meta["momentum"],
-        w_weight_decay=meta["weight_decay"],
-        w_grad_clip=meta["grad_clip"],
-        alpha_lr=meta["alpha_lr"],
-        alpha_weight_decay=meta["alpha_weight_decay"],
-    )
-    network = official_network(golden, torch.float64)
-    take_step = SearchStep(network, config)
-    losses = []
-    for index in range(meta["steps"]):
-        train, validation = (golden.batch(2 * index + k, torch.float64) for k in range(2))
-        losses.append(take_step(train, validation, meta["xi"])[0])
-    return torch.stack(losses), network
+        assert all(error <= 2 * float32_allowance[name] for name, error in errors.items()), (
+            errors,
+            float32_allowance,
+        )
 
 
 def test_three_steps_follow_the_official_trajectory(golden_search):

@@ -62,7 +62,7 @@ BAD = {
     "--name ..": "name must be the name of a new folder",
     "--resume nowhere": "nowhere is not a folder",
     "--resume nowhere --epochs 3": "leave out --epochs",
-    "--fused": "unrecognized arguments: --fused",
+    "--fused 1": "unrecognized arguments: 1",
     "--amp": "unrecognized arguments: --amp",
     "--epoch 3": "unrecognized arguments: --epoch 3",
     "digits": "unrecognized arguments: digits",
@@ -115,6 +115,25 @@ def test_a_search_writes_its_folder_and_is_not_overwritten(monkeypatch, capsys, 
     code, out, err = call(monkeypatch, capsys, *TINY, "--name", "one")
     assert code == 2 and err.count("\n") == 1 and "searchs/one exists and is not overwritten" in err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fused_is_the_same_search(monkeypatch, capsys, in_tmp):
+    """To the rounding of float32, which three steps do not yet magnify."""
+    found = {}
+    for name in ("reference", "fused"):
+        arguments = [*TINY, "--order", "2", "--epochs", "1", "--name", name]
+        assert call(monkeypatch, capsys, *arguments, *["--fused"] * (name == "fused"))[0] == 0
+        lines = (in_tmp / "searchs" / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line) for line in lines]
+        assert json.loads((in_tmp / "searchs" / name / "config.json").read_text())["fused"] == (
+            name == "fused"
+        )
+    assert len(found["fused"]) == len(found["reference"]) == 4  # three steps and the validation
+    for a, b in zip(found["fused"], found["reference"], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if "loss" in key:
+                assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
 def test_without_a_name_folders_are_numbered(monkeypatch, capsys, in_tmp):
