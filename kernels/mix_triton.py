@@ -364,7 +364,7 @@ def norm_backward(
             "p_rs": table.rs,
             "p_weights": sums if p is None else p.contiguous(),
             "p_sums": sums,
-            "p_yd": tuple(x if yd is None else yd for yd, x in zip(yds_given, ys, strict=True)),
+            "p_yd": tuple(g if yd is None else yd for yd, g in zip(yds_given, gs, strict=True)),
             "p_yd_sums": sums if yd_sums is None else yd_sums,
             "p_found": found,
             "positions": _positions(y),

@@ -161,14 +161,14 @@ def sepconv_fwd_kernel(
 
 @triton.jit
 def sepconv_bwd_pointwise_kernel(
-    p_x,  # tuples as in the forward kernel; this and the next three are read if WEIGHTS
+    p_x,  # tuples as in the forward kernel; this is read if WEIGHTS or DIRECT, the next three if WEIGHTS
     p_means,
     p_rs,
     p_depthwise,
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
     p_adjoints,  # tuple of Y [N, HO, WO, K]
-    p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
+    p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
     p_partials,  # [tasks, splits, K * C + C * TAPS]: dP, dD; written if WEIGHTS
     positions,  # N * HO * WO
     tasks,
@@ -180,6 +180,7 @@ def sepconv_bwd_pointwise_kernel(
     HAS_PD: tl.constexpr,
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
+    DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
     NORMALIZE: tl.constexpr,
     TAPS: tl.constexpr,  # of the largest depthwise kernel
     H: tl.constexpr,
@@ -226,9 +227,17 @@ def sepconv_bwd_pointwise_kernel(
         p_out = p_z + (tl.cast(i_task, tl.int64) * positions + i_first) * C
         o_out = o_t[:, None] * C + o_c[None, :]
         m_out = m_p[:, None] & m_c[None, :]
-        tl.store(p_out + o_out, b_z.to(element), mask=m_out)
         if TANGENT:
             b_zd = dot(b_y.to(element), b_pd.to(element), ACC)
+        if DIRECT:
+            b_found = b_z
+            if TANGENT:
+                b_found = b_zd
+            b_x = tl.load(pick(p_x, i_task) + i_first * C + o_out, mask=m_out, other=0.0)
+            tl.store(p_out + o_out, tl.where(b_x > 0.0, b_found, 0.0).to(element), mask=m_out)
+        else:
+            tl.store(p_out + o_out, b_z.to(element), mask=m_out)
+        if TANGENT and not DIRECT:
             tl.store(p_out + tl.cast(tasks, tl.int64) * positions * C + o_out, b_zd.to(element), mask=m_out)
         if WEIGHTS:
             i_image = i_first // (HO * WO)
@@ -426,6 +435,11 @@ class _Call(NamedTuple):
             d.shape[-1] if has else 1 for d, has in zip(self.depthwise, self.has_depthwise, strict=True)
         )
 
+    def direct(self) -> bool:
+        """Whether the tasks are 1x1 convolutions of a source each, whose adjoint is [h > 0] P' Y."""
+        plain = all(task == Task(i) for i, task in enumerate(self.tasks)) and not any(self.has_depthwise)
+        return plain and len(self.tasks) == len(self.sources) and not any(self.normalizers)
+
     def sizes(self) -> dict:
         x = self.sources[0]
         _, c, height, width = x.shape
@@ -483,7 +497,7 @@ def sepconv_backward(
     """The adjoint of every source, and the gradients of the weights: None where they are not asked for."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     z, sums = _launch_pointwise(call, adjoints, weight_gradients)
-    found = _launch_backward(call, z)
+    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     if sums is not None:
@@ -512,7 +526,7 @@ def sepconv_tangent(
     y = images(len(tasks), call.out_shape, x.dtype, x.device)
     _launch_forward(call, y, None, tangents)
     z, _ = _launch_pointwise(call, adjoints, False, tangents)
-    return list(y.unbind()), _launch_backward(call, z, tangents)
+    return list(y.unbind()), list(z[0].unbind()) if call.direct() else _launch_backward(call, z, tangents)
 
 
 class _Tangents(NamedTuple):
@@ -603,13 +617,15 @@ def _launch_forward(
 def _launch_pointwise(
     call: _Call, adjoints: Sequence[Tensor], weight_gradients: bool, tangents: _Tangents | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Z, and with tangents Zd: [1 or 2, tasks, N, HO, WO, C]; and the tasks' dP and dD, flat, if wanted."""
+    """Z, and with tangents Zd: [1 or 2, tasks, N, C, HO, WO]; and the tasks' dP and dD, flat, if wanted."""
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.tasks)
     n, k, out_height, out_width = call.out_shape
     c, dtype = x.shape[1], accumulator(x.dtype)
     adjoints = tuple(y.contiguous(memory_format=torch.channels_last) for y in adjoints)
-    z = x.new_empty(1 if tangents is None else 2, count, n, out_height, out_width, c)
+    direct = call.direct()
+    layers = 1 if tangents is None or direct else 2
+    z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
     taps = max(call.kernels()) ** 2
     block_c = channel_block(c)
     splits = triton.cdiv(call.positions(), BLOCK_P)
@@ -623,7 +639,7 @@ def _launch_pointwise(
         sepconv_bwd_pointwise_kernel,
         (splits, count, triton.cdiv(c, block_c)),
         {
-            "p_x": call.of_tasks(call.sources) if weight_gradients else call.pointwise,
+            "p_x": call.of_tasks(call.sources) if weight_gradients or direct else call.pointwise,
             "p_means": call.of_tasks(table.means) if weight_gradients else call.pointwise,
             "p_rs": call.of_tasks(table.rs) if weight_gradients else call.pointwise,
             "p_depthwise": call.depthwise if weight_gradients else call.pointwise,
@@ -641,6 +657,7 @@ def _launch_pointwise(
             "HAS_PD": tangents.has_pointwise if tangents else (0,) * count,
             "WEIGHTS": weight_gradients,
             "TANGENT": tangents is not None,
+            "DIRECT": direct,
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
             "K": k,
