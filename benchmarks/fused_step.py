@@ -18,6 +18,7 @@ class FusedStep:
 
     def __init__(self, network: Supernet, config: SearchConfig):
         self.network, self.step = network, SearchStep(network, config)
+        self.weight_optimizer = self.step.weight_optimizer
         self.virtual_step = partial(
             architect.VirtualStep, momentum=config.w_momentum, weight_decay=config.w_weight_decay
         )

@@ -51,7 +51,7 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def check() -> None:
     """Raises AssertionError where the two disagree."""
-    dtype, (train, validation) = torch.float64, batches(4, 16, torch.float64)
+    dtype, (train, validation) = torch.float64, batches(4, 8, torch.float64)
     networks = [supernet(4, 3, fused, dtype) for fused in (False, True)]
     differences = SearchConfig(hvp="finite-difference")
     steps = TextbookStep(networks[0], differences), SearchStep(networks[1], differences)

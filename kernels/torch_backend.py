@@ -105,7 +105,8 @@ class Normalizer(NamedTuple):
 def second_adjoint(
     y: Tensor, norm: Normalizer, weight: Tensor, adjoint: Tensor, s: Tensor, hd: Tensor, t: Tensor, u: Tensor
 ) -> Tensor | None:
-    """How weight B(g) changes with y, along yd: - r (t weight B(g) + s weight hd + u weight h).
+    """How weight B(g) changes with y, along yd: - r (t weight B(g) + s weight hd + u weight h). None (zero)
+    where the statistics are constants.
 
     Args:
         weight: a number or [C].
@@ -360,7 +361,8 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
     scales, total = list(p), p.new_zeros(1, 1, 1, 1)
     normalized = [k for k, norm in enumerate(normalizers) if norm is not None]
     if normalized:
-        factors = p[normalized, None] * torch.stack([normalizers[k].r for k in normalized])
+        chosen = torch.stack([scales[k] for k in normalized])
+        factors = chosen[:, None] * torch.stack([normalizers[k].r for k in normalized])
         means = torch.stack([normalizers[k].mean for k in normalized])
         total = per_channel(-(factors * means).sum(0))
         for k, factor in zip(normalized, factors, strict=True):
