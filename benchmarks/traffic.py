@@ -156,6 +156,9 @@ def count(
     """
     with torch.device(device):
         network = Supernet(channels, 10, layers, fused=fused).to(dtype)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.float()
         images = torch.zeros(batch_size, 3, size, size, dtype=dtype)
         labels = torch.zeros(batch_size, dtype=torch.int64)
     step = (FusedStep if fused else TextbookStep)(network, SearchConfig())

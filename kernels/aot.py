@@ -1,6 +1,7 @@
 """Compiles the Triton kernels without a GPU and says what became of them.
 
-    python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick] [--json F]
+    python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
+        [--kernel NAME ...] [--json F]
 
 Every kernel is compiled as the launchers launch it at the paper's setting (16 channels, 8 layers, batch 64):
 the launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
@@ -121,6 +122,8 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
     g = triton_backend.mix_forward(y, norms, p)
     adjoints, sums = triton_backend.mix_backward(y, norms, p, g)
     triton_backend.mix_tangent(y, norms, p, g, adjoints, sums, y)
+    if edges > 1:
+        triton_backend.add(y[:edges])
 
 
 # Compilation
@@ -247,10 +250,12 @@ def setting(planned: Launch) -> str:
     return " ".join([str(narrow).removeprefix("torch."), *sizes, f"x{entries}", *flags])
 
 
-def reports(archs: list[int], dtypes: list[torch.dtype], quick: bool) -> Iterator[Report]:
+def reports(
+    archs: list[int], dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None
+) -> Iterator[Report]:
     for dtype in dtypes:
         for planned in supernet_launches(dtype, quick):
-            for arch in archs:
+            for arch in archs if kernels is None or planned.kernel.fn.__name__ in kernels else []:
                 yield compiled(planned, arch)
 
 
@@ -263,6 +268,7 @@ def main() -> int:
     dtypes = {str(d).removeprefix("torch."): d for d in DTYPES}
     parser.add_argument("--dtype", nargs="+", choices=list(dtypes), default=list(dtypes))
     parser.add_argument("--quick", action="store_true", help="16 channels and one task list only")
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
     parser.add_argument("--json", metavar="F", help="write the table there too")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -273,7 +279,8 @@ def main() -> int:
         "  kernel"
     )
     found = []
-    for r in reports([int(a[3:]) for a in args.arch], [dtypes[d] for d in args.dtype], args.quick):
+    archs = [int(arch[3:]) for arch in args.arch]
+    for r in reports(archs, [dtypes[d] for d in args.dtype], args.quick, args.kernel):
         found.append(r)
         print(
             f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"

@@ -55,6 +55,26 @@ def mix_fwd_kernel(
 
 
 @triton.jit
+def add_kernel(
+    p_terms,  # tuple of [positions, C]
+    p_out,  # [positions, C]
+    positions,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    o = o_p[:, None] * C + o_c[None, :]
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_terms)):
+        b_total += tl.load(p_terms[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def norm_sums_kernel(
     p_g,  # tuple of g_k [positions, C]
     p_y,  # tuple of y_k [positions, C]
@@ -241,6 +261,15 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
         },
         {"NORMS": table.norms, **sizes},
     )
+    return out
+
+
+def add(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of two or more tensors, in their dtype. One read of each."""
+    y = terms[0]
+    (out,) = images(1, y.shape, y.dtype, y.device)
+    sizes, grid = _sizes(y)
+    launch(add_kernel, grid, {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)}, sizes)
     return out
 
 

@@ -7,11 +7,12 @@ wide for the tensor cores. No result depends on the order in which programs run:
 partial sums of programs, added in a fixed order.
 """
 
-from darts_fast.kernels.mix_triton import mix_backward, mix_forward, mix_tangent
+from darts_fast.kernels.mix_triton import add, mix_backward, mix_forward, mix_tangent
 from darts_fast.kernels.pool_triton import pool_backward, pool_forward, pool_tangent
 from darts_fast.kernels.sepconv_triton import sepconv_backward, sepconv_forward, sepconv_tangent
 
 __all__ = [
+    "add",
     "mix_backward",
     "mix_forward",
     "mix_tangent",

@@ -3,6 +3,7 @@
 On a machine with a GPU the same tests run there, see tests/gpu.
 """
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -10,17 +11,15 @@ from conftest import relative_error
 from triton.runtime import interpreter
 
 from darts_fast import architect
-from darts_fast.kernels import Task, torch_backend
+from darts_fast.kernels import Task, mix_triton, sepconv_triton, torch_backend, triton_backend
 from darts_fast.kernels.backends import using
 from darts_fast.kernels.torch_backend import Normalizer
+from darts_fast.kernels.triton_launch import observed
 from darts_fast.supernet import Supernet
 
-if torch.cuda.is_available():
-    pytest.skip(
-        "the interpreter is for machines without a GPU; tests/gpu runs there", allow_module_level=True
-    )
-
-from darts_fast.kernels import triton_backend
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU; tests/gpu runs there"
+)
 
 # Relative errors against ATen in float64. float32 by the project's rule; bfloat16 rounds each value at 2^-9,
 # and both factors of a pointwise product.
@@ -110,7 +109,7 @@ def narrowed(norm, dtype):
 SEPCONV = {
     # name: source shape, sources, tasks (kernel or None, Task), outputs, normalised, batch statistics
     "all candidates": (
-        (2, 4, 7, 5), 1, [(3, Task()), (5, Task()), (3, Task(dilation=2)), (5, Task(dilation=2))], 4, None
+        (1, 4, 7, 10), 1, [(3, Task()), (5, Task()), (3, Task(dilation=2)), (5, Task(dilation=2))], 4, None
     ),
     "stride 2, odd": ((1, 5, 7, 9), 1, [(3, Task(stride=2)), (5, Task(0, 2, 2))], 6, None),
     "second halves": ((1, 6, 6, 5), 2, [(3, Task(0)), (5, Task(1))], 6, True),
@@ -206,6 +205,54 @@ def test_mix(shape, count, batch, dtype):
     compare(found, torch_backend.mix_tangent(*wide, g.double(), *expected, widened(tangents)), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add(dtype):
+    terms = [images((2, 20, 7, 10), dtype, i) for i in range(3)]
+    compare(triton_backend.add(terms), sum(t.double() for t in terms), dtype)
+
+
+@pytest.mark.parametrize("name", ["second halves", "preprocessing", "mix"])
+def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
+    """Distinct addresses of every load and store of the interpreter, against `Launch.bytes`."""
+    builder, touched = interpreter.InterpreterBuilder, []
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def note(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        live = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        touched[-1].update((address, size) for address in pointers.data[live].tolist())
+
+    def noted_load(self, pointers, mask, *rest):
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self, pointers, value, mask, *rest):
+        note(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", noted_load)
+    monkeypatch.setattr(builder, "create_masked_store", noted_store)
+    launches = []
+    with observed(lambda planned: (launches.append(planned), touched.append(set()))):
+        if name == "mix":
+            candidates = [images((2, 16, 4, 8), torch.float32, i) for i in range(4)]
+            norms = [normalizer(y, True) if i else None for i, y in enumerate(candidates)]
+            norms = [narrowed(norm, torch.float32) for norm in norms]
+            p, g = weight((4,), torch.float32, 10), images((2, 16, 4, 8), torch.float32, 11)
+            adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+            triton_backend.mix_tangent(candidates, norms, p, g, adjoints, sums, adjoints)
+        else:
+            arguments, adjoints = sepconv_case(name, torch.float32)
+            triton_backend.sepconv_forward(*arguments)
+            triton_backend.sepconv_backward(*arguments, adjoints, False)
+            triton_backend.sepconv_tangent(*arguments, adjoints, *[arguments[i] for i in (0, 3, 4)])
+    assert len(launches) >= 4
+    for planned, addresses in zip(launches, touched, strict=True):
+        counted, found = planned.bytes(), sum(size for _, size in addresses)
+        # The variances [C] that lie between means and reciprocal deviations are not read.
+        assert found <= counted <= 1.1 * found, (planned.kernel.fn.__name__, counted, found)
+
+
 def test_a_single_value_a_channel_is_refused():
     with pytest.raises(ValueError, match="single value"):
         triton_backend.pool_forward(images((1, 3, 1, 1), torch.float32, 0), 1)
@@ -230,13 +277,16 @@ def test_nan_stays():
 
 def test_hessian_vector_product_of_a_supernet(monkeypatch):
     """The fused supernet on the interpreter against the reference and generic automatic differentiation."""
-    # Half of the interpreter's time goes to checks of integer overflow; the tests above have them.
+    # Most of the interpreter's time goes to checks of integer overflow and to the selects of `pick`, which
+    # the tests above have.
     monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
+    for module in (mix_triton, sepconv_triton):
+        monkeypatch.setattr(module, "pick", lambda values, i: values[int(i.handle.data.item())])
     torch.manual_seed(0)
     reference = Supernet(2, 3, 3).double()
     fused = Supernet(2, 3, 3, fused=True).double()
     fused.load_state_dict(reference.state_dict())
-    images, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
+    images, labels = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
     v = {name: torch.randn_like(w) for name, w in reference.weights().items()}
 
     def product(network):
