@@ -24,7 +24,8 @@ from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     Table,
     accumulator,
-    channel_block,
+    dot_channel_block,
+    elementwise_tile,
     images,
     launch,
     load_normalizer,
@@ -450,7 +451,7 @@ class _Call(NamedTuple):
             "WO": self.out_shape[3],
             "C": c,
             "STRIDE": self.tasks[0].stride,
-            "BLOCK_C": channel_block(c),
+            "BLOCK_C": dot_channel_block(c, x.dtype),
             "ACC": ACCUMULATORS[accumulator(x.dtype)],
         }
 
@@ -627,8 +628,11 @@ def _launch_pointwise(
     layers = 1 if tangents is None or direct else 2
     z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
     taps = max(call.kernels()) ** 2
-    block_c = channel_block(c)
-    splits = triton.cdiv(call.positions(), BLOCK_P)
+    block_c = dot_channel_block(c, x.dtype)
+    # Weight gradients of wide types have a dot over positions, which the compiler unrolls: 64 spilled. (The
+    # 1x1 convolutions' own fit with 64, and spilled 8 bytes with 32.)
+    block_p = BLOCK_P // 2 if weight_gradients and x.element_size() > 2 and not call.direct() else BLOCK_P
+    splits = triton.cdiv(call.positions(), block_p)
     partials = None
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
@@ -662,7 +666,7 @@ def _launch_pointwise(
             "TAPS": taps,
             "K": k,
             **call.sizes(),
-            "BLOCK_P": BLOCK_P,
+            "BLOCK_P": block_p,
             "BLOCK_K": max(16, power_of_two(k)),
             "BLOCK_TAPS": power_of_two(taps),
         },
@@ -675,8 +679,8 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
-    block_c = channel_block(c)
-    tiles = triton.cdiv(call.pixels(), BLOCK_P)
+    block_p, block_c = elementwise_tile(c)
+    tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
     partials = None
     if table.batch:
@@ -710,7 +714,8 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "NORMALIZE": any(table.norms),
             "SUMS": table.batch,
             **call.sizes(),
-            "BLOCK_P": BLOCK_P,
+            "BLOCK_P": block_p,
+            "BLOCK_C": block_c,
         },
     )
     found = list(found.unbind())
