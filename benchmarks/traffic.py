@@ -2,10 +2,11 @@
 
     python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--json F]
 
-The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view;
-its bytes are those of the distinct elements of its tensor arguments and results. tests/test_benchmarks.py
-holds both counts against real runs. (In the fused weight step PyTorch clips tensor by tensor on meta, where
-on CPU and CUDA it takes fewer launches: that phase counts some too many.)
+The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view,
+or one of a Triton kernel as its launcher makes it; its bytes are those of the distinct elements of its tensor
+arguments and results. tests/test_benchmarks.py holds both counts against real runs. (In the fused weight step
+PyTorch clips tensor by tensor on meta, where on CPU and CUDA it takes fewer launches: that phase counts some
+too many.)
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,9 @@ class Count(NamedTuple):
     launches: int = 0
     bytes: int = 0
 
+    def plus(self, launches: int, moved: int) -> "Count":
+        return Count(self.launches + launches, self.bytes + moved)
+
 
 class Traffic(TorchDispatchMode):
     """Counts what runs within. `live` and `peak` are bytes of storages made within and not yet freed."""
@@ -41,6 +46,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.total, self.live, self.peak = Count(), 0, 0
+        self.by_name: dict[str, Count] = {}
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -53,11 +59,19 @@ class Traffic(TorchDispatchMode):
             if results:
                 operands = {_place(t): t for t in [*_tensors(args), *_tensors(kwargs), *results]}
                 moved = sum(elements(t) * t.element_size() for t in operands.values())
-                self.total = Count(self.total.launches + 1, self.total.bytes + moved)
+                self._add(func.name(), moved)
         if not func.is_view:
             for tensor in _tensors(found):
                 self._watch(tensor.untyped_storage())
         return found
+
+    def launched(self, planned: Any) -> None:
+        """Counts one `triton_launch.Launch`."""
+        self._add(planned.kernel.fn.__name__, planned.bytes())
+
+    def _add(self, name: str, moved: int) -> None:
+        self.total = self.total.plus(1, moved)
+        self.by_name[name] = self.by_name.get(name, Count()).plus(1, moved)
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -127,20 +141,49 @@ def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:
 
 
 def count(
-    fused: bool, batch_size: int, channels: int, layers: int, size: int = 32, device: str = "meta"
+    fused: bool,
+    batch_size: int,
+    channels: int,
+    layers: int,
+    size: int = 32,
+    device: str = "meta",
+    triton: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The counts of one step, not the first (there are momenta)."""
+    """The counts of one step, not the first (there are momenta); with `triton`, on that backend.
+
+    With a 2-byte `dtype` the weights and what is done with them are 2 bytes wide too, which is little.
+    """
     with torch.device(device):
-        network = Supernet(channels, 10, layers, fused=fused)
-        images = torch.zeros(batch_size, 3, size, size)
+        network = Supernet(channels, 10, layers, fused=fused).to(dtype)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.float()
+        images = torch.zeros(batch_size, 3, size, size, dtype=dtype)
         labels = torch.zeros(batch_size, dtype=torch.int64)
     step = (FusedStep if fused else TextbookStep)(network, SearchConfig())
     for w in network.weights().values():
         step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
     batch = images, labels
-    with Traffic() as traffic:
+    with ExitStack() as stack:
+        if triton:
+            from darts_fast.kernels import triton_backend, triton_launch
+            from darts_fast.kernels.backends import using
+
+            stack.enter_context(using(triton_backend))
+        traffic = stack.enter_context(Traffic())
+        if triton:
+            stack.enter_context(triton_launch.observed(traffic.launched))
         found = phases(step.phases(batch, batch, 0.025), traffic)
-    return {"phases": found, "total": traffic.total, "peak": traffic.peak}
+    return {"phases": found, "total": traffic.total, "peak": traffic.peak, "by_name": traffic.by_name}
+
+
+VARIANTS = {
+    "textbook": {"fused": False},
+    "fused, ATen": {"fused": True},
+    "fused, Triton": {"fused": True, "triton": True},
+    "fused, Triton, bfloat16": {"fused": True, "triton": True, "dtype": torch.bfloat16},
+}
 
 
 def main() -> None:
@@ -150,17 +193,26 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--init_channels", type=int, default=16)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", choices=list(VARIANTS), nargs="+", default=list(VARIANTS))
+    parser.add_argument("--top", type=int, default=8, help="operations that move most bytes, to be listed")
     parser.add_argument("--json", metavar="F", help="write the counts there too")
     args = parser.parse_args()
-    setting = f"batch {args.batch_size}, {args.init_channels} channels, {args.layers} layers, 32x32, float32"
+    setting = f"batch {args.batch_size}, {args.init_channels} channels, {args.layers} layers, 32x32"
     print(f"one second-order step, {setting}, torch {torch.__version__}, meta tensors")
     results = {}
-    for name, fused in (("textbook", False), ("fused", True)):
-        found = results[name] = count(fused, args.batch_size, args.init_channels, args.layers)
-        print(f"\n{name:<24}{'launches':>10}{'GB':>9}")
+    for name in args.only:
+        found = count(
+            batch_size=args.batch_size, channels=args.init_channels, layers=args.layers, **VARIANTS[name]
+        )
+        results[name] = found
+        print(f"\n{name:<32}{'launches':>10}{'GB':>9}")
         for phase, (launches, moved) in [*found["phases"].items(), ("total", found["total"])]:
-            print(f"{phase:<24}{launches:>10,}{moved / 1e9:>9.1f}")
-        print(f"{'peak of live bytes':<24}{'':>10}{found['peak'] / 1e9:>9.1f}")
+            print(f"{phase:<32}{launches:>10,}{moved / 1e9:>9.1f}")
+        print(f"{'peak of live bytes':<32}{'':>10}{found['peak'] / 1e9:>9.1f}")
+        for operation, (launches, moved) in sorted(
+            found["by_name"].items(), key=lambda item: item[1].bytes, reverse=True
+        )[: args.top]:
+            print(f"    {operation:<28}{launches:>10,}{moved / 1e9:>9.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps({"setting": vars(args), "torch": torch.__version__, **results}))
 

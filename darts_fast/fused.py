@@ -59,15 +59,16 @@ class FusedCell(MixedCell):
     def _candidates(self, x: Tensor, edges: list[int]) -> dict[int, list[Candidate]]:
         """Every candidate of the edges that leave the state x."""
         stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
-        convolutions = self._convolutions(x, edges, stride)
-        pools = self._pools(x, edges, stride)
+        for_convolutions, for_pools, *for_skips = kernels.share(x, 2 + len(edges))
+        convolutions = self._convolutions(for_convolutions, edges, stride)
+        pools = self._pools(for_pools, edges, stride)
         return {
             edge: [
                 *pools[edge],
                 (x, None) if stride == 1 else self._factorized_reduce(self.edges[edge]["skip_connect"], x),
                 *convolutions[edge],
             ]
-            for edge in edges
+            for edge, x in zip(edges, for_skips, strict=True)
         }
 
     def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
@@ -83,7 +84,11 @@ class FusedCell(MixedCell):
             return {edge: list(zip(pools, found[edge], strict=True)) for edge in edges}
         one = statistics.new_ones(1)
         normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
-        return {edge: [(y, None) for y in normalized] for edge in edges}
+        shared = [kernels.share(y, len(edges)) for y in normalized]
+        return {
+            edge: [(y, None) for y in pair]
+            for edge, pair in zip(edges, zip(*shared, strict=True), strict=True)
+        }
 
     def _convolutions(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
         """The first half of every convolution in one call, then the second half of the separable ones."""

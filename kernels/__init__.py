@@ -3,6 +3,7 @@
     sepconv   halves of separable convolutions, a list of tasks in one call; also 1x1 convolutions and the
               two of a factorized reduce (tasks without a depthwise part)
     pool      max and average pool of a state
+    share     a tensor for several readers, whose adjoints are then summed in one pass
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
 
 Each can be differentiated twice, as far as the exact second-order architecture gradient needs it, and raises
@@ -14,6 +15,7 @@ from darts_fast.kernels.backends import pools_normalized_once, used
 from darts_fast.kernels.mix import mix
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
+from darts_fast.kernels.share import share
 from darts_fast.kernels.torch_backend import Task
 
-__all__ = ["Task", "mix", "pool", "pools_normalized_once", "sepconv", "used"]
+__all__ = ["Task", "mix", "pool", "pools_normalized_once", "sepconv", "share", "used"]

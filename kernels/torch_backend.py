@@ -353,6 +353,17 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
     return maximum.contiguous(memory_format=torch.channels_last), average.to(xd.dtype)
 
 
+# Share
+
+
+def add(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of two or more tensors, in their dtype."""
+    total = wide(terms[0]) + wide(terms[1])
+    for term in terms[2:]:
+        total.add_(term)
+    return total.to(terms[0].dtype)
+
+
 # Mix: o = sum over k of p_k h_k, h_k the batch norm of y_k, or y_k itself
 
 

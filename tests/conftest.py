@@ -16,6 +16,10 @@ from darts_fast.runs import EVENTS, METRICS
 settings.register_profile("darts_fast", deadline=None, database=None)
 settings.load_profile("darts_fast")
 
+if not torch.cuda.is_available():
+    # Triton's kernels run under its interpreter here; read when they are decorated, so before any import.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

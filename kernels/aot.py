@@ -1,0 +1,300 @@
+"""Compiles the Triton kernels without a GPU and says what became of them.
+
+    python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
+        [--kernel NAME ...] [--json F]
+
+Every kernel is compiled as the launchers launch it at the paper's setting (16 channels, 8 layers, batch 64):
+the launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
+registers a thread, shared memory, stack and local memory, spill instructions, the narrowest and widest global
+loads in bits, tensor-core instructions, and the share of a multiprocessor's threads that can be resident.
+Exits with 1 where a kernel spills or uses local memory. `--quick` takes 16 channels and one task list.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from darts_fast.kernels import triton_backend
+from darts_fast.kernels.torch_backend import Normalizer, Task
+from darts_fast.kernels.triton_launch import Launch, observed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block takes 1 KiB besides its own
+
+# The stages of the paper's supernet: nodes' channels and image size, and the channels that preprocessing
+# reads there (the stem's 48; the cells before have 4 times their nodes' channels).
+STAGES = ((16, 32, (48, 64)), (32, 16, (64, 128)), (64, 8, (128, 256)))
+BATCH = 64
+
+
+def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
+    """The launches of a step that differ in anything that is compiled in."""
+    found: list[Launch] = []
+    with observed(found.append), torch.device("meta"):
+        for c, size, wide in STAGES[: 1 if quick else None]:
+            edges = (1,) if quick else (1, 2, 3, 4)  # that leave a state
+            for count in edges:
+                _convolutions(dtype, c, size, count, stride=1)
+                if c > 16 and count == 4:  # states 0 and 1 of a reduction cell
+                    _convolutions(dtype, c, 2 * size, count, stride=2)
+            for channels in wide:
+                _sepconv([_image(dtype, channels, size)], [Task()], [None], c)
+            if c > 16:
+                halved = [Task(stride=2), Task(stride=2, offset=1)]
+                for channels in {c, 2 * c}:
+                    _sepconv([_image(dtype, channels, 2 * size)], halved, [None, None], c // 2)
+            for stride in (1, 2) if c > 16 else (1,):
+                _pool(_image(dtype, c, size * stride), stride)
+            for nodes in (0,) if quick else (0, 2, 3, 4, 5):
+                _mix(dtype, c, size, nodes)
+    unique = {}
+    for planned in found:
+        unique.setdefault(
+            (planned.kernel.fn.__name__, str(signature(planned)), str(planned.constants)), planned
+        )
+    return list(unique.values())
+
+
+def _image(dtype: torch.dtype, c: int, size: int) -> Tensor:
+    return torch.empty(BATCH, c, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _normalizer(dtype: torch.dtype, c: int) -> Normalizer:
+    return Normalizer(*torch.empty(3, c, dtype=torch.promote_types(dtype, torch.float32)).unbind(), True)
+
+
+def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int) -> None:
+    tasks = [Task(0, stride, dilation) for dilation in (1, 1, 2, 2)] * edges
+    _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c)
+    if stride == 1:
+        count = 2 * edges
+        _sepconv(
+            [_image(dtype, c, size) for _ in range(count)],
+            [Task(i) for i in range(count)],
+            [3, 5] * edges,
+            c,
+            [_normalizer(dtype, c) for _ in range(count)],
+        )
+
+
+def _sepconv(
+    sources: list[Tensor],
+    tasks: list[Task],
+    kernels: list[int | None],
+    k: int,
+    norms: list[Normalizer] | None = None,
+) -> None:
+    c, wide = sources[0].shape[1], torch.promote_types(sources[0].dtype, torch.float32)
+    depthwise = [None if s is None else torch.empty(c, 1, s, s, dtype=wide) for s in kernels]
+    pointwise = [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
+    arguments = sources, norms or [None] * len(sources), tasks, depthwise, pointwise
+    adjoints, _ = triton_backend.sepconv_forward(*arguments)
+    for weight_gradients in (True, False):
+        triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients)
+    triton_backend.sepconv_tangent(*arguments, adjoints, sources, depthwise, pointwise)
+
+
+def _pool(x: Tensor, stride: int) -> None:
+    maximum, average, position, _ = triton_backend.pool_forward(x, stride)
+    triton_backend.pool_backward(x, position, stride, maximum, average)
+    triton_backend.pool_tangent(x, position, stride)
+
+
+def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
+    """A node with so many edges; 0: one candidate, which is batch norm."""
+    y = [_image(dtype, c, size) for _ in range(7 * edges or 1)]
+    # Pools arrive normalised, as does the skip: see `fused.FusedCell`.
+    norms = [None if edges and i % 7 < 3 else _normalizer(dtype, c) for i in range(len(y))]
+    p = torch.empty(len(y), dtype=torch.promote_types(dtype, torch.float32))
+    g = triton_backend.mix_forward(y, norms, p)
+    adjoints, sums = triton_backend.mix_backward(y, norms, p, g)
+    triton_backend.mix_tangent(y, norms, p, g, adjoints, sums, y)
+    if edges > 1:
+        triton_backend.add(y[:edges])
+
+
+# Compilation
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+}
+
+
+def signature(planned: Launch) -> dict[str, Any]:
+    """Parameter types as the launch would specialise them: an integer that is 1 is compiled in."""
+    types = {name: _type(value) for name, value in planned.arguments.items()}
+    types.update(dict.fromkeys(planned.constants, "constexpr"))
+    return {name: types[name] for name in planned.kernel.arg_names}
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type(v) for v in value)
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+
+
+def _aligned(value: Any) -> bool:
+    if isinstance(value, Tensor):  # allocations are aligned to far more than 16 bytes
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return value != 1 and value % 16 == 0
+
+
+def source(planned: Launch) -> ASTSource:
+    """What Triton's launcher would compile."""
+    names = planned.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in planned.constants.items()}
+    attributes = {}
+    for name, value in planned.arguments.items():
+        i = names.index(name)
+        if isinstance(value, tuple):
+            attributes.update({(i, j): [["tt.divisibility", 16]] for j, v in enumerate(value) if _aligned(v)})
+        elif isinstance(value, int) and value == 1:
+            constants[i,] = value
+        elif _aligned(value):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(planned.kernel, signature(planned), constants, attributes)
+
+
+class Report(NamedTuple):
+    """What became of a kernel: registers a thread; bytes; instructions; bits; a share."""
+
+    kernel: str
+    setting: str
+    arch: str
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    spills: int
+    narrowest_load: int
+    widest_load: int
+    tensor_core: int
+    occupancy: float
+
+
+def compiled(planned: Launch, arch: int) -> Report:
+    """Compiles for sm_<arch> and reads the machine code."""
+    binary = triton.compile(
+        source(planned), target=GPUTarget("cuda", arch, 32), options={"num_warps": planned.warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        code = _cuobjdump("--dump-sass", file.name)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
+    # LDG.E loads 32 bits, LDG.E.64 and .128 more, .U8 and .U16 less.
+    widths = [_bits(suffixes) for suffixes in re.findall(r"\bLDG\.E([\w.]*)", code)] or [0]
+    shared = binary.metadata.shared
+    return Report(
+        planned.kernel.fn.__name__,
+        setting(planned),
+        f"sm_{arch}",
+        registers,
+        shared,
+        stack,
+        local,
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        min(widths),
+        max(widths),
+        len(re.findall(r"\b(?:HMMA|DMMA|HGMMA|UTC\w*MMA)\b", code)),
+        occupancy(registers, shared, planned.warps, arch),
+    )
+
+
+def _bits(suffixes: str) -> int:
+    found = re.search(r"\.[US]?(8|16|64|128|256)\b", suffixes)
+    return int(found.group(1)) if found else 32
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
+    """Resident threads of a multiprocessor over its 2,048: 65,536 registers, given out by 256 to a warp."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED_MEMORY[arch] * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 2048 // (32 * warps), 32) * 32 * warps / 2048
+
+
+def setting(planned: Launch) -> str:
+    """What tells this compilation from the kernel's others, in short."""
+    constants, dtypes = planned.constants, {t.dtype for t in planned.tensors()}
+    entries = max((len(v) for v in planned.arguments.values() if isinstance(v, tuple)), default=1)
+    narrow = min(dtypes - {torch.int8}, key=lambda d: d.itemsize)
+    flags = [name.lower() for name, value in constants.items() if value is True]
+    sizes = [f"{name}{constants[name]}" for name in ("C", "K", "STRIDE") if name in constants]
+    return " ".join([str(narrow).removeprefix("torch."), *sizes, f"x{entries}", *flags])
+
+
+def reports(
+    archs: list[int], dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None
+) -> Iterator[Report]:
+    for dtype in dtypes:
+        for planned in supernet_launches(dtype, quick):
+            for arch in archs if kernels is None or planned.kernel.fn.__name__ in kernels else []:
+                yield compiled(planned, arch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [f"sm_{arch}" for arch in SHARED_MEMORY]
+    parser.add_argument("--arch", nargs="+", choices=names, default=names)
+    dtypes = {str(d).removeprefix("torch."): d for d in DTYPES}
+    parser.add_argument("--dtype", nargs="+", choices=list(dtypes), default=list(dtypes))
+    parser.add_argument("--quick", action="store_true", help="16 channels and one task list only")
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
+    parser.add_argument("--json", metavar="F", help="write the table there too")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET is set: the interpreter's kernels cannot be compiled", file=sys.stderr)
+        return 2
+    print(
+        f"{'arch':<7}{'regs':>5}{'shared':>8}{'stack':>6}{'local':>6}{'spill':>6}{'loads':>9}{'mma':>5}{'occ':>5}"
+        "  kernel"
+    )
+    found = []
+    archs = [int(arch[3:]) for arch in args.arch]
+    for r in reports(archs, [dtypes[d] for d in args.dtype], args.quick, args.kernel):
+        found.append(r)
+        print(
+            f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"
+            f"{f'{r.narrowest_load}-{r.widest_load}':>9}{r.tensor_core:>5}{r.occupancy:>5.0%}"
+            f"  {r.kernel} {r.setting}",
+            flush=True,
+        )
+    bad = [r for r in found if r.spills or r.local]
+    print(f"{len(found)} compilations, {len(bad)} with spills or local memory")
+    if args.json:
+        result = {"triton": triton.__version__, "kernels": [r._asdict() for r in found]}
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,430 @@
+"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent` of the interface, and what the batch norm
+on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
+
+Batch norm's adjoint needs sums over all positions before it can be written, so the two derivatives read their
+tensors twice: once for the sums (`norm_sums_kernel`), once to write.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from darts_fast.kernels.torch_backend import Normalizer
+from darts_fast.kernels.triton_launch import (
+    ACCUMULATORS,
+    Table,
+    accumulator,
+    elementwise_tile,
+    images,
+    launch,
+    load_normalizer,
+    pick,
+    splits_of,
+)
+
+
+@triton.jit
+def mix_fwd_kernel(
+    p_candidates,  # tuple of y_k [positions, C]
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_weights,  # [candidates]
+    p_out,  # [positions, C]
+    positions,
+    NORMS: tl.constexpr,  # which candidates are normalised
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    m = (o_p < positions)[:, None] & m_c[None, :]
+    o = o_p[:, None] * C + o_c[None, :]
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_candidates)):
+        b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
+        b_scale = tl.load(p_weights + k) * b_r  # [BLOCK_C]
+        b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        b_total += (b_y - b_mean[None, :]) * b_scale[None, :]
+    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def add_kernel(
+    p_terms,  # tuple of [positions, C]
+    p_out,  # [positions, C]
+    positions,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    o = o_p[:, None] * C + o_c[None, :]
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_terms)):
+        b_total += tl.load(p_terms[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def norm_sums_kernel(
+    p_g,  # tuple of g_k [positions, C]
+    p_y,  # tuple of y_k [positions, C]
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_weighed,  # [positions, C]; read if TANGENT
+    p_partials,  # [SUMS, entries, splits, C]: of g, g h, and if TANGENT of g * weighed, weighed
+    positions,
+    splits,
+    NORMS: tl.constexpr,
+    TANGENT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_split, i_entry = tl.program_id(0), tl.program_id(1)
+    p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
+    o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    has_norm = pick(NORMS, i_entry)
+    b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
+    b_s = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # sums over tiles, and at the end over a tile's positions
+    b_sh = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    b_sw = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    b_w = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
+        o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        m = (o_p < positions)[:, None] & m_c[None, :]
+        o = o_p[:, None] * C + o_c[None, :]
+        b_g = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
+        b_s += b_g
+        b_sh += b_g * b_h
+        if TANGENT:
+            b_v = tl.load(p_weighed + o, mask=m, other=0.0).to(ACC)
+            b_sw += b_g * b_v
+            b_w += b_v
+    entries = tl.num_programs(1)
+    p_sums = p_partials + (i_entry * splits + i_split) * C + o_c
+    stride = tl.cast(entries * splits, tl.int64) * C
+    tl.store(p_sums, tl.sum(b_s, axis=0), mask=m_c)
+    tl.store(p_sums + stride, tl.sum(b_sh, axis=0), mask=m_c)
+    if TANGENT:
+        tl.store(p_sums + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
+        tl.store(p_sums + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
+
+
+@triton.jit
+def norm_bwd_kernel(
+    p_g,  # tuple of g_k [positions, C]
+    p_y,  # tuple of y_k [positions, C]
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_weights,  # [entries]; read if WEIGHTED
+    p_sums,  # [2, entries, C]: of g, g h; if TANGENT [4, ...]: then of first h, first hd; read if BATCH
+    p_yd,  # tuple of yd_k [positions, C]; read if TANGENT
+    p_yd_sums,  # [2, entries, C]: of yd, yd h; read if TANGENT
+    p_found,  # [entries, positions, C]
+    positions,
+    NORMS: tl.constexpr,
+    HAS_YD: tl.constexpr,
+    BATCH: tl.constexpr,  # the statistics move with y
+    WEIGHTED: tl.constexpr,
+    TANGENT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_entry = tl.program_id(1)
+    p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    m = (o_p < positions)[:, None] & m_c[None, :]
+    o = o_p[:, None] * C + o_c[None, :]
+    has_norm = pick(NORMS, i_entry)
+    b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
+    b_found = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    if BATCH:
+        stride = tl.num_programs(1) * C
+        p_sums_k = p_sums + i_entry * C + o_c
+        m_norm = m_c & (has_norm > 0)
+        b_m = tl.load(p_sums_k, mask=m_norm, other=0.0) / positions  # mean(g)
+        b_mh = tl.load(p_sums_k + stride, mask=m_norm, other=0.0) / positions  # mean(g h)
+        b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
+        b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
+        if TANGENT:
+            m_yd = m_norm & (pick(HAS_YD, i_entry) > 0)
+            b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
+            b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
+            b_md = tl.load(p_yd_sums + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+            b_t = tl.load(p_yd_sums + stride + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+            b_yd = tl.load(pick(p_yd, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
+            b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
+            b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
+    if WEIGHTED:
+        b_r = b_r * tl.load(p_weights + i_entry)
+    p_out = p_found + tl.cast(i_entry, tl.int64) * positions * C
+    tl.store(p_out + o, (b_found * b_r[None, :]).to(p_found.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def mix_tangent_kernel(
+    p_candidates,  # tuple of y_k [positions, C]
+    p_tangents,  # tuple of yd_k
+    p_adjoints,  # tuple of p_k B_k(G)
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_weights,  # [candidates]
+    p_gh_sums,  # [candidates, C]: of G h
+    p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
+    p_out,  # [positions, C]: od
+    p_gained,  # [normalised candidates, positions, C]
+    p_weights_gained,  # [c blocks, candidates]
+    positions,
+    NORMS: tl.constexpr,
+    SLOTS: tl.constexpr,  # which entry of p_gained a candidate has, if it is normalised
+    HAS_TANGENT: tl.constexpr,
+    BATCH: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_tile, i_c = tl.program_id(0), tl.program_id(1)
+    o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    m = (o_p < positions)[:, None] & m_c[None, :]
+    o = o_p[:, None] * C + o_c[None, :]
+    stride = len(p_candidates) * C
+    size = tl.cast(positions, tl.int64) * C
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_candidates)):
+        if HAS_TANGENT[k]:
+            b_weight = tl.load(p_weights + k)
+            b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
+            p_sums_k = p_sums + k * C + o_c
+            b_u = tl.load(p_sums_k + 2 * stride, mask=m_c, other=0.0) / positions  # mean(G yd)
+            b_yd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            if NORMS[k] and BATCH:
+                b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
+                b_t = tl.load(p_sums_k + stride, mask=m_c, other=0.0) / positions
+                b_mg = tl.load(p_sums_k + 3 * stride, mask=m_c, other=0.0) / positions
+                b_s = tl.load(p_gh_sums + k * C + o_c, mask=m_c, other=0.0) / positions
+                b_u = b_r * (b_u - b_mg * b_md - b_s * b_t)
+                b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
+                b_h = (b_y - b_mean[None, :]) * b_r[None, :]
+                b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
+                b_adjoint = tl.load(p_adjoints[k] + o, mask=m, other=0.0).to(ACC)
+                b_gained = b_adjoint * (b_r * b_t)[None, :]
+                b_gained += (b_hd * b_s[None, :] + b_h * b_u[None, :]) * (b_r * b_weight)[None, :]
+                tl.store(p_gained + SLOTS[k] * size + o, (-b_gained).to(p_gained.dtype.element_ty), mask=m)
+            else:
+                b_hd = b_yd * b_r[None, :]
+                b_u = b_u * b_r
+            b_total += b_hd * b_weight
+            if i_tile == 0:
+                tl.store(p_weights_gained + i_c * len(p_candidates) + k, tl.sum(b_u, axis=0) * positions)
+        else:
+            if i_tile == 0:
+                tl.store(p_weights_gained + i_c * len(p_candidates) + k, 0.0)
+    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
+    """o in the candidates' dtype; p [candidates]. One read of each candidate."""
+    y = candidates[0]
+    (out,) = images(1, y.shape, y.dtype, y.device)
+    table = Table.of(normalizers, candidates)
+    sizes, (tiles, blocks) = _sizes(y, unrolled=True)
+    launch(
+        mix_fwd_kernel,
+        (tiles, blocks),
+        {
+            "p_candidates": tuple(candidates),
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_weights": p.contiguous(),
+            "p_out": out,
+            "positions": _positions(y),
+        },
+        {"NORMS": table.norms, **sizes},
+    )
+    return out
+
+
+def add(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of two or more tensors, in their dtype. One read of each."""
+    y = terms[0]
+    (out,) = images(1, y.shape, y.dtype, y.device)
+    sizes, grid = _sizes(y, unrolled=True)
+    launch(add_kernel, grid, {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)}, sizes)
+    return out
+
+
+def mix_backward(
+    candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor, g: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
+    gs = [g] * len(candidates)
+    sums = norm_sums(gs, candidates, normalizers)
+    return norm_backward(gs, candidates, normalizers, sums, p), sums[1]
+
+
+def mix_tangent(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    adjoints: Sequence[Tensor],
+    sums: Tensor,
+    tangents: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor | None], Tensor]:
+    """od, what the candidates' second adjoints gain, and what dL/dp gains. A tangent that is None is zero."""
+    y = candidates[0]
+    g = g.contiguous(memory_format=torch.channels_last)
+    has = tuple(int(yd is not None) for yd in tangents)
+    tangents = tuple(
+        x if yd is None else yd.contiguous(memory_format=torch.channels_last)
+        for yd, x in zip(tangents, candidates, strict=True)
+    )
+    table = Table.of(normalizers, candidates)
+    (out,) = images(1, y.shape, y.dtype, y.device)
+    slots = tuple(sum(table.norms[:k]) for k in range(len(candidates)))
+    gained = images(sum(table.norms), y.shape, y.dtype, y.device)
+    sizes, (tiles, blocks) = _sizes(y, unrolled=True)
+    p_gained = p.new_empty(blocks, len(candidates))
+    launch(
+        mix_tangent_kernel,
+        (tiles, blocks),
+        {
+            # Of a candidate without batch norm only the tangent is read.
+            "p_candidates": _where(table.norms, candidates, tangents),
+            "p_tangents": tangents,
+            "p_adjoints": _where(table.norms, adjoints, tangents),
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_weights": p.contiguous(),
+            "p_gh_sums": sums.contiguous(),
+            "p_sums": norm_sums(tangents, candidates, normalizers, g),
+            "p_out": out,
+            "p_gained": gained if any(table.norms) else out,
+            "p_weights_gained": p_gained,
+            "positions": _positions(y),
+        },
+        {"NORMS": table.norms, "SLOTS": slots, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
+    )
+    found = [
+        gained[slot] if table.batch and norm and given else None
+        for slot, norm, given in zip(slots, table.norms, has, strict=True)
+    ]
+    return out, found, p_gained.view(-1) if blocks == 1 else p_gained.sum(0)
+
+
+def norm_sums(
+    gs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weighed: Tensor | None = None,
+) -> Tensor:
+    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C]."""
+    y, entries = ys[0], len(ys)
+    table = Table.of(normalizers, ys)
+    sizes, (tiles, blocks) = _sizes(y)
+    splits = splits_of(tiles, entries)
+    count = 2 if weighed is None else 4
+    partials = y.new_empty(count, entries, splits, y.shape[1], dtype=accumulator(y.dtype))
+    launch(
+        norm_sums_kernel,
+        (splits, entries, blocks),
+        {
+            "p_g": tuple(gs),
+            "p_y": tuple(ys),
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_weighed": y if weighed is None else weighed,
+            "p_partials": partials,
+            "positions": _positions(y),
+            "splits": splits,
+        },
+        {"NORMS": table.norms, "TANGENT": weighed is not None, **sizes},
+    )
+    return partials.sum(2)
+
+
+def norm_backward(
+    gs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    sums: Tensor,
+    p: Tensor | None = None,
+    yds: Sequence[Tensor | None] | None = None,
+    yd_sums: Tensor | None = None,
+) -> list[Tensor]:
+    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less r_k (s_k hd_k + u_k h_k).
+
+    Args:
+        sums: of g, g h; with tangents then of G h, G hd, G the adjoint of h: s and u times the positions.
+        yd_sums: of yd and yd h.
+    """
+    y, entries = ys[0], len(ys)
+    table = Table.of(normalizers, ys)
+    found = images(entries, y.shape, y.dtype, y.device)
+    sizes, (tiles, blocks) = _sizes(y)
+    yds_given = [None] * entries if yds is None else yds
+    launch(
+        norm_bwd_kernel,
+        (tiles, entries, blocks),
+        {
+            "p_g": tuple(gs),
+            "p_y": _where(table.norms, ys, gs),  # y is read for batch norm only
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_weights": sums if p is None else p.contiguous(),
+            "p_sums": sums,
+            "p_yd": tuple(g if yd is None else yd for yd, g in zip(yds_given, gs, strict=True)),
+            "p_yd_sums": sums if yd_sums is None else yd_sums,
+            "p_found": found,
+            "positions": _positions(y),
+        },
+        {
+            "NORMS": table.norms,
+            "HAS_YD": tuple(int(yd is not None) for yd in yds_given),
+            "BATCH": table.batch,
+            "WEIGHTED": p is not None,
+            "TANGENT": yds is not None,
+            **sizes,
+        },
+    )
+    return list(found.unbind())
+
+
+def _where(flags: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t if flag else o for flag, t, o in zip(flags, tensors, others, strict=True))
+
+
+def _positions(y: Tensor) -> int:
+    return y.shape[0] * y.shape[2] * y.shape[3]
+
+
+def _sizes(y: Tensor, unrolled: bool = False) -> tuple[dict, tuple[int, int]]:
+    """The sizes that are compiled in, and the grid that covers y.
+
+    A kernel that is `unrolled` over its candidates loads them ahead: it takes 4 elements a thread of each, in
+    one load. With 16, 14 candidates spilled; with 8, 35 did.
+    """
+    c = y.shape[1]
+    block_p, block_c = elementwise_tile(c, 512) if unrolled else elementwise_tile(c)
+    sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[accumulator(y.dtype)]}
+    return sizes, (triton.cdiv(_positions(y), block_p), triton.cdiv(c, block_c))

@@ -1,0 +1,233 @@
+"""The two pools of a state in Triton: `pool_forward`, `pool_backward`, `pool_tangent` of the interface."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from darts_fast.kernels.triton_launch import (
+    ACCUMULATORS,
+    accumulator,
+    elementwise_tile,
+    images,
+    launch,
+    merge_statistics,
+    refuse_single_value,
+    store_statistics,
+)
+
+
+@triton.jit
+def valid_taps(o, STRIDE: tl.constexpr, SIZE: tl.constexpr):
+    """How many of a window's three rows (or columns) lie in the image, for output rows o."""
+    first = o * STRIDE - 1
+    return tl.minimum(first + 3, SIZE) - tl.maximum(first, 0)
+
+
+@triton.jit
+def pool_fwd_kernel(
+    p_x,  # [N, H, W, C]
+    p_max,  # [N, HO, WO, C]; so are the next two
+    p_average,
+    p_position,  # int8: which of the window's nine pixels, row-major, is the maximum; read if TANGENT
+    p_partials,  # [2, tiles, 2, C], written unless TANGENT
+    positions,  # N * HO * WO
+    tiles,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TANGENT: tl.constexpr,  # x is a tangent: gather it where the maxima are
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_tile = tl.program_id(0)
+    i_first = (
+        tl.cast(i_tile, tl.int64) * BLOCK_P
+    )  # the tile's first position, and its image: offsets from there are small
+    i_image = i_first // (HO * WO)
+    o_t = tl.arange(0, BLOCK_P)
+    o_p = (i_first - i_image * (HO * WO)).to(tl.int32) + o_t  # [BLOCK_P], counted from the image's first
+    m_p = i_first + o_t < positions
+    o_n, o_y, o_x = o_p // (HO * WO), o_p // WO % HO, o_p % WO
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    m_out = m_p[:, None] & m_c[None, :]
+    o_out = i_first * C + (o_t[:, None] * C + o_c[None, :])
+    p_image = p_x + i_image * (H * W * C)
+    if TANGENT:
+        b_position = tl.load(p_position + o_out, mask=m_out, other=0).to(tl.int32)
+    else:
+        b_position = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
+    b_max = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    if not TANGENT:
+        b_max += float("-inf")
+    for i_tap in tl.static_range(9):
+        o_iy, o_ix = o_y * STRIDE + (i_tap // 3 - 1), o_x * STRIDE + (i_tap % 3 - 1)
+        m_in = m_p & (o_iy >= 0) & (o_iy < H) & (o_ix >= 0) & (o_ix < W)
+        m = m_in[:, None] & m_c[None, :]
+        o_in = ((o_n * H + o_iy) * W + o_ix)[:, None] * C + o_c[None, :]
+        b_x = tl.load(p_image + o_in, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        b_sum += b_x
+        if TANGENT:
+            b_max = tl.where(b_position == i_tap, b_x, b_max)
+        else:
+            m_more = m & ((b_x > b_max) | (b_x != b_x))  # the first of equals; NaN counts as more
+            b_max = tl.where(m_more, b_x, b_max)
+            b_position = tl.where(m_more, i_tap, b_position)
+    b_count = valid_taps(o_y, STRIDE, H) * valid_taps(o_x, STRIDE, W)
+    b_average = b_sum / b_count[:, None].to(ACC)
+    tl.store(p_max + o_out, b_max.to(p_max.dtype.element_ty), mask=m_out)
+    tl.store(p_average + o_out, b_average.to(p_average.dtype.element_ty), mask=m_out)
+    if not TANGENT:
+        tl.store(p_position + o_out, b_position.to(tl.int8), mask=m_out)
+        count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
+        p_tile = p_partials + i_tile * 2 * C
+        store_statistics(p_tile, tl.where(m_out, b_max, 0.0), m_p, count, o_c, m_c, C)
+        p_tile += tl.cast(tiles, tl.int64) * 2 * C
+        store_statistics(p_tile, tl.where(m_out, b_average, 0.0), m_p, count, o_c, m_c, C)
+
+
+@triton.jit
+def pool_bwd_kernel(
+    p_max,  # [N, HO, WO, C], adjoints; so are the next two
+    p_average,
+    p_position,
+    p_found,  # [N, H, W, C]
+    positions,  # N * H * W
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    i_image = i_first // (H * W)
+    o_t = tl.arange(0, BLOCK_P)
+    o_p = (i_first - i_image * (H * W)).to(tl.int32) + o_t
+    m_p = i_first + o_t < positions
+    o_n, o_y, o_x = o_p // (H * W), o_p // W % H, o_p % W
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_image = i_image * (HO * WO * C)
+    b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for i_tap in tl.static_range(9):
+        # The window in which this pixel is number i_tap, if there is one.
+        o_wy, o_wx = o_y - (i_tap // 3 - 1), o_x - (i_tap % 3 - 1)
+        m_in = m_p & (o_wy >= 0) & (o_wy < HO * STRIDE) & (o_wx >= 0) & (o_wx < WO * STRIDE)
+        if STRIDE > 1:
+            m_in = m_in & (o_wy % STRIDE == 0) & (o_wx % STRIDE == 0)
+        o_oy, o_ox = o_wy // STRIDE, o_wx // STRIDE
+        m = m_in[:, None] & m_c[None, :]
+        o = o_image + (((o_n * HO + o_oy) * WO + o_ox)[:, None] * C + o_c[None, :])
+        b_position = tl.load(p_position + o, mask=m, other=-1).to(tl.int32)
+        b_max = tl.load(p_max + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        b_average = tl.load(p_average + o, mask=m, other=0.0).to(ACC)
+        b_count = valid_taps(o_oy, STRIDE, H) * valid_taps(o_ox, STRIDE, W)
+        b_count = tl.where(m_in, b_count, 1).to(ACC)
+        b_found += tl.where(b_position == i_tap, b_max, 0.0) + b_average / b_count[:, None]
+    o_out = i_first * C + (o_t[:, None] * C + o_c[None, :])
+    tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
+
+
+# Half the elements of other kernels: nine taps are loaded ahead, and a tile of 2,048 took 196 registers a
+# thread, which leaves room for 8 of 64 warps.
+POOL_TILE = 1024
+
+
+def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maximum and average, the maximum's place in its window [N, C, H / stride, W / stride] int8, and the
+    statistics of both [2, 3, C]. One read of x."""
+    n, c, height, width = x.shape
+    shape = n, c, -(-height // stride), -(-width // stride)
+    positions = n * shape[2] * shape[3]
+    refuse_single_value(positions)
+    maximum, average = images(2, shape, x.dtype, x.device)
+    (position,) = images(1, shape, torch.int8, x.device)
+    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    tiles = triton.cdiv(positions, block_p)
+    partials = x.new_empty(2, tiles, 2, c, dtype=accumulator(x.dtype))
+    _launch_forward(x, maximum, average, position, partials, stride, False)
+    return maximum, average, position, merge_statistics(partials, positions, block_p)
+
+
+def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """The tangents of the two pools: both are linear once the positions are held."""
+    xd = xd.contiguous(memory_format=torch.channels_last)
+    maximum, average = images(2, position.shape, xd.dtype, xd.device)
+    _launch_forward(xd, maximum, average, position, None, stride, True)
+    return maximum, average
+
+
+def _launch_forward(
+    x: Tensor,
+    maximum: Tensor,
+    average: Tensor,
+    position: Tensor,
+    partials: Tensor | None,
+    stride: int,
+    tangent: bool,
+) -> None:
+    n, c, height, width = x.shape
+    out_height, out_width = maximum.shape[2:]
+    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    tiles = triton.cdiv(n * out_height * out_width, block_p)
+    launch(
+        pool_fwd_kernel,
+        (tiles, triton.cdiv(c, block_c)),
+        {
+            "p_x": x,
+            "p_max": maximum,
+            "p_average": average,
+            "p_position": position,
+            "p_partials": x if partials is None else partials,
+            "positions": n * out_height * out_width,
+            "tiles": tiles,
+        },
+        {**_sizes(x, maximum, stride), "TANGENT": tangent},
+    )
+
+
+def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, average: Tensor) -> Tensor:
+    """The adjoint of x from those of the two pools; of x only the shape and dtype are used."""
+    n, c, height, width = x.shape
+    maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
+    (found,) = images(1, x.shape, x.dtype, x.device)
+    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    launch(
+        pool_bwd_kernel,
+        (triton.cdiv(n * height * width, block_p), triton.cdiv(c, block_c)),
+        {
+            "p_max": maximum,
+            "p_average": average,
+            "p_position": position,
+            "p_found": found,
+            "positions": n * height * width,
+        },
+        _sizes(x, maximum, stride),
+    )
+    return found
+
+
+def _sizes(x: Tensor, pooled: Tensor, stride: int) -> dict:
+    _, c, height, width = x.shape
+    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    return {
+        "H": height,
+        "W": width,
+        "HO": pooled.shape[2],
+        "WO": pooled.shape[3],
+        "C": c,
+        "STRIDE": stride,
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+        "ACC": ACCUMULATORS[accumulator(x.dtype)],
+    }

@@ -1,0 +1,235 @@
+"""What the Triton kernels share: how they are launched and recorded, their tiles, their device functions.
+
+Imported only where Triton kernels run, are compiled or are counted: importing it imports triton.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from darts_fast.kernels.torch_backend import EPSILON, Normalizer
+
+# Launches
+
+
+class Launch(NamedTuple):
+    """One launch of one kernel: all that the run, the compiler without a GPU and the counter need to know.
+
+    `arguments` are tensors, tuples of tensors and integers by parameter name; `constants` are compiled in.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the launch reads or writes, once."""
+        found = {}
+        for value in self.arguments.values():
+            for t in value if isinstance(value, tuple) else [value]:
+                if isinstance(t, Tensor):
+                    found[t.untyped_storage()._cdata, t.storage_offset(), t.numel()] = t
+        return list(found.values())
+
+    def bytes(self) -> int:
+        """Of the distinct elements read and written: every kernel touches its tensors whole."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+_observers: list[Callable[[Launch], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
+    """Within, `observer` is told of every launch before it is made."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, warps: int = 4) -> None:
+    """Launches, unless the tensors are on the meta device, where there is only to observe."""
+    planned = Launch(kernel, grid, arguments, constants, warps)
+    for observer in _observers:
+        observer(planned)
+    if planned.tensors()[0].device.type != "meta":
+        kernel[grid](**arguments, **constants, num_warps=warps)
+
+
+# Tiles: BLOCK_P positions x BLOCK_C channels a program.
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def channel_block(channels: int) -> int:
+    """Channels of a tile: 16 is the least that tl.dot takes, 64 the most that a tile of positions leaves
+    registers for; wider tensors (the 1x1 preprocessing reads up to 256) go through in several."""
+    return min(64, max(16, power_of_two(channels)))
+
+
+def dot_channel_block(channels: int, dtype: torch.dtype) -> int:
+    """The same where there is a dot. Wider types than 2 bytes have no tensor cores here, and the compiler
+    unrolls their dots: with 64 x 64 channels float32 spilled 5 KB a thread. They take 16 channels a time."""
+    return channel_block(channels) if dtype.itemsize == 2 else 16
+
+
+def elementwise_tile(channels: int, elements: int = 2048) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_C) of kernels without a dot: 2,048 elements, 16 a thread of 4 warps, so that a thread
+    has four 128-bit float32 loads under way for each of its operands."""
+    block_c = channel_block(channels)
+    return elements // block_c, block_c
+
+
+def splits_of(tiles: int, entries: int, programs: int = 1024) -> int:
+    """Programs that share the tiles of a reduction of each of `entries`: about 1,024 programs in all, eight
+    for each of an H100's 132 multiprocessors, and partial sums that are small beside what they are of."""
+    return max(1, min(tiles, programs // entries))
+
+
+# Tensors
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [entries, N, C, H, W], each entry channels-last, one behind the other."""
+    n, c, height, width = shape
+    buffer = torch.empty(entries, n, height, width, c, dtype=dtype, device=device)
+    return buffer.permute(0, 1, 4, 2, 3)
+
+
+class Table(NamedTuple):
+    """The batch norms of a launch's entries: `means` and `rs` are tuples of [C], with tensors that are not
+    read where an entry has none; `norms` says which have one, `batch` whether the statistics are those of the
+    tensors themselves (see `Normalizer`)."""
+
+    means: tuple[Tensor, ...]
+    rs: tuple[Tensor, ...]
+    norms: tuple[int, ...]
+    batch: bool
+
+    @classmethod
+    def of(cls, normalizers: Sequence[Normalizer | None], stand_ins: Sequence[Tensor]) -> "Table":
+        # A tuple of pointers has one type: the statistics' where there are any.
+        others = [norm.mean for norm in normalizers if norm is not None] or stand_ins
+        return cls(
+            tuple(others[0] if norm is None else norm.mean for norm in normalizers),
+            tuple(others[0] if norm is None else norm.r for norm in normalizers),
+            tuple(int(norm is not None) for norm in normalizers),
+            any(norm is not None and norm.batch for norm in normalizers),
+        )
+
+
+def refuse_single_value(positions: int) -> None:
+    if positions < 2:
+        raise ValueError("a single value a channel has no variance: batch norm needs two or more")
+
+
+# Device functions
+
+EPS = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def pick(values, i_entry):
+    """Entry number `i_entry` of a tuple of pointers or integers: one select an entry, no table in memory,
+    and the pointers keep their alignment, so that loads stay 128 bits wide."""
+    found = values[0]
+    for i in tl.static_range(1, len(values)):
+        found = tl.where(i_entry == i, values[i], found)
+    return found
+
+
+@triton.jit
+def load_normalizer(p_mean, p_r, has_norm, o_c, m_c, ACC: tl.constexpr):
+    """Mean and reciprocal standard deviation [BLOCK_C]; 0 and 1 where the entry has no batch norm."""
+    m_norm = m_c & (has_norm > 0)
+    b_mean = tl.load(p_mean + o_c, mask=m_norm, other=0.0).to(ACC)
+    return b_mean, tl.load(p_r + o_c, mask=m_norm, other=1.0).to(ACC)
+
+
+@triton.jit
+def store_statistics(p_partials, b_y, m_p, count, o_c, m_c, C: tl.constexpr):
+    """The tile's mean and sum of squares about it, for `merge_statistics_kernel`; rows beyond m_p are 0."""
+    b_mean = tl.sum(b_y, axis=0) / count  # [BLOCK_C]
+    b_d = tl.where(m_p[:, None], b_y - b_mean[None, :], 0.0)  # [BLOCK_P, BLOCK_C]
+    tl.store(p_partials + o_c, b_mean, mask=m_c)
+    tl.store(p_partials + C + o_c, tl.sum(b_d * b_d, axis=0), mask=m_c)
+
+
+# Statistics: merged from those of tiles, in a fixed order
+
+
+@triton.jit
+def merge_statistics_kernel(
+    p_partials,  # [entries, tiles, 2, C]: mean, and sum of squares about it, of each tile
+    p_statistics,  # [entries, 3, C]: mean, biased variance, 1 / sqrt(variance + EPSILON)
+    positions,
+    tiles,
+    C: tl.constexpr,
+    TILE: tl.constexpr,  # positions of a tile; the last has what is left
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    i_entry, i_c = tl.program_id(0), tl.program_id(1)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_entry = p_partials + tl.cast(i_entry, tl.int64) * tiles * 2 * C
+    b_sum = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    for i_t in range(0, tiles, BLOCK_T):
+        o_t = i_t + tl.arange(0, BLOCK_T)
+        m = (o_t < tiles)[:, None] & m_c[None, :]
+        b_count = tl.minimum(positions - o_t * TILE, TILE).to(ACC)
+        b_mean = tl.load(p_entry + o_t[:, None] * 2 * C + o_c[None, :], mask=m, other=0.0)
+        b_sum += b_mean * b_count[:, None]
+    b_total = tl.sum(b_sum, axis=0) / positions  # [BLOCK_C]
+    b_squares = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    for i_t in range(0, tiles, BLOCK_T):
+        o_t = i_t + tl.arange(0, BLOCK_T)
+        m = (o_t < tiles)[:, None] & m_c[None, :]
+        b_count = tl.minimum(positions - o_t * TILE, TILE).to(ACC)
+        p_tile = p_entry + o_t[:, None] * 2 * C + o_c[None, :]
+        b_d = tl.load(p_tile, mask=m, other=0.0) - b_total[None, :]
+        b_squares += tl.load(p_tile + C, mask=m, other=0.0) + tl.where(m, b_d * b_d * b_count[:, None], 0.0)
+    b_variance = tl.sum(b_squares, axis=0) / positions
+    p_row = p_statistics + i_entry * 3 * C + o_c
+    tl.store(p_row, b_total, mask=m_c)
+    tl.store(p_row + C, b_variance, mask=m_c)
+    tl.store(p_row + 2 * C, 1.0 / tl.sqrt(b_variance + EPS), mask=m_c)
+
+
+def merge_statistics(partials: Tensor, positions: int, tile: int) -> Tensor:
+    """[entries, tiles, 2, C] -> [entries, 3, C]. Means first, then squares about them: nothing cancels."""
+    entries, tiles, _, c = partials.shape
+    found = partials.new_empty(entries, 3, c)
+    launch(
+        merge_statistics_kernel,
+        (entries, triton.cdiv(c, 16)),
+        {"p_partials": partials, "p_statistics": found, "positions": positions, "tiles": tiles},
+        {
+            "C": c,
+            "TILE": tile,
+            # 64 tiles x 16 channels a round: 8 elements a thread, and 16 rounds for the most tiles there are.
+            "BLOCK_T": 64,
+            "BLOCK_C": 16,
+            "ACC": ACCUMULATORS[partials.dtype],
+        },
+    )
+    return found

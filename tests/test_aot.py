@@ -1,0 +1,38 @@
+"""A part of the kernels, compiled without a GPU: no spills, vector loads, tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KERNELS = ["sepconv_fwd_kernel", "sepconv_bwd_kernel", "mix_tangent_kernel"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_kernels_compile_for_sm_90(tmp_path):
+    file = tmp_path / "table.json"
+    command = ["-m", "darts_fast.kernels.aot", "--arch", "sm_90", "--dtype", "bfloat16", "--quick"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command, "--kernel", *KERNELS, "--json", str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(file.read_text())["kernels"]
+    assert {row["kernel"] for row in table} == set(KERNELS)
+    for row in table:
+        assert row["spills"] == row["local"] == 0, row
+        assert row["widest_load"] == 128, row
+        assert (row["tensor_core"] > 0) == (row["kernel"] == "sepconv_fwd_kernel"), row
+
+
+def test_under_the_interpreter_it_says_that_it_cannot():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "darts_fast.kernels.aot", "--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,306 @@
+"""The Triton kernels under the interpreter, against ATen in float64; allocations are poisoned with NaN.
+
+On a machine with a GPU the same tests run there, see tests/gpu.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton
+from conftest import relative_error
+from triton.runtime import interpreter
+
+from darts_fast import architect
+from darts_fast.kernels import Task, mix_triton, sepconv_triton, torch_backend, triton_backend
+from darts_fast.kernels.backends import using
+from darts_fast.kernels.torch_backend import Normalizer
+from darts_fast.kernels.triton_launch import observed
+from darts_fast.supernet import Supernet
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU; tests/gpu runs there"
+)
+
+# Relative errors against ATen in float64. float32 by the project's rule; bfloat16 rounds each value at 2^-9,
+# and both factors of a pointwise product.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = list(BOUNDS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.device.type == "cpu":
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
+            return tensor
+
+        return allocated
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def patched_once(monkeypatch):
+    """The interpreter patches the language anew for every call of a device function: half of its time."""
+    patch, scopes = interpreter._patch_lang, []
+
+    def patch_once(function):
+        if scopes and function.__globals__.get("tl") is triton.language:  # a device function of ours
+            return scopes[0]
+        scope = patch(function)
+        if not scopes:
+            restore = scope.restore
+            scope.restore = lambda: (scopes.clear(), restore())
+            scopes.append(scope)
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+def images(shape, dtype, seed):
+    """Values that every dtype holds, so that both sides see the same."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def weight(shape, dtype, seed):
+    x = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.bfloat16().to(torch.promote_types(dtype, torch.float32))
+
+
+def widened(tree):
+    if isinstance(tree, torch.Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, Normalizer):
+        return Normalizer(*(widened(t) for t in tree[:3]), tree.batch)
+    if isinstance(tree, Task):
+        return tree
+    return type(tree)(widened(t) for t in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def compare(found, expected, dtype):
+    if isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for f, e in zip(found, expected, strict=True):
+            compare(f, e, dtype)
+    elif expected is None or found is None:  # a tangent that is zero may be either
+        other = expected if found is None else found
+        assert other is None or not other.any()
+    else:
+        assert found.shape == expected.shape
+        assert relative_error(found, expected) <= BOUNDS[dtype]
+
+
+def normalizer(y, batch):
+    y = y.double()
+    mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+    rows = torch.stack([mean, variance, (variance + 1e-5).rsqrt()])
+    return Normalizer(*rows.unbind(), batch)
+
+
+def narrowed(norm, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    return norm and Normalizer(*(t.to(wide) for t in norm[:3]), norm.batch)
+
+
+SEPCONV = {
+    # name: source shape, sources, tasks (kernel or None, Task), outputs, normalised, batch statistics
+    "all candidates": (
+        (1, 4, 7, 10), 1, [(3, Task()), (5, Task()), (3, Task(dilation=2)), (5, Task(dilation=2))], 4, None
+    ),
+    "stride 2, odd": ((1, 5, 7, 9), 1, [(3, Task(stride=2)), (5, Task(0, 2, 2))], 6, None),
+    "second halves": ((1, 6, 6, 5), 2, [(3, Task(0)), (5, Task(1))], 6, True),
+    "evaluation": ((1, 6, 4, 5), 2, [(3, Task(0)), (5, Task(1))], 6, False),
+    "preprocessing": ((2, 70, 3, 5), 1, [(None, Task())], 4, None),
+    "factorized reduce": (
+        (2, 6, 6, 4), 1, [(None, Task(stride=2)), (None, Task(stride=2, offset=1))], 3, None
+    ),
+}  # fmt: skip
+
+
+def sepconv_case(name, dtype):
+    shape, n_sources, tasks, k, batch = SEPCONV[name]
+    kernels, tasks = zip(*tasks, strict=True)
+    c = shape[1]
+    sources = [images(shape, dtype, i) for i in range(n_sources)]
+    norms = [None if batch is None else narrowed(normalizer(x, batch), dtype) for x in sources]
+    d = [None if s is None else weight((c, 1, s, s), dtype, 10 + i) for i, s in enumerate(kernels)]
+    p = [weight((k, c, 1, 1), dtype, 20 + i) for i in range(len(tasks))]
+    stride = tasks[0].stride
+    out = shape[0], k, -(-shape[2] // stride), -(-shape[3] // stride)
+    adjoints = [images(out, dtype, 30 + i) for i in range(len(tasks))]
+    return (sources, norms, list(tasks), d, p), adjoints
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SEPCONV)
+def test_sepconv(name, dtype):
+    arguments, adjoints = sepconv_case(name, dtype)
+    sources, _, tasks, d, p = arguments
+    found = triton_backend.sepconv_forward(*arguments)
+    expected = torch_backend.sepconv_forward(*widened(arguments))
+    compare(found, expected, dtype)
+    for weights in (True, False):
+        found = triton_backend.sepconv_backward(*arguments, adjoints, weights)
+        expected = torch_backend.sepconv_backward(*widened(arguments), widened(adjoints), weights)
+        compare(found, expected, dtype)
+    tangents = (
+        [images(x.shape, dtype, 40 + i) for i, x in enumerate(sources)],
+        [None if x is None else weight(x.shape, dtype, 50 + i) for i, x in enumerate(d)],
+        [weight(x.shape, dtype, 60 + i) for i, x in enumerate(p)],
+    )
+    found = triton_backend.sepconv_tangent(*arguments, adjoints, *tangents)
+    expected = torch_backend.sepconv_tangent(*widened(arguments), widened(adjoints), *widened(tangents))
+    compare(found, expected, dtype)
+
+
+@pytest.mark.parametrize("kept", range(3))
+def test_sepconv_tangents_may_be_zero(kept):
+    arguments, adjoints = sepconv_case("second halves", torch.float64)
+    sources, _, _, d, p = arguments
+    tangents = [[images(x.shape, torch.float64, 40) for x in sources]]
+    tangents += [[weight(x.shape, torch.float64, 50) for x in w] for w in (d, p)]
+    tangents = [t if i == kept else [None] * len(t) for i, t in enumerate(tangents)]
+    found = triton_backend.sepconv_tangent(*arguments, adjoints, *tangents)
+    compare(found, torch_backend.sepconv_tangent(*arguments, adjoints, *tangents), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "stride"), [((1, 3, 5, 7), 1), ((2, 20, 5, 4), 2), ((3, 4, 6, 6), 2)])
+def test_pool(shape, stride, dtype):
+    x = images(shape, dtype, 0).relu()  # zeros: maxima with ties
+    maximum, average, position, statistics = triton_backend.pool_forward(x, stride)
+    expected = torch_backend.pool_forward(x.double(), stride)
+    compare((maximum, average, statistics), (*expected[:2], expected[3]), dtype)
+    adjoints = images(maximum.shape, dtype, 1), images(maximum.shape, dtype, 2)
+    found = triton_backend.pool_backward(x, position, stride, *adjoints)
+    compare(
+        found,
+        torch_backend.pool_backward(x.double(), expected[2], stride, *(a.double() for a in adjoints)),
+        dtype,
+    )
+    xd = images(shape, dtype, 3)
+    found = triton_backend.pool_tangent(xd, position, stride)
+    compare(found, torch_backend.pool_tangent(xd.double(), expected[2], stride), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize(("shape", "count"), [((1, 3, 5, 7), 1), ((2, 20, 7, 10), 5)])
+def test_mix(shape, count, batch, dtype):
+    candidates = [images(shape, dtype, i) for i in range(count)]
+    norms = [None if i == 2 else narrowed(normalizer(y, batch), dtype) for i, y in enumerate(candidates)]
+    p = weight((count,), dtype, 10)
+    g = images(shape, dtype, 11)
+    wide = widened((candidates, norms, p))
+    compare(triton_backend.mix_forward(candidates, norms, p), torch_backend.mix_forward(*wide), dtype)
+    adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+    expected = torch_backend.mix_backward(*wide, g.double())
+    compare((adjoints, sums), expected, dtype)
+    tangents = [None if i == 3 else images(shape, dtype, 20 + i) for i in range(count)]
+    found = triton_backend.mix_tangent(candidates, norms, p, g, adjoints, sums, tangents)
+    compare(found, torch_backend.mix_tangent(*wide, g.double(), *expected, widened(tangents)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add(dtype):
+    terms = [images((2, 20, 7, 10), dtype, i) for i in range(3)]
+    compare(triton_backend.add(terms), sum(t.double() for t in terms), dtype)
+
+
+@pytest.mark.parametrize("name", ["second halves", "preprocessing", "mix"])
+def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
+    """Distinct addresses of every load and store of the interpreter, against `Launch.bytes`."""
+    builder, touched = interpreter.InterpreterBuilder, []
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def note(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        live = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        touched[-1].update((address, size) for address in pointers.data[live].tolist())
+
+    def noted_load(self, pointers, mask, *rest):
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self, pointers, value, mask, *rest):
+        note(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", noted_load)
+    monkeypatch.setattr(builder, "create_masked_store", noted_store)
+    launches = []
+    with observed(lambda planned: (launches.append(planned), touched.append(set()))):
+        if name == "mix":
+            candidates = [images((2, 16, 4, 8), torch.float32, i) for i in range(4)]
+            norms = [normalizer(y, True) if i else None for i, y in enumerate(candidates)]
+            norms = [narrowed(norm, torch.float32) for norm in norms]
+            p, g = weight((4,), torch.float32, 10), images((2, 16, 4, 8), torch.float32, 11)
+            adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+            triton_backend.mix_tangent(candidates, norms, p, g, adjoints, sums, adjoints)
+        else:
+            arguments, adjoints = sepconv_case(name, torch.float32)
+            triton_backend.sepconv_forward(*arguments)
+            triton_backend.sepconv_backward(*arguments, adjoints, False)
+            triton_backend.sepconv_tangent(*arguments, adjoints, *[arguments[i] for i in (0, 3, 4)])
+    assert len(launches) >= 4
+    for planned, addresses in zip(launches, touched, strict=True):
+        counted, found = planned.bytes(), sum(size for _, size in addresses)
+        # The variances [C] that lie between means and reciprocal deviations are not read.
+        assert found <= counted <= 1.1 * found, (planned.kernel.fn.__name__, counted, found)
+
+
+def test_a_single_value_a_channel_is_refused():
+    with pytest.raises(ValueError, match="single value"):
+        triton_backend.pool_forward(images((1, 3, 1, 1), torch.float32, 0), 1)
+
+
+def test_statistics_far_from_zero_keep_their_variance():
+    """E[x^2] - mean^2 would lose 12 % here."""
+    x = 1000.0 + images((2, 4, 6, 6), torch.float32, 0)
+    *_, statistics = triton_backend.pool_forward(x, 1)
+    compare(statistics, torch_backend.pool_forward(x.double(), 1)[3], torch.float32)
+
+
+def test_nan_stays():
+    x = images((1, 4, 4, 4), torch.float32, 0)
+    x[0, 1, 2, 2] = float("nan")
+    y, _ = triton_backend.sepconv_forward(
+        [x], [None], [Task()], [weight((4, 1, 3, 3), x.dtype, 1)], [weight((4, 4, 1, 1), x.dtype, 2)]
+    )
+    assert y[0][0, :, 1:, 1:].isnan().all()
+    assert triton_backend.pool_forward(x, 1)[0][0, 1, 1:, 1:].isnan().all()
+
+
+def test_hessian_vector_product_of_a_supernet(monkeypatch):
+    """The fused supernet on the interpreter against the reference and generic automatic differentiation."""
+    # Most of the interpreter's time goes to checks of integer overflow and to the selects of `pick`, which
+    # the tests above have.
+    monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
+    for module in (mix_triton, sepconv_triton):
+        monkeypatch.setattr(module, "pick", lambda values, i: values[int(i.handle.data.item())])
+    torch.manual_seed(0)
+    reference = Supernet(2, 3, 3).double()
+    fused = Supernet(2, 3, 3, fused=True).double()
+    fused.load_state_dict(reference.state_dict())
+    images, labels = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
+    v = {name: torch.randn_like(w) for name, w in reference.weights().items()}
+
+    def product(network):
+        with network.frozen_statistics():
+            weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
+            loss = network.loss(images, labels, weights, alphas)
+            gradients = architect.gradients(loss, weights, create_graph=True)
+            return loss, architect.detached(gradients), architect.exact_hvp(gradients, alphas, v)
+
+    expected = product(reference)
+    with using(triton_backend):
+        found = product(fused)
+    assert relative_error(found[0], expected[0]) <= 1e-9
+    for f, e in zip(found[1:], expected[1:], strict=True):
+        assert set(f) == set(e)
+        for name in f:
+            assert relative_error(f[name], e[name]) <= 1e-9, name
