@@ -80,8 +80,9 @@ def channel_block(channels: int) -> int:
 
 def dot_channel_block(channels: int, dtype: torch.dtype) -> int:
     """The same where there is a dot. Wider types than 2 bytes have no tensor cores here, and the compiler
-    unrolls their dots: with 64 x 64 channels float32 spilled 5 KB a thread. They take 16 channels a time."""
-    return channel_block(channels) if dtype.itemsize == 2 else 16
+    unrolls their dots: with 64 x 64 channels float32 spilled 5 KB a thread. They take 16 channels a time;
+    2-byte types 32, with 64 bfloat16 spilled 144 bytes on sm_80."""
+    return min(32, channel_block(channels)) if dtype.itemsize == 2 else 16
 
 
 def elementwise_tile(channels: int, elements: int = 2048) -> tuple[int, int]:
