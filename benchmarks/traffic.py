@@ -27,6 +27,8 @@ from fused_step import FusedStep  # noqa: E402
 from textbook import TextbookStep  # noqa: E402
 
 from darts_fast.config import SearchConfig  # noqa: E402
+from darts_fast.kernels import torch_backend  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 
@@ -150,7 +152,7 @@ def count(
     triton: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The counts of one step, not the first (there are momenta); with `triton`, on that backend.
+    """The counts of one step, not the first (there are momenta); on ATen, or with `triton` on that backend.
 
     With a 2-byte `dtype` the weights and what is done with them are 2 bytes wide too, which is little.
     """
@@ -166,14 +168,15 @@ def count(
         step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
     batch = images, labels
     with ExitStack() as stack:
+        traffic = Traffic()
         if triton:
             from darts_fast.kernels import triton_backend, triton_launch
-            from darts_fast.kernels.backends import using
 
             stack.enter_context(using(triton_backend))
-        traffic = stack.enter_context(Traffic())
-        if triton:
             stack.enter_context(triton_launch.observed(traffic.launched))
+        else:
+            stack.enter_context(using(torch_backend))  # also on a CPU, whose C++ kernels are not counted
+        stack.enter_context(traffic)
         found = phases(step.phases(batch, batch, 0.025), traffic)
     return {"phases": found, "total": traffic.total, "peak": traffic.peak, "by_name": traffic.by_name}
 
