@@ -204,8 +204,8 @@ def compiled(planned: Launch, arch: int) -> Report:
     registers, stack, local = (
         int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
     )
-    # LDG.E loads 32 bits, LDG.E.64 and .128 more, .U8 and .U16 less.
-    widths = [_bits(suffixes) for suffixes in re.findall(r"\bLDG\.E([\w.]*)", code)] or [0]
+    # LDG.E loads 32 bits, LDG.E.64 and .128 more, .U8 and .U16 less; LDGSTS loads to shared memory.
+    widths = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?\.E([\w.]*)", code)] or [0]
     shared = binary.metadata.shared
     return Report(
         planned.kernel.fn.__name__,
