@@ -108,7 +108,8 @@ def test_bad_input_is_one_sentence(arguments, monkeypatch, capsys, in_tmp):
     assert os.listdir(in_tmp) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+# Linux's /dev/full is a disk without space; the redirections are bash's.
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every write fails")
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-", "| true"])
 def test_output_that_goes_nowhere_is_no_traceback(redirection, in_tmp):
     command = f"{sys.executable} {ROOT / 'visualize.py'} DARTS_V2 --out a.svg {redirection}"
@@ -181,6 +182,7 @@ def test_without_a_name_folders_are_numbered(monkeypatch, capsys, in_tmp):
     assert sorted(os.listdir("searchs")) == ["digits", "digits-2"]
 
 
+# Permissions do not stop root, who runs many containers; the kernel's own files do.
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs /sys, a folder nobody can write in")
 def test_a_read_only_disk(monkeypatch, capsys):
     monkeypatch.chdir("/sys/kernel")
@@ -199,14 +201,16 @@ def run_limited(folder, file_size, *arguments):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a POSIX feature")
+# RLIMIT_FSIZE stands in for a full disk; Windows has no limit on the size of a process's files.
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX's setrlimit")
 def test_a_disk_that_is_full_from_the_start(in_tmp):
     done = run_limited(in_tmp, 100, *TINY)
     assert done.returncode == 2 and "cannot write searchs/digits/config.json" in done.stderr
     assert done.stderr.count("\n") == 1 and os.listdir("searchs") == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a POSIX feature")
+# RLIMIT_FSIZE stands in for a full disk; Windows has no limit on the size of a process's files.
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by POSIX's setrlimit")
 def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(in_tmp):
     """TensorBoard's events are the largest appended file; the limit is hit while the second epoch writes."""
     done = run_limited(in_tmp, 2**30, *TINY, "--name", "whole")

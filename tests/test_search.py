@@ -272,7 +272,8 @@ def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
     assert not (in_tmp / "trapped").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+# A signal that cannot be caught is the point.
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
     """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
     arguments = [*CHEAP, "--epochs", "6"]
@@ -308,7 +309,8 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
     assert_same_run(whole, cut)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+# A signal that cannot be caught is the point.
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_while_it_starts(monkeypatch, capsys, in_tmp):
     """Whatever is there by then, --resume goes on or says in one sentence why not."""
     command = [sys.executable, str(ROOT / "run.py"), *CHEAP, "--name", "cut"]

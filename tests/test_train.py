@@ -276,7 +276,8 @@ def test_the_program_trains_and_evaluates(monkeypatch, capsys, in_tmp):
     assert code == 2 and "augments/one exists and is not overwritten" in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+# A signal that cannot be caught is the point.
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
     arguments = [*CHEAP, "--epochs", "12", "--drop_path_prob", "0.2", "--cutout_length", "2"]
 

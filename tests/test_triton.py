@@ -6,17 +6,23 @@ On a machine with a GPU the same tests run there, see tests/gpu.
 import numpy as np
 import pytest
 import torch
-import triton
 from conftest import relative_error
-from triton.runtime import interpreter
 
 from darts_fast import architect
-from darts_fast.kernels import Task, mix_triton, sepconv_triton, torch_backend, triton_backend
+from darts_fast.kernels import Task, torch_backend
 from darts_fast.kernels.backends import using
 from darts_fast.kernels.torch_backend import Normalizer
-from darts_fast.kernels.triton_launch import observed
 from darts_fast.supernet import Supernet
 
+# Triton is a dependency on Linux alone (setup.py).
+triton = pytest.importorskip("triton", reason="Triton is installed on Linux only")
+
+from triton.runtime import interpreter  # noqa: E402
+
+from darts_fast.kernels import mix_triton, sepconv_triton, triton_backend  # noqa: E402
+from darts_fast.kernels.triton_launch import observed  # noqa: E402
+
+# A kernel is interpreted or compiled from its decoration on: one process cannot have both.
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is for machines without a GPU; tests/gpu runs there"
 )

@@ -117,6 +117,7 @@ def test_without_graphviz_its_source_is_written(visualize, monkeypatch):
     assert code == 1 and "'cells.gv' exists" in err and Path("cells.gv").read_text() == "mine"
 
 
+# Windows runs no file by its `#!` line, and so would find no `dot`.
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for dot is a shell script")
 def test_a_dot_that_fails(visualize, monkeypatch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bin")
