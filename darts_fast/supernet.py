@@ -64,9 +64,9 @@ class Supernet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]."""
-        if self.fused:  # its cells are channels-last, and so is the stem before them
-            images = images.contiguous(memory_format=torch.channels_last)
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
+        # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds four times as much
+        # (4e-6 of the gradient against 1e-6), and 9 of 24 float32 runs crossed a kink, against none.
         before_previous = previous = self.stem(images)
         for cell in self.cells:
             output = cell(before_previous, previous, reduce if cell.reduction else normal)

@@ -76,26 +76,6 @@ def relative_error(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.fixture(scope="session")
-def float32_allowance(golden_search):
-    """Half of what a float32 error against float64 may be: the reference's largest over eight copies of the
-    weights moved by 6e-8."""
-    from official import LAYOUTS, everything, official_network
-
-    expected = golden_search.group("float64", torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    allowed = dict.fromkeys(expected, 0.0)
-    for copy in range(8):
-        network = official_network(golden_search, torch.float32).to(memory_format=LAYOUTS[copy % 2])
-        with torch.no_grad():
-            for w in network.weights().values():
-                w *= 1 + 6e-8 * torch.randn(w.shape, generator=generator)
-        found = everything(network, golden_search, torch.float32)
-        for name in expected:
-            allowed[name] = max(allowed[name], relative_error(found[name], expected[name]))
-    return allowed
-
-
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Runs the test in an empty folder."""
