@@ -39,7 +39,7 @@ class FusedCell(MixedCell):
             self._preprocess(self.preprocess0, before_previous),
             self._preprocess(self.preprocess1, previous),
         ]
-        # `none`, the first column, adds nothing. One split: a slice a node was a copy there and two launches back.
+        # `none`, the first column, adds nothing. One split: a slice a node was a copy and two launches back.
         counts = [sum(target == node for _, target in EDGES) * (len(CANDIDATES) - 1) for node in range(NODES)]
         weights = (
             probabilities[:, 1:].reshape(-1).split(counts)
