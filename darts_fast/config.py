@@ -216,6 +216,7 @@ class TrainConfig(Config):
         None,
         ("cifar", "imagenet"),
     )
+    fused: bool = option(False, "compute the cells by kernels: the same training, faster on a CPU")
     print_freq: int = option(200, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, data order, augmentation and drop path", SEED)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast.errors import InputError, first_line
+from darts_fast.fused import operation_on_kernels
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
@@ -33,6 +34,7 @@ def network(
     stem: str = "cifar",
     auxiliary: bool = False,
     pool_batch_norm: bool = False,
+    fused: bool = False,
 ) -> "DerivedNetwork":
     """The network of a genotype as a plain module: images [N, image_channels, H, W] -> logits [N, classes].
 
@@ -43,6 +45,8 @@ def network(
         auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary
             logits); the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
         pool_batch_norm: a batch norm behind every pool, as in pt.darts; the official code has none.
+        fused: compute the cells' convolutions by `darts_fast.kernels`: the same function of the same
+            parameters, faster on a CPU. No part of a saved network.
 
     Raises:
         InputError: a size is other than that.
@@ -57,7 +61,7 @@ def network(
     if stem not in SIZE_MULTIPLE:
         raise InputError(f"stem must be cifar or imagenet, not {stem!r}")
     return DerivedNetwork(
-        genotype, classes, channels, layers, image_channels, stem, auxiliary, pool_batch_norm
+        genotype, classes, channels, layers, image_channels, stem, auxiliary, pool_batch_norm, fused
     )
 
 
@@ -78,6 +82,7 @@ def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
 
     module = copy.deepcopy(module).to("meta").eval()
+    module.fused = False  # only PyTorch's own convolutions are counted
     with FlopCounterMode(display=False) as counter:
         module(torch.empty(1, module.arguments["image_channels"], height, width, device="meta"))
     return counter.get_total_flops() // 2
@@ -149,8 +154,10 @@ class DerivedNetwork(nn.Module):
         stem: str,
         auxiliary: bool,
         pool_batch_norm: bool,
+        fused: bool,
     ):
         super().__init__()
+        self.fused = fused
         self.arguments = {
             "genotype": genotype, "classes": classes, "channels": channels, "layers": layers,
             "image_channels": image_channels, "stem": stem, "auxiliary": auxiliary,
@@ -196,6 +203,9 @@ class DerivedNetwork(nn.Module):
         drop_path = None
         if self.training and self.drop_path_prob > 0:
             drop_path = partial(dropped, probability=self.drop_path_prob, generator=self.drop_path_generator)
+        compute = nn.Module.__call__
+        if self.fused:  # everything is channels-last, from the stem on
+            compute, images = operation_on_kernels, images.contiguous(memory_format=torch.channels_last)
         if self.arguments["stem"] == "cifar":
             before_previous = previous = self.stem(images)
         else:
@@ -203,7 +213,7 @@ class DerivedNetwork(nn.Module):
             previous = self.stem1(before_previous)
         auxiliary_layer = reduction_layers(len(self.cells))[1]
         for layer, cell in enumerate(self.cells):
-            output = cell(before_previous, previous, drop_path)
+            output = cell(before_previous, previous, drop_path, compute)
             before_previous, previous = previous, output
             if self.training and self.arguments["auxiliary"] and layer == auxiliary_layer:
                 auxiliary_logits = self.auxiliary_head(output)
@@ -239,14 +249,21 @@ class DerivedCell(nn.Module):
             for name, source in node
         )
 
-    def forward(self, before_previous: Tensor, previous: Tensor, drop_path: DropPath | None) -> Tensor:
-        states = [self.preprocess0(before_previous), self.preprocess1(previous)]
+    def forward(
+        self,
+        before_previous: Tensor,
+        previous: Tensor,
+        drop_path: DropPath | None,
+        compute: Callable[[nn.Module, Tensor], Tensor],
+    ) -> Tensor:
+        """`compute` gives a module's output for a tensor."""
+        states = [compute(self.preprocess0, before_previous), compute(self.preprocess1, previous)]
         edges = iter(self.edges)
         for sources in self.sources:
             paths = []
             for source in sources:
                 edge = next(edges)
-                path = edge(states[source])
+                path = compute(edge, states[source])
                 # An identity is never dropped (FractalNet's rule, kept by the official code).
                 paths.append(path if drop_path is None or isinstance(edge, nn.Identity) else drop_path(path))
             states.append(sum(paths[1:], start=paths[0]))

@@ -1,4 +1,5 @@
-"""The mixed cell on `darts_fast.kernels`: the same sums as `reference.MixedCell`, shared and fused.
+"""The mixed cell on `darts_fast.kernels`, the same sums as `reference.MixedCell`, shared and fused; and the
+operations of a derived cell.
 
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
@@ -51,7 +52,9 @@ class FusedCell(MixedCell):
             edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
             if edges:
                 candidates |= self._candidates(states[source], edges)
-        self._update_running_statistics()
+        if self._observed:
+            _update_running_statistics(self._observed)
+            self._observed = []
         return torch.cat(states[INPUTS:], dim=1)
 
     def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
@@ -158,15 +161,50 @@ class FusedCell(MixedCell):
             self._observed.append((norm, batch, y.numel() // y.shape[1]))
         return batch
 
-    @torch.no_grad()
-    def _update_running_statistics(self) -> None:
-        """As `nn.BatchNorm2d`: the variance that runs is the unbiased one."""
-        observed, self._observed = self._observed, []
-        if not observed:
-            return
-        norms, statistics, counts = zip(*observed, strict=True)
-        means = [s[0] for s in statistics]
-        variances = list(torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts]))
-        running = [n.running_mean for n in norms] + [n.running_var for n in norms]
-        torch._foreach_lerp_(running, means + variances, norms[0].momentum)
-        torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
+
+def operation_on_kernels(module: nn.Module, x: Tensor) -> Tensor:
+    """What an operation of a derived cell (a module of `reference`, affine) gives for x, its 1x1, separable
+    and dilated convolutions computed by the kernels. Differentiable once.
+
+    Training, evaluation and running statistics as in the module's own forward. Pools, identities and the
+    1x7 convolutions are the module's own: ATen's are as fast.
+    """
+    if isinstance(module, FactorizedReduce):
+        tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
+        weights = [module.conv_1.weight, module.conv_2.weight]
+        outputs, statistics = kernels.sepconv([x], tasks, [None, None], weights)
+        return _batch_norm(module.bn, torch.cat(outputs, dim=1), torch.cat(list(statistics), dim=1))
+    parts = list(module.children())
+    halves = [parts[i : i + 4] for i in range(0, len(parts), 4)] if len(parts) > 3 else [parts]
+    for part in halves:
+        convolutions = [layer for layer in part if isinstance(layer, nn.Conv2d)]
+        if not convolutions or convolutions[-1].kernel_size != (1, 1):
+            return module(x)
+    for _, *convolutions, norm in halves:
+        depthwise = convolutions[0] if len(convolutions) == 2 else None
+        task = Task() if depthwise is None else Task(0, depthwise.stride[0], depthwise.dilation[0])
+        (y,), (statistics,) = kernels.sepconv(
+            [x], [task], [depthwise and depthwise.weight], [convolutions[-1].weight]
+        )
+        x = _batch_norm(norm, y, statistics)
+    return x
+
+
+def _batch_norm(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor) -> Tensor:
+    """`norm` of y, whose statistics [3, C] are known."""
+    if not norm.training:
+        return norm(y)
+    _update_running_statistics([(norm, statistics, y.numel() // y.shape[1])])
+    return kernels.normalize(y, statistics, norm.weight, norm.bias)
+
+
+@torch.no_grad()
+def _update_running_statistics(observed: list[tuple[nn.BatchNorm2d, Tensor, int]]) -> None:
+    """As `nn.BatchNorm2d`: each by the statistics [3, C] of its batch, from so many values a channel; the
+    variance that runs is the unbiased one."""
+    norms, statistics, counts = zip(*observed, strict=True)
+    means = [s[0] for s in statistics]
+    variances = list(torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts]))
+    running = [n.running_mean for n in norms] + [n.running_var for n in norms]
+    torch._foreach_lerp_(running, means + variances, norms[0].momentum)
+    torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

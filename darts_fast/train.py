@@ -24,6 +24,7 @@ from darts_fast.derived import (
     unpacked,
 )
 from darts_fast.errors import InputError
+from darts_fast.fused import kernels_on
 from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import strict_float32
@@ -144,6 +145,8 @@ class Training(Loop):
                 "data has no test images; give them and their labels as its third and fourth tensor"
             )
         config = config.resolved(dataset.name)
+        if config.fused and config.device != "cpu":
+            raise InputError(f"fused trains a genotype on the CPU only, not on {config.device}; leave it out")
         super().__init__(config, dataset, len(dataset.labels), config.seed, AUGMENTATION)
         self.final: dict[str, Any] | None = None  # what the last epoch's network reached
         self.test_batches = self._batches(dataset.test_images, dataset.test_labels)
@@ -170,6 +173,7 @@ class Training(Loop):
                 dataset.images.shape[1],
                 config.stem,
                 self.auxiliary,
+                fused=config.fused,
             )
             self.network = module.to(self.device)
         self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
@@ -254,9 +258,10 @@ class Training(Loop):
             auxiliary = "with auxiliary head"
         elif config.aux_weight > 0:
             auxiliary = f"no auxiliary head (images of {self.height} x {self.width} are too small for it)"
+        cells = f"fused cells ({kernels_on(self.network.classifier.weight)}), " if config.fused else ""
         return (
             f"{self.dataset.name}: {len(self.dataset.labels)} images to train, "
-            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; "
+            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; {cells}"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps, float32 on {config.device}"
         )
 

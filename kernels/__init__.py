@@ -5,17 +5,19 @@
     pool      max and average pool of a state
     share     a tensor for several readers, whose adjoints are then summed in one pass
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
+    normalize batch norm with affine parameters, for derived networks: differentiated once
 
-Each can be differentiated twice, as far as the exact second-order architecture gradient needs it, and raises
-where it cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent forward and
-the second backward sweep of docs/mathematics.md, without weight gradients.
+The others can be differentiated twice, as far as the exact second-order architecture gradient needs it, and
+raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent
+forward and the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
 from darts_fast.kernels.backends import pools_normalized_once, used
 from darts_fast.kernels.mix import mix
+from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.share import share
 from darts_fast.kernels.torch_backend import Task
 
-__all__ = ["Task", "mix", "pool", "pools_normalized_once", "sepconv", "share", "used"]
+__all__ = ["Task", "mix", "normalize", "pool", "pools_normalized_once", "sepconv", "share", "used"]

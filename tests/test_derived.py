@@ -161,3 +161,50 @@ def test_a_saved_network_is_the_same_network(tmp_path):
         with pytest.raises(InputError, match=sentence) as error:
             load_network(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_fused_is_the_same_network():
+    """Every operation, both stems, pools with and without batch norm, drop path and auxiliary head: logits,
+    every gradient and running statistics in float64, then evaluation mode."""
+    for stem, side, pool_batch_norm in (("cifar", 24, True), ("imagenet", 192, False)):
+        torch.manual_seed(0)
+        plain, fused = (
+            network(every_operation(), 5, 4, 3, 3, stem, True, pool_batch_norm, fused=fused).double().train()
+            for fused in (False, True)
+        )
+        for module in plain.modules():  # gamma and beta of which one channel is off and one is negative
+            if isinstance(module, torch.nn.BatchNorm2d) and module.num_features == 4:
+                torch.nn.init.normal_(module.bias)
+                module.weight.data.copy_(torch.tensor([0.0, -0.5, 1.5, 1.0]))
+        fused.load_state_dict(plain.state_dict())
+        assert list(plain.state_dict()) == list(fused.state_dict())
+        assert "fused" not in fused.arguments
+        images, found = torch.randn(3, 3, side, side, dtype=torch.float64), []
+        for module in (plain, fused):
+            module.drop_path_prob, module.drop_path_generator = 0.3, torch.Generator().manual_seed(1)
+            outputs = module(images)
+            (outputs[0].square().sum() + outputs[1].sum()).backward()
+            module.eval()
+            found.append([*outputs, *(p.grad for p in module.parameters()), module(images)])
+            found[-1] += [t.double() for t in module.state_dict().values()]
+        assert len(found[0]) == len(found[1])
+        for a, b in zip(*found, strict=True):
+            assert (a - b).norm() <= 1e-9 * b.norm()
+        assert multiply_adds(plain, side, side) == multiply_adds(fused, side, side)
+
+
+def test_fused_convolutions_run_on_kernels(monkeypatch):
+    """No 1x1 or depthwise convolution of a cell is left to PyTorch's modules."""
+    module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True)
+    for layer in module.cells.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            monkeypatch.setattr(layer, "forward", None)
+    module(torch.randn(2, 3, 8, 8))
+
+
+def test_fused_has_no_second_derivative():
+    module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True)
+    loss = module(torch.randn(2, 3, 8, 8)).sum()
+    gradients = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError):
+        sum(g.square().sum() for g in gradients).backward()

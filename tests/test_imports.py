@@ -32,6 +32,7 @@ ALLOWED = {
     "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
     "darts_fast.derived": {
         "darts_fast.errors",
+        "darts_fast.fused",
         "darts_fast.genotype",
         "darts_fast.notation",
         "darts_fast.reference",

@@ -305,3 +305,35 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
         process = start("--resume", "augments/cut")
     assert process.wait() == 0
     assert_same_run(whole, cut)
+
+
+def test_fused_is_the_same_training(monkeypatch, capsys, in_tmp):
+    """Through run_from.py, to the rounding of float32; its final.pt is the plain network's file."""
+    found = {}
+    for name in ("plain", "fused"):
+        arguments = ["--genotype", "DARTS_V2", "--epochs", "1", "--init_channels", "4", "--layers", "3"]
+        arguments += ["--batch_size", "500", "--lr", "0.005", "--print_freq", "1", "--name", name]
+        assert (
+            call(monkeypatch, capsys, *arguments, *["--fused"] * (name == "fused"), program="run_from")[0]
+            == 0
+        )
+        lines = (in_tmp / "augments" / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line) for line in lines]
+        found[name + " log"] = (in_tmp / "augments" / name / f"{name}.log").read_text()
+    assert len(found["fused"]) == len(found["plain"]) > 1
+    for a, b in zip(found["fused"], found["plain"], strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if "loss" in key:
+                assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert "fused cells (" in found["fused log"] and "fused cells" not in found["plain log"]
+    images = torch.randn(5, 1, 8, 8)
+    networks = [load_network(in_tmp / "augments" / name / "final.pt") for name in ("plain", "fused")]
+    assert networks[0].arguments == networks[1].arguments
+    assert relative_error(networks[1](images), networks[0](images)) < 1e-3
+
+
+def test_fused_is_for_the_cpu(data, monkeypatch):
+    monkeypatch.setattr("darts_fast.config.available_device", lambda name: torch.device("cuda:0"))
+    with pytest.raises(InputError, match="fused trains a genotype on the CPU only, not on cuda:0"):
+        train(dataclasses.replace(TINY, fused=True, device="cuda:0"), data)
