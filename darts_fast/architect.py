@@ -22,7 +22,7 @@ class VirtualStep(NamedTuple):
     w' = w - lr * (momentum * buffer + grad_w L_train(w, a) + weight_decay * w)
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float
     weight_decay: float
 
@@ -140,5 +140,5 @@ def _at_virtual_weights(
     )
 
 
-def _combine(alpha_gradient: Tensors, product: Tensors, lr: float) -> Tensors:
+def _combine(alpha_gradient: Tensors, product: Tensors, lr: float | Tensor) -> Tensors:
     return {name: alpha_gradient[name] - lr * product[name] for name in alpha_gradient}

@@ -87,21 +87,39 @@ class SearchStep:
 
     def __init__(self, network: Supernet, config: SearchConfig):
         self.network, self.config = network, config
-        self.weights, self.alphas = network.weights(), network.alphas()
+        self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
+        flat = network.flat_weights
+        # Nothing in a step reads the host or moves: fused optimizers with their numbers on the device, and
+        # gradients, momenta and Adam's moments at one address. (Meta tensors, which only count, have none.)
+        fused = flat.device.type in ("cpu", "cuda")
+        self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
         self.weight_optimizer = torch.optim.SGD(
-            self.weights.values(), config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay
+            [flat],
+            self.lr if fused else config.w_lr,
+            config.w_momentum,
+            weight_decay=config.w_weight_decay,
+            fused=fused,
         )
         self.alpha_optimizer = torch.optim.Adam(
-            self.alphas.values(), config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay
+            self.alphas.values(),
+            config.alpha_lr,
+            (0.5, 0.999),
+            weight_decay=config.alpha_weight_decay,
+            fused=fused,
+            capturable=fused,
         )
+        self.weight_optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+        for tensor in (flat, *self.alphas.values()):
+            tensor.grad = torch.zeros_like(tensor)
 
     def __call__(self, train: Batch, validation: Batch, lr: float) -> Tensor:
         """`lr` is the learning rate of the weights and the paper's xi.
 
         Returns [loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device.
         """
-        self._architecture_step(train, validation, lr)
-        return self._weight_step(*train, lr)
+        self.lr.fill_(lr)
+        self._architecture_step(train, validation)
+        return self._weight_step(*train)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, running statistics, alphas, and both optimizers."""
@@ -116,8 +134,9 @@ class SearchStep:
         self.network.load_state_dict(state["network"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.weight_optimizer.param_groups[0]["lr"] = self.lr
 
-    def _architecture_step(self, train: Batch, validation: Batch, lr: float) -> None:
+    def _architecture_step(self, train: Batch, validation: Batch) -> None:
         """Adam on the alphas; the paper's xi is the learning rate of the weights."""
         train_loss = partial(self.network.loss, *train)
         validation_loss = partial(self.network.loss, *validation)
@@ -126,29 +145,28 @@ class SearchStep:
                 found = architect.first_order(validation_loss, self.weights, self.alphas)
             else:
                 second_order = SECOND_ORDER[self.config.hvp]
-                virtual_step = architect.VirtualStep(lr, self.config.w_momentum, self.config.w_weight_decay)
+                virtual_step = architect.VirtualStep(
+                    self.lr, self.config.w_momentum, self.config.w_weight_decay
+                )
                 found = second_order(
                     train_loss, validation_loss, self.weights, self.alphas, self._momenta(), virtual_step
                 )
         for name, alpha in self.alphas.items():
-            alpha.grad = found[name]
+            alpha.grad.copy_(found[name])
         self.alpha_optimizer.step()
 
-    def _weight_step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
-        logits = self.network(images)
+        logits = self.network.logits(images, self.weights, architect.detached(self.alphas))
         loss = F.cross_entropy(logits, labels)
-        for name, gradient in architect.gradients(loss, self.weights).items():
-            self.weights[name].grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.w_grad_clip)
-        for group in self.weight_optimizer.param_groups:
-            group["lr"] = lr
+        flat = self.network.flat_weights
+        flat.grad.copy_(architect.gradients(loss, self.weights)["weights"])
+        torch.nn.utils.clip_grad_norm_([flat], self.config.w_grad_clip)
         self.weight_optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
     def _momenta(self) -> architect.Tensors:
-        state = self.weight_optimizer.state
-        return {name: state[w]["momentum_buffer"] for name, w in self.weights.items() if w in state}
+        return {"weights": self.weight_optimizer.state[self.network.flat_weights]["momentum_buffer"]}
 
 
 class Search(Loop):
