@@ -31,12 +31,7 @@ class Supernet(nn.Module):
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
     is every other parameter. All weights are views, contiguous, of the one tensor `flat_weights` (a leaf of
     its own, in the order of `weights()`): what changes it changes them. `.to()` and copies make it anew.
-
-    With `activations` set to a 2-byte type, what the cells compute is of that type: weights, statistics,
-    stem, classifier and loss stay in the weights' own.
     """
-
-    activations: torch.dtype | None = None  # None: that of the weights
 
     def __init__(
         self, channels: int, classes: int, layers: int, image_channels: int = 3, fused: bool = False
@@ -97,19 +92,29 @@ class Supernet(nn.Module):
         """The two alphas by name."""
         return {name: getattr(self, name) for name in ALPHAS}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]."""
+    def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
+        """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes].
+
+        `activations` is the type of what the cells compute, where it is not that of the weights (for fused
+        cells only); statistics, stem, classifier and logits are of the weights' in any case.
+        """
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds four times as much
         # (4e-6 of the gradient against 1e-6), and 9 of 24 float32 runs crossed a kink, against none.
         stem = self.stem(images)
-        before_previous = previous = stem if self.activations is None else stem.to(self.activations)
+        before_previous = previous = stem if activations is None else stem.to(activations)
         for cell in self.cells:
             output = cell(before_previous, previous, reduce if cell.reduction else normal)
             before_previous, previous = previous, output
         return self.classifier(previous.mean(dim=(2, 3), dtype=stem.dtype))
 
-    def logits(self, images: Tensor, weights: dict[str, Tensor], alphas: dict[str, Tensor]) -> Tensor:
+    def logits(
+        self,
+        images: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
+    ) -> Tensor:
         """Logits [N, classes] of the network with the given weights and alphas: a function of its arguments
         (but that batch norm updates its running statistics); the parameters are neither used nor touched.
 
@@ -119,13 +124,18 @@ class Supernet(nn.Module):
         if "weights" in weights:
             weights = self.split(weights["weights"])
         # No weights are tied here; looking for tied ones took 27 ms a call of an 8-layer network.
-        return functional_call(self, {**weights, **alphas}, (images,), tie_weights=False)
+        return functional_call(self, {**weights, **alphas}, (images, activations), tie_weights=False)
 
     def loss(
-        self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], alphas: dict[str, Tensor]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
     ) -> Tensor:
         """Cross entropy (mean over the batch) of `logits`."""
-        return F.cross_entropy(self.logits(images, weights, alphas), labels)
+        return F.cross_entropy(self.logits(images, weights, alphas, activations), labels)
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
