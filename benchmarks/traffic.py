@@ -29,6 +29,7 @@ from textbook import TextbookStep  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.kernels import torch_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 
@@ -158,11 +159,11 @@ def count(
     """
     with torch.device(device):
         network = Supernet(channels, 10, layers, fused=fused)
-        if dtype != torch.float32:
-            network.activations = dtype
         images = torch.zeros(batch_size, 3, size, size)
         labels = torch.zeros(batch_size, dtype=torch.int64)
-    step = (FusedStep if fused else TextbookStep)(network, SearchConfig())
+    amp_dtype = None if dtype == torch.float32 else type_name(dtype)
+    config = SearchConfig(fused=fused, amp_dtype=amp_dtype)
+    step = (FusedStep if fused else TextbookStep)(network, config)
     if not fused:
         for w in network.weights().values():
             step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)

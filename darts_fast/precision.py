@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT = "float16"
@@ -28,6 +27,11 @@ def activations(amp: bool, amp_dtype: str | None, device: torch.device) -> torch
     return TYPES[amp_dtype or DEFAULT]
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """float16 of torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 class LossScale:
     """What a loss computed in float16 is multiplied by before it is differentiated: float16 has no numbers
     below 6e-8. Halved, on the device, whenever what was found is not finite; the optimizer then skips its
@@ -37,8 +41,9 @@ class LossScale:
     def __init__(self, device: torch.device):
         self.value = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
-    def check(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
-        """Before a step of a fused optimizer."""
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step of a fused optimizer: looks at its gradients."""
+        gradients = [tensor.grad for group in optimizer.param_groups for tensor in group["params"]]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         optimizer.found_inf = (~finite).float()
         self.value.mul_(0.5 + 0.5 * finite)
