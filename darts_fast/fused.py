@@ -40,10 +40,15 @@ class FusedCell(MixedCell):
             self._preprocess(self.preprocess0, before_previous),
             self._preprocess(self.preprocess1, previous),
         ]
+        # `none`, the first column, adds nothing. One split: a slice a node was a copy and two launches back.
+        counts = [sum(target == node for _, target in EDGES) * (len(CANDIDATES) - 1) for node in range(NODES)]
+        weights = (
+            probabilities[:, 1:].reshape(-1).split(counts)
+        )  # by node: its edges are one behind the other
         candidates: dict[int, list[Candidate]] = {}  # by edge, in the order of CANDIDATES without `none`
         for source in range(INPUTS + NODES):
             if source >= INPUTS:
-                states.append(self._node(source - INPUTS, candidates, probabilities))
+                states.append(self._node(source - INPUTS, candidates, weights[source - INPUTS]))
             edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
             if edges:
                 candidates |= self._candidates(states[source], edges)
@@ -52,11 +57,10 @@ class FusedCell(MixedCell):
             self._observed = []
         return torch.cat(states[INPUTS:], dim=1)
 
-    def _node(self, node: int, candidates: dict[int, list[Candidate]], probabilities: Tensor) -> Tensor:
+    def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
         """Equation 1: the sum over the node's edges of equation 2."""
         edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
         tensors, statistics = zip(*(pair for edge in edges for pair in candidates[edge]), strict=True)
-        weights = probabilities[edges[0] : edges[-1] + 1, 1:].reshape(-1)  # `none` is the first column
         return kernels.mix(tensors, statistics, weights, self.training)
 
     def _candidates(self, x: Tensor, edges: list[int]) -> dict[int, list[Candidate]]:
@@ -200,7 +204,7 @@ def _update_running_statistics(observed: list[tuple[nn.BatchNorm2d, Tensor, int]
     variance that runs is the unbiased one."""
     norms, statistics, counts = zip(*observed, strict=True)
     means = [s[0] for s in statistics]
-    variances = [s[1] * (m / (m - 1)) for s, m in zip(statistics, counts, strict=True)]
+    variances = list(torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts]))
     running = [n.running_mean for n in norms] + [n.running_var for n in norms]
     torch._foreach_lerp_(running, means + variances, norms[0].momentum)
     torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

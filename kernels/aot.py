@@ -134,6 +134,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.int32: "*i32",
 }
 
 
@@ -244,7 +245,7 @@ def setting(planned: Launch) -> str:
     """What tells this compilation from the kernel's others, in short."""
     constants, dtypes = planned.constants, {t.dtype for t in planned.tensors()}
     entries = max((len(v) for v in planned.arguments.values() if isinstance(v, tuple)), default=1)
-    narrow = min(dtypes - {torch.int8}, key=lambda d: d.itemsize)
+    narrow = min(dtypes - {torch.int8, torch.int32}, key=lambda d: d.itemsize)
     flags = [name.lower() for name, value in constants.items() if value is True]
     sizes = [f"{name}{constants[name]}" for name in ("C", "K", "STRIDE") if name in constants]
     return " ".join([str(narrow).removeprefix("torch."), *sizes, f"x{entries}", *flags])

@@ -17,12 +17,15 @@ from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     Table,
     accumulator,
+    counters,
     elementwise_tile,
     images,
+    last_program,
     launch,
     load_normalizer,
     pick,
     splits_of,
+    sum_of_rows,
 )
 
 
@@ -81,7 +84,9 @@ def norm_sums_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weighed,  # [positions, C]; read if TANGENT
-    p_partials,  # [SUMS, entries, splits, C]: of g, g h, and if TANGENT of g * weighed, weighed
+    p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
+    p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
+    p_counters,
     positions,
     splits,
     NORMS: tl.constexpr,
@@ -114,13 +119,18 @@ def norm_sums_kernel(
             b_sw += b_g * b_v
             b_w += b_v
     entries = tl.num_programs(1)
-    p_sums = p_partials + (i_entry * splits + i_split) * C + o_c
+    p_split = p_partials + (i_entry * splits + i_split) * C + o_c
     stride = tl.cast(entries * splits, tl.int64) * C
-    tl.store(p_sums, tl.sum(b_s, axis=0), mask=m_c)
-    tl.store(p_sums + stride, tl.sum(b_sh, axis=0), mask=m_c)
+    tl.store(p_split, tl.sum(b_s, axis=0), mask=m_c)
+    tl.store(p_split + stride, tl.sum(b_sh, axis=0), mask=m_c)
     if TANGENT:
-        tl.store(p_sums + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
-        tl.store(p_sums + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
+        tl.store(p_split + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
+        tl.store(p_split + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
+    if last_program(p_counters + i_entry * tl.num_programs(2) + tl.program_id(2), splits):
+        for i_sum in tl.static_range(4 if TANGENT else 2):
+            p_rows = p_partials + i_sum * stride + i_entry * splits * C
+            b_sum = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
+            tl.store(p_sums + (i_sum * entries + i_entry) * C + o_c, b_sum, mask=m_c)
 
 
 @triton.jit
@@ -344,7 +354,9 @@ def norm_sums(
     sizes, (tiles, blocks) = _sizes(y)
     splits = splits_of(tiles, entries)
     count = 2 if weighed is None else 4
-    partials = y.new_empty(count, entries, splits, y.shape[1], dtype=accumulator(y.dtype))
+    c, dtype = y.shape[1], accumulator(y.dtype)
+    partials = y.new_empty(count, entries, splits, c, dtype=dtype)
+    sums = y.new_empty(count, entries, c, dtype=dtype)
     launch(
         norm_sums_kernel,
         (splits, entries, blocks),
@@ -355,12 +367,14 @@ def norm_sums(
             "p_rs": table.rs,
             "p_weighed": y if weighed is None else weighed,
             "p_partials": partials,
+            "p_sums": sums,
+            "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
             "splits": splits,
         },
         {"NORMS": table.norms, "TANGENT": weighed is not None, **sizes},
     )
-    return partials.sum(2)
+    return sums
 
 
 def norm_backward(

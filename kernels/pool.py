@@ -32,13 +32,17 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         maximum, average, position, statistics = backend(x).pool_forward(x, stride)
         ctx.stride = stride
+        ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
         ctx.save_for_backward(x, position)
         ctx.mark_non_differentiable(statistics)
         return maximum, average, statistics
 
     @staticmethod
-    def backward(ctx: FunctionCtx, maximum: Tensor, average: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(
+        ctx: FunctionCtx, maximum: Tensor | None, average: Tensor | None, _: None
+    ) -> tuple[Tensor, None]:
         x, position = ctx.saved_tensors
+        maximum, average = (x.new_zeros(position.shape) if g is None else g for g in (maximum, average))
         # The backward needs the shape of x and not its values: it is linear, and x has no part in its graph.
         return _PoolBackward.apply(x.detach(), position, ctx.stride, maximum, average), None
 

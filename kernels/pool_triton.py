@@ -8,8 +8,10 @@ from torch import Tensor
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     accumulator,
+    counters,
     elementwise_tile,
     images,
+    last_program,
     launch,
     merge_statistics,
     refuse_single_value,
@@ -30,7 +32,9 @@ def pool_fwd_kernel(
     p_max,  # [N, HO, WO, C]; so are the next two
     p_average,
     p_position,  # int8: which of the window's nine pixels, row-major, is the maximum; read if TANGENT
-    p_partials,  # [2, tiles, 2, C], written unless TANGENT
+    p_partials,  # [2, tiles, 2, C], written unless TANGENT, as the next
+    p_statistics,  # [2, 3, C]
+    p_counters,
     positions,  # N * HO * WO
     tiles,
     H: tl.constexpr,
@@ -86,10 +90,14 @@ def pool_fwd_kernel(
     if not TANGENT:
         tl.store(p_position + o_out, b_position.to(tl.int8), mask=m_out)
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
+        layer = tl.cast(tiles, tl.int64) * 2 * C
         p_tile = p_partials + i_tile * 2 * C
         store_statistics(p_tile, tl.where(m_out, b_max, 0.0), m_p, count, o_c, m_c, C)
-        p_tile += tl.cast(tiles, tl.int64) * 2 * C
-        store_statistics(p_tile, tl.where(m_out, b_average, 0.0), m_p, count, o_c, m_c, C)
+        store_statistics(p_tile + layer, tl.where(m_out, b_average, 0.0), m_p, count, o_c, m_c, C)
+        if last_program(p_counters + tl.program_id(1), tiles):
+            for i in tl.static_range(2):
+                p_tiles, p_found = p_partials + i * layer, p_statistics + i * 3 * C
+                merge_statistics(p_tiles, p_found, positions, tiles, o_c, m_c, C, BLOCK_P, BLOCK_C, ACC)
 
 
 @triton.jit
@@ -154,16 +162,19 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     (position,) = images(1, shape, torch.int8, x.device)
     block_p, block_c = elementwise_tile(c, POOL_TILE)
     tiles = triton.cdiv(positions, block_p)
-    partials = x.new_empty(2, tiles, 2, c, dtype=accumulator(x.dtype))
-    _launch_forward(x, maximum, average, position, partials, stride, False)
-    return maximum, average, position, merge_statistics(partials, positions, block_p)
+    dtype = accumulator(x.dtype)
+    partials, statistics = x.new_empty(2, tiles, 2, c, dtype=dtype), x.new_empty(2, 3, c, dtype=dtype)
+    _launch_forward(
+        x, maximum, average, position, (partials, statistics, counters(x, triton.cdiv(c, block_c))), stride
+    )
+    return maximum, average, position, statistics
 
 
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The tangents of the two pools: both are linear once the positions are held."""
     xd = xd.contiguous(memory_format=torch.channels_last)
     maximum, average = images(2, position.shape, xd.dtype, xd.device)
-    _launch_forward(xd, maximum, average, position, None, stride, True)
+    _launch_forward(xd, maximum, average, position, None, stride)
     return maximum, average
 
 
@@ -172,10 +183,11 @@ def _launch_forward(
     maximum: Tensor,
     average: Tensor,
     position: Tensor,
-    partials: Tensor | None,
+    statistics: tuple[Tensor, ...] | None,
     stride: int,
-    tangent: bool,
 ) -> None:
+    """`statistics` are partial ones, whole ones and counters, unless x is a tangent."""
+    partials, found, counts = (x, x, x) if statistics is None else statistics
     n, c, height, width = x.shape
     out_height, out_width = maximum.shape[2:]
     block_p, block_c = elementwise_tile(c, POOL_TILE)
@@ -188,11 +200,13 @@ def _launch_forward(
             "p_max": maximum,
             "p_average": average,
             "p_position": position,
-            "p_partials": x if partials is None else partials,
+            "p_partials": partials,
+            "p_statistics": found,
+            "p_counters": counts,
             "positions": n * out_height * out_width,
             "tiles": tiles,
         },
-        {**_sizes(x, maximum, stride), "TANGENT": tangent},
+        {**_sizes(x, maximum, stride), "TANGENT": statistics is None},
     )
 
 

@@ -66,16 +66,19 @@ class _SepConv(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.tasks, ctx.batch = tasks, batch
+        ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
         ctx.save_for_backward(statistics, *tensors)
         outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
         ctx.mark_non_differentiable(found)
+        ctx.shape = outputs[0].shape
         return *outputs, found
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
         statistics, *tensors = ctx.saved_tensors
+        adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints[:-1]]
         found = _SepConvBackward.apply(
-            ctx.tasks, ctx.batch, weights_wanted(ctx), statistics, *tensors, *adjoints[:-1]
+            ctx.tasks, ctx.batch, weights_wanted(ctx), statistics, *tensors, *adjoints
         )
         return None, None, None, *found
 

@@ -24,9 +24,11 @@ from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     Table,
     accumulator,
+    counters,
     dot_channel_block,
     elementwise_tile,
     images,
+    last_program,
     launch,
     load_normalizer,
     merge_statistics,
@@ -35,6 +37,7 @@ from darts_fast.kernels.triton_launch import (
     refuse_single_value,
     splits_of,
     store_statistics,
+    sum_of_rows,
 )
 
 # The interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same and exact.
@@ -61,7 +64,9 @@ def sepconv_fwd_kernel(
     p_depthwise_d,
     p_pointwise_d,
     p_y,  # [tasks, N, HO, WO, K]
-    p_partials,  # [tasks, tiles, 2, K]; written unless TANGENT
+    p_partials,  # [tasks, tiles, 2, K]; written unless TANGENT, as the next
+    p_statistics,  # [tasks, 3, K]
+    p_counters,
     positions,  # N * HO * WO
     tiles,
     pixels,  # N * H * W
@@ -158,6 +163,10 @@ def sepconv_fwd_kernel(
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
         p_tile = p_partials + (tl.cast(i_task, tl.int64) * tiles + i_tile) * 2 * K
         store_statistics(p_tile, b_y, m_p, count, o_k, m_k, K)
+        if last_program(p_counters + i_task, tiles):
+            p_tiles = p_partials + tl.cast(i_task, tl.int64) * tiles * 2 * K
+            p_found = p_statistics + i_task * 3 * K
+            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, BLOCK_P, BLOCK_K, ACC)
 
 
 @triton.jit
@@ -279,7 +288,9 @@ def sepconv_bwd_kernel(
     p_depthwise,
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
     p_found,  # [sources, N, H, W, C]
-    p_partials,  # [2, or 4 if TANGENT, sources, tiles, C]; written if SUMS
+    p_partials,  # [2, or 4 if TANGENT, sources, tiles, C]; written if SUMS, as the next
+    p_sums,  # [2 or 4, sources, C]: of H, H h, and if TANGENT of first h, first hd
+    p_counters,
     pixels,  # N * H * W
     positions,  # N * HO * WO
     SOURCES: tl.constexpr,
@@ -349,7 +360,7 @@ def sepconv_bwd_kernel(
         b_found = tl.where(m_open, b_second, 0.0)
     entries = tl.num_programs(1)
     tiles = tl.num_programs(0)
-    p_sums = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
+    p_tile = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
         if TANGENT:
@@ -361,14 +372,20 @@ def sepconv_bwd_kernel(
             b_hd = tl.load(pick(p_xd, i_source) + o, mask=m & m_xd[None, :], other=0.0).to(ACC)
             b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_r[None, :]
             b_found -= b_first * (b_r * b_td)[None, :]
-            tl.store(p_sums + 2 * stride, tl.sum(b_first * b_h, axis=0), mask=m_c)
-            tl.store(p_sums + 3 * stride, tl.sum(b_first * b_hd, axis=0), mask=m_c)
-        tl.store(p_sums, tl.sum(b_found, axis=0), mask=m_c)
-        tl.store(p_sums + stride, tl.sum(b_found * b_h, axis=0), mask=m_c)
+            tl.store(p_tile + 2 * stride, tl.sum(b_first * b_h, axis=0), mask=m_c)
+            tl.store(p_tile + 3 * stride, tl.sum(b_first * b_hd, axis=0), mask=m_c)
+        tl.store(p_tile, tl.sum(b_found, axis=0), mask=m_c)
+        tl.store(p_tile + stride, tl.sum(b_found * b_h, axis=0), mask=m_c)
     elif NORMALIZE:
         b_found = b_found * b_r[None, :]
     p_out = p_found + i_source.to(tl.int64) * pixels * C
     tl.store(p_out + o, b_found.to(p_found.dtype.element_ty), mask=m)
+    if SUMS:
+        if last_program(p_counters + i_source * tl.num_programs(2) + i_c, tiles):
+            for i_sum in tl.static_range(4 if TANGENT else 2):
+                p_rows = p_partials + i_sum * stride + tl.cast(i_source * tiles, tl.int64) * C
+                b_sum = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
+                tl.store(p_sums + (i_sum * entries + i_source) * C + o_c, b_sum, mask=m_c)
 
 
 # Launches
@@ -475,15 +492,17 @@ def sepconv_forward(
     depthwise_weights: Sequence[Tensor | None],
     pointwise_weights: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
-    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: two launches."""
+    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     refuse_single_value(call.positions())
     tiles = triton.cdiv(call.positions(), BLOCK_P)
     x = sources[0]
     y = images(len(tasks), call.out_shape, x.dtype, x.device)
-    partials = x.new_empty(len(tasks), tiles, 2, call.out_shape[1], dtype=accumulator(x.dtype))
-    _launch_forward(call, y, partials)
-    return list(y.unbind()), merge_statistics(partials, call.positions(), BLOCK_P)
+    k, dtype = call.out_shape[1], accumulator(x.dtype)
+    partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
+    statistics = x.new_empty(len(tasks), 3, k, dtype=dtype)
+    _launch_forward(call, y, (partials, statistics, counters(x, len(tasks))))
+    return list(y.unbind()), statistics
 
 
 def sepconv_backward(
@@ -571,8 +590,10 @@ class _Tangents(NamedTuple):
 
 
 def _launch_forward(
-    call: _Call, y: Tensor, partials: Tensor | None, tangents: _Tangents | None = None
+    call: _Call, y: Tensor, statistics: tuple[Tensor, ...] | None, tangents: _Tangents | None = None
 ) -> None:
+    """`statistics` are partial ones, whole ones and counters, unless it is a tangent."""
+    partials, found, counts = (y, y, y) if statistics is None else statistics
     table = Table.of(call.normalizers, call.sources)
     k = call.out_shape[1]
     tiles = triton.cdiv(call.positions(), BLOCK_P)
@@ -591,7 +612,9 @@ def _launch_forward(
             "p_depthwise_d": tangents.depthwise if tangents else call.depthwise,
             "p_pointwise_d": tangents.pointwise if tangents else call.pointwise,
             "p_y": y,
-            "p_partials": y if partials is None else partials,
+            "p_partials": partials,
+            "p_statistics": found,
+            "p_counters": counts,
             "positions": call.positions(),
             "tiles": tiles,
             "pixels": call.pixels(),
@@ -682,9 +705,14 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
     block_p, block_c = elementwise_tile(c)
     tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
-    partials = None
+    partials = sums = counts = None
     if table.batch:
-        partials = x.new_empty(2 if tangents is None else 4, count, tiles, c, dtype=accumulator(x.dtype))
+        layers, dtype = 2 if tangents is None else 4, accumulator(x.dtype)
+        partials = x.new_empty(layers, count, tiles, c, dtype=dtype)
+        sums, counts = (
+            x.new_empty(layers, count, c, dtype=dtype),
+            counters(x, count * triton.cdiv(c, block_c)),
+        )
     xd_sums = tangents.sums if tangents else None
     none = (0,) * len(call.tasks)
     launch(
@@ -701,6 +729,8 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "p_z": z,
             "p_found": found,
             "p_partials": z if partials is None else partials,
+            "p_sums": z if sums is None else sums,
+            "p_counters": z if counts is None else counts,
             "pixels": call.pixels(),
             "positions": call.positions(),
         },
@@ -719,9 +749,8 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
         },
     )
     found = list(found.unbind())
-    if partials is None:
+    if sums is None:
         return found
-    sums = partials.sum(2)
     if tangents is None:
         return norm_backward(found, call.sources, call.normalizers, sums)
     yds = [xd if has else None for xd, has in zip(tangents.sources, tangents.has_sources, strict=True)]

@@ -12,6 +12,8 @@ from darts_fast.kernels import Task
 CASES = {  # N, C, H, W
     "4 channels": (2, 4, 8, 8),
     "16 channels": (2, 16, 6, 6),
+    "32 channels": (1, 32, 5, 4),
+    "64 channels": (1, 64, 4, 4),
     "odd channels, odd image": (3, 5, 7, 5),
     "batch 1": (1, 4, 5, 6),
 }
