@@ -1,11 +1,12 @@
-"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent` of the interface, and what the batch norm
-on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
+"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent_forward`, `mix_second`; and what the batch
+norm on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
 
 Batch norm's adjoint needs sums over all positions before it can be written, so the two derivatives read their
 tensors twice: once for the sums (`norm_sums_kernel`), once to write.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -140,9 +141,12 @@ def norm_bwd_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [entries]; read if WEIGHTED
-    p_sums,  # [2, entries, C]: of g, g h; if TANGENT [4, ...]: then of first h, first hd; read if BATCH
+    p_sums,  # [2, entries, C]: of g, g h; if TANGENT and not WEIGHTED [4, ...]: then of first h, first hd;
+    # read if BATCH
     p_yd,  # tuple of yd_k [positions, C]; read if TANGENT
-    p_yd_sums,  # [2, entries, C]: of yd, yd h; read if TANGENT
+    p_yd_sums,  # [2, entries, C]: of yd, yd h; read if TANGENT; if WEIGHTED [4, ...]: then of yd first, first
+    p_first,  # [positions, C], the first adjoint; read if TANGENT and WEIGHTED, as the next
+    p_first_sums,  # [entries, C]: of first h
     p_found,  # [entries, positions, C]
     positions,
     NORMS: tl.constexpr,
@@ -175,10 +179,19 @@ def norm_bwd_kernel(
         b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
         if TANGENT:
             m_yd = m_norm & (pick(HAS_YD, i_entry) > 0)
-            b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
-            b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
-            b_md = tl.load(p_yd_sums + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
-            b_t = tl.load(p_yd_sums + stride + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+            p_yd_sums_k = p_yd_sums + i_entry * C + o_c
+            b_md = tl.load(p_yd_sums_k, mask=m_yd, other=0.0) / positions
+            b_t = tl.load(p_yd_sums_k + stride, mask=m_yd, other=0.0) / positions
+            if WEIGHTED:
+                b_s = tl.load(p_first_sums + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+                b_u = tl.load(p_yd_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
+                b_mf = tl.load(p_yd_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
+                b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
+                b_first = tl.load(p_first + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
+                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
+            else:
+                b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
+                b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
             b_yd = tl.load(pick(p_yd, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
             b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
             b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
@@ -192,18 +205,15 @@ def norm_bwd_kernel(
 def mix_tangent_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_tangents,  # tuple of yd_k
-    p_adjoints,  # tuple of p_k B_k(G)
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
     p_gh_sums,  # [candidates, C]: of G h
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
     p_out,  # [positions, C]: od
-    p_gained,  # [normalised candidates, positions, C]
     p_weights_gained,  # [c blocks, candidates]
     positions,
     NORMS: tl.constexpr,
-    SLOTS: tl.constexpr,  # which entry of p_gained a candidate has, if it is normalised
     HAS_TANGENT: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
@@ -218,7 +228,6 @@ def mix_tangent_kernel(
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
     stride = len(p_candidates) * C
-    size = tl.cast(positions, tl.int64) * C
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
@@ -226,26 +235,20 @@ def mix_tangent_kernel(
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
             p_sums_k = p_sums + k * C + o_c
             b_u = tl.load(p_sums_k + 2 * stride, mask=m_c, other=0.0) / positions  # mean(G yd)
-            b_yd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
                 b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
                 b_t = tl.load(p_sums_k + stride, mask=m_c, other=0.0) / positions
                 b_mg = tl.load(p_sums_k + 3 * stride, mask=m_c, other=0.0) / positions
                 b_s = tl.load(p_gh_sums + k * C + o_c, mask=m_c, other=0.0) / positions
-                b_u = b_r * (b_u - b_mg * b_md - b_s * b_t)
+                b_u = b_u - b_mg * b_md - b_s * b_t
                 b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
-                b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
-                b_adjoint = tl.load(p_adjoints[k] + o, mask=m, other=0.0).to(ACC)
-                b_gained = b_adjoint * (b_r * b_t)[None, :]
-                b_gained += (b_hd * b_s[None, :] + b_h * b_u[None, :]) * (b_r * b_weight)[None, :]
-                tl.store(p_gained + SLOTS[k] * size + o, (-b_gained).to(p_gained.dtype.element_ty), mask=m)
-            else:
-                b_hd = b_yd * b_r[None, :]
-                b_u = b_u * b_r
-            b_total += b_hd * b_weight
+                b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
+            b_total += b_hd * (b_r * b_weight)[None, :]
             if i_tile == 0:
-                tl.store(p_weights_gained + i_c * len(p_candidates) + k, tl.sum(b_u, axis=0) * positions)
+                p_gained = p_weights_gained + i_c * len(p_candidates) + k
+                tl.store(p_gained, tl.sum(b_u * b_r, axis=0) * positions)
         else:
             if i_tile == 0:
                 tl.store(p_weights_gained + i_c * len(p_candidates) + k, 0.0)
@@ -292,54 +295,69 @@ def mix_backward(
     return norm_backward(gs, candidates, normalizers, sums, p), sums[1]
 
 
-def mix_tangent(
+class _Left(NamedTuple):
+    """What the tangent sweep of a mix leaves for its second backward sweep."""
+
+    g: Tensor
+    sums: Tensor  # [candidates, C]: of g h
+    tangents: Sequence[Tensor | None]  # yd
+    tangent_sums: Tensor  # [4, candidates, C]: of yd, yd h, yd g, g
+
+
+def mix_tangent_forward(
     candidates: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    adjoints: Sequence[Tensor],
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """od, what the candidates' second adjoints gain, and what dL/dp gains. A tangent that is None is zero."""
+) -> tuple[Tensor, Tensor, _Left]:
+    """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
+    that is None is zero."""
     y = candidates[0]
     g = g.contiguous(memory_format=torch.channels_last)
     has = tuple(int(yd is not None) for yd in tangents)
-    tangents = tuple(
-        x if yd is None else yd.contiguous(memory_format=torch.channels_last)
-        for yd, x in zip(tangents, candidates, strict=True)
-    )
+    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
+    given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
-    slots = tuple(sum(table.norms[:k]) for k in range(len(candidates)))
-    gained = images(sum(table.norms), y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
     p_gained = p.new_empty(blocks, len(candidates))
+    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, g))
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
         {
             # Of a candidate without batch norm only the tangent is read.
-            "p_candidates": _where(table.norms, candidates, tangents),
-            "p_tangents": tangents,
-            "p_adjoints": _where(table.norms, adjoints, tangents),
+            "p_candidates": _where(table.norms, candidates, given),
+            "p_tangents": given,
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
-            "p_gh_sums": sums.contiguous(),
-            "p_sums": norm_sums(tangents, candidates, normalizers, g),
+            "p_gh_sums": sums,
+            "p_sums": left.tangent_sums,
             "p_out": out,
-            "p_gained": gained if any(table.norms) else out,
             "p_weights_gained": p_gained,
             "positions": _positions(y),
         },
-        {"NORMS": table.norms, "SLOTS": slots, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
+        {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    found = [
-        gained[slot] if table.batch and norm and given else None
-        for slot, norm, given in zip(slots, table.norms, has, strict=True)
+    return out, p_gained.view(-1) if blocks == 1 else p_gained.sum(0), left
+
+
+def mix_second(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    left: _Left,
+) -> tuple[list[Tensor], Tensor]:
+    """The second adjoint of every candidate, and the sums of g h_k: [candidates, C]; g is the node's."""
+    gs = [g] * len(candidates)
+    sums = norm_sums(gs, candidates, normalizers)
+    return norm_backward(gs, candidates, normalizers, sums, p, left.tangents, left.tangent_sums, left), sums[
+        1
     ]
-    return out, found, p_gained.view(-1) if blocks == 1 else p_gained.sum(0)
 
 
 def norm_sums(
@@ -385,11 +403,14 @@ def norm_backward(
     p: Tensor | None = None,
     yds: Sequence[Tensor | None] | None = None,
     yd_sums: Tensor | None = None,
+    mix: _Left | None = None,
 ) -> list[Tensor]:
-    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less r_k (s_k hd_k + u_k h_k).
+    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less r_k (s_k hd_k + u_k h_k); of a mix then
+    also less p_k r_k t_k B_k(G), which a separable half takes from g before.
 
     Args:
-        sums: of g, g h; with tangents then of G h, G hd, G the adjoint of h: s and u times the positions.
+        sums: of g, g h; with tangents then of G h, G hd, G the adjoint of h: s and u times the positions. (Of
+            a mix they are in what its tangent sweep left.)
         yd_sums: of yd and yd h.
     """
     y, entries = ys[0], len(ys)
@@ -407,8 +428,13 @@ def norm_backward(
             "p_rs": table.rs,
             "p_weights": sums if p is None else p.contiguous(),
             "p_sums": sums,
-            "p_yd": tuple(g if yd is None else yd for yd, g in zip(yds_given, gs, strict=True)),
+            "p_yd": tuple(
+                yd if norm and yd is not None else g
+                for yd, g, norm in zip(yds_given, gs, table.norms, strict=True)
+            ),
             "p_yd_sums": sums if yd_sums is None else yd_sums,
+            "p_first": mix.g if mix else gs[0],
+            "p_first_sums": mix.sums if mix else sums,
             "p_found": found,
             "positions": _positions(y),
         },

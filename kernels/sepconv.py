@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from darts_fast.kernels.backends import backend
+from darts_fast.kernels.backends import backend, second_backward_in_one
 from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
+from darts_fast.kernels.handover import Handover, Last
 from darts_fast.kernels.torch_backend import Normalizer, Task
 
 
@@ -50,7 +51,7 @@ def sepconv(
             raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
     weights = differentiable_once([*depthwise, *pointwise])
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
-    *outputs, found = _SepConv.apply(tuple(tasks), batch_statistics, statistics, *sources, *weights)
+    *outputs, found, _ = _SepConv.apply(tuple(tasks), batch_statistics, statistics, *sources, *weights)
     return outputs, found
 
 
@@ -65,22 +66,41 @@ class _SepConv(torch.autograd.Function):
         statistics: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.tasks, ctx.batch = tasks, batch
+        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, Handover()
         ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
-        ctx.save_for_backward(statistics, *tensors)
+        token = tensors[0].new_empty(0)
+        ctx.save_for_backward(statistics, *tensors, token)
         outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
         ctx.mark_non_differentiable(found)
         ctx.shape = outputs[0].shape
-        return *outputs, found
+        return *outputs, found, token
 
     @staticmethod
     def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints[:-1]]
-        found = _SepConvBackward.apply(
-            ctx.tasks, ctx.batch, weights_wanted(ctx), statistics, *tensors, *adjoints
-        )
-        return None, None, None, *found
+        statistics, *tensors, token = ctx.saved_tensors
+        adjoints, left = adjoints[:-2], ctx.handover.take()
+        if not left:
+            adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints]
+            found = _SepConvBackward.apply(
+                ctx.tasks,
+                ctx.batch,
+                weights_wanted(ctx),
+                ctx.handover,
+                statistics,
+                token,
+                *tensors,
+                *adjoints,
+            )
+            return None, None, None, *found
+
+        def second() -> tuple[Tensor | None, ...]:
+            arguments = _arguments(ctx.tasks, ctx.batch, statistics, tensors)
+            sources = backend(tensors[0]).sepconv_second(*arguments, adjoints, left[0])
+            return *sources, *[None] * (2 * len(ctx.tasks))
+
+        if len(left) > 1:
+            refuse_second_derivative("two of its backward passes at once")
+        return None, None, None, *Last.apply(second, *tensors, *adjoints)
 
 
 class _SepConvBackward(torch.autograd.Function):
@@ -92,10 +112,12 @@ class _SepConvBackward(torch.autograd.Function):
         tasks: tuple[Task, ...],
         batch: bool,
         weight_gradients: bool,
+        handover: Handover,
         statistics: Tensor | None,
+        token: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.tasks, ctx.batch = tasks, batch
+        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, handover
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
         tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
@@ -112,14 +134,21 @@ class _SepConvBackward(torch.autograd.Function):
         n = len(ctx.tasks)
         statistics, *tensors = ctx.saved_tensors
         tensors, adjoints = tensors[:-n], tensors[-n:]
-        outputs, sources = backend(adjoints[0]).sepconv_tangent(
+        given = (
             *_arguments(ctx.tasks, ctx.batch, statistics, tensors),
             adjoints,
             tangents[: -2 * n],
             tangents[-2 * n : -n],
             tangents[-n:],
         )
-        return None, None, None, None, *sources, *[None] * (2 * n), *outputs
+        if second_backward_in_one(adjoints[0]):
+            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given)
+            ctx.handover.leave(left)
+            token, sources = adjoints[0].new_empty(0), [None] * (len(tensors) - 2 * n)
+        else:
+            outputs, sources = backend(adjoints[0]).sepconv_tangent(*given)
+            token = None
+        return None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
 
 
 def _arguments(
