@@ -17,6 +17,7 @@ def mix(
     statistics: Sequence[Tensor | None],
     weights: Tensor,
     batch_statistics: bool = True,
+    spread: Sequence[bool] = (),
 ) -> Tensor:
     """o = sum over k of p_k h_k, with h_k = (y_k - mean_k) / sqrt(variance_k + 1e-5), or y_k as it is.
 
@@ -31,6 +32,7 @@ def mix(
         weights: p [candidates], float64 for float64 candidates, else float32.
         batch_statistics: that the statistics are those of the candidates themselves, so that the derivative
             is batch norm's in training; else they are constants.
+        spread: which candidates come from `spread`, and are given o's adjoint as it is; (): none.
 
     Returns:
         o [N, C, H, W], channels-last, in the candidates' dtype.
@@ -39,7 +41,7 @@ def mix(
         RuntimeError: when a gradient of p is differentiated again.
     """
     candidates = [y.contiguous(memory_format=torch.channels_last) for y in candidates]
-    return _Mix.apply(tuple(statistics), batch_statistics, weights, *candidates)[0]
+    return _Mix.apply(tuple(statistics), batch_statistics, tuple(spread), weights, *candidates)[0]
 
 
 class _Mix(torch.autograd.Function):
@@ -48,10 +50,11 @@ class _Mix(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
+        spread: tuple[bool, ...],
         weights: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.batch, ctx.handover = batch, Handover()
+        ctx.batch, ctx.spread, ctx.handover = batch, spread, Handover()
         ctx.set_materialize_grads(False)
         token = weights.new_empty(0)
         ctx.save_for_backward(*statistics, weights, *candidates, token)
@@ -63,22 +66,30 @@ class _Mix(torch.autograd.Function):
         n = len(saved) // 2
         statistics, (weights, *candidates) = saved[:n], saved[n:]
         g = torch.zeros_like(candidates[0]) if g is None else g.contiguous(memory_format=torch.channels_last)
-        weights_wanted, left = ctx.needs_input_grad[2], ctx.handover.take()
+        weights_wanted, left = ctx.needs_input_grad[3], ctx.handover.take()
         if not left:
             found = _MixBackward.apply(
-                statistics, ctx.batch, weights_wanted, ctx.handover, token, weights, g, *candidates
+                statistics,
+                ctx.batch,
+                ctx.spread,
+                weights_wanted,
+                ctx.handover,
+                token,
+                weights,
+                g,
+                *candidates,
             )
-            return None, None, *found
+            return None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
             adjoints, sums = backend(g).mix_second(
-                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0]
+                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.spread)
             )
             return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
-        return None, None, *Last.apply(second, g, weights, *candidates)
+        return None, None, None, *Last.apply(second, g, weights, *candidates)
 
 
 class _MixBackward(torch.autograd.Function):
@@ -89,6 +100,7 @@ class _MixBackward(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
+        spread: tuple[bool, ...],
         weights_wanted: bool,
         handover: Handover,
         token: Tensor,
@@ -96,7 +108,8 @@ class _MixBackward(torch.autograd.Function):
         g: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        adjoints, sums = backend(g).mix_backward(candidates, _normalizers(statistics, batch), weights, g)
+        norms = _normalizers(statistics, batch)
+        adjoints, sums = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
         ctx.batch, ctx.handover, ctx.n = batch, handover, len(candidates)
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
@@ -118,11 +131,16 @@ class _MixBackward(torch.autograd.Function):
                 candidates, norms, weights, g, sums, tangents
             )
             ctx.handover.leave(left)
-            return None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
+            return None, None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
             candidates, norms, weights, g, adjoints, sums, tangents
         )
-        return None, None, None, None, None, weights_gained, output, *gained
+        return None, None, None, None, None, None, weights_gained, output, *gained
+
+
+def _given(spread: tuple[bool, ...]) -> list[tuple[bool, ...]]:
+    """The argument of the backends that know of `spread`."""
+    return [spread] if any(spread) else []
 
 
 def _normalizers(statistics: Sequence[Tensor | None], batch: bool) -> list[Normalizer | None]:

@@ -25,6 +25,7 @@ from darts_fast.kernels.triton_launch import (
     launch,
     load_normalizer,
     pick,
+    row_stride,
     splits_of,
     sum_of_rows,
 )
@@ -60,9 +61,33 @@ def mix_fwd_kernel(
 
 @triton.jit
 def add_kernel(
-    p_terms,  # tuple of [positions, C]
+    p_terms,  # tuple of [positions, ROW_STRIDES[k] >= C]
     p_out,  # [positions, C]
     positions,
+    ROW_STRIDES: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_terms)):
+        o_k = o_p[:, None] * ROW_STRIDES[k] + o_c[None, :]
+        b_total += tl.load(p_terms[k] + o_k, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    tl.store(p_out + (o_p[:, None] * C + o_c[None, :]), b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def spread_kernel(
+    p_adjoints,  # tuple of G_jc [positions, C], by reader j, then by tensor c; of a reader often the same
+    p_weights,
+    p_out,  # [TENSORS, positions, C]: sum over j of p_jc G_jc
+    positions,
+    PLACES: tl.constexpr,  # where p_jc is
+    TENSORS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -72,10 +97,13 @@ def add_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = (o_p < positions)[:, None] & (o_c < C)[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    for k in tl.static_range(len(p_terms)):
-        b_total += tl.load(p_terms[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+    for c in tl.static_range(TENSORS):
+        b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        for i in tl.static_range(c, len(p_adjoints), TENSORS):
+            b_g = tl.load(p_adjoints[i] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            b_total += b_g * tl.load(p_weights + PLACES[i]).to(ACC)
+        p_c = p_out + tl.cast(positions, tl.int64) * C * c
+        tl.store(p_c + o, b_total.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -84,7 +112,7 @@ def norm_sums_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weighed,  # [positions, C]; read if TANGENT
+    p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
     p_counters,
@@ -116,7 +144,7 @@ def norm_sums_kernel(
         b_s += b_g
         b_sh += b_g * b_h
         if TANGENT:
-            b_v = tl.load(p_weighed + o, mask=m, other=0.0).to(ACC)
+            b_v = tl.load(pick(p_weighed, i_entry) + o, mask=m, other=0.0).to(ACC)
             b_sw += b_g * b_v
             b_w += b_v
     entries = tl.num_programs(1)
@@ -140,26 +168,29 @@ def norm_bwd_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weights,  # [entries]; read if WEIGHTED
-    p_sums,  # [2, entries, C]: of g, g h; if TANGENT and not WEIGHTED [4, ...]: then of first h, first hd;
-    # read if BATCH
+    p_weights,  # [rows]; read if WEIGHTED
+    p_sums,  # [2, rows, C]: of g, g h; if TANGENT and not FIRST [4, ...]: then of G h, G hd; read if BATCH
     p_yd,  # tuple of yd_k [positions, C]; read if TANGENT
-    p_yd_sums,  # [2, entries, C]: of yd, yd h; read if TANGENT; if WEIGHTED [4, ...]: then of yd first, first
-    p_first,  # [positions, C], the first adjoint; read if TANGENT and WEIGHTED, as the next
-    p_first_sums,  # [entries, C]: of first h
+    p_yd_sums,  # [2, rows, C]: of yd, yd h; read if TANGENT; if FIRST [4, ...]: then of yd G, G
+    p_first,  # tuple of G_k [positions, C], the first adjoint of h; read if FIRST, as is the next
+    p_first_sums,  # [rows, C]: of G h
     p_found,  # [entries, positions, C]
     positions,
+    rows,
+    ROWS: tl.constexpr,  # an entry's row in the sums and weights
     NORMS: tl.constexpr,
     HAS_YD: tl.constexpr,
     BATCH: tl.constexpr,  # the statistics move with y
     WEIGHTED: tl.constexpr,
     TANGENT: tl.constexpr,
+    FIRST: tl.constexpr,  # with TANGENT: take r t B(G) off, too
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_entry = tl.program_id(1)
+    i_row = pick(ROWS, i_entry)
     p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -170,8 +201,8 @@ def norm_bwd_kernel(
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
     b_found = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
     if BATCH:
-        stride = tl.num_programs(1) * C
-        p_sums_k = p_sums + i_entry * C + o_c
+        stride = rows * C
+        p_sums_k = p_sums + i_row * C + o_c
         m_norm = m_c & (has_norm > 0)
         b_m = tl.load(p_sums_k, mask=m_norm, other=0.0) / positions  # mean(g)
         b_mh = tl.load(p_sums_k + stride, mask=m_norm, other=0.0) / positions  # mean(g h)
@@ -179,15 +210,15 @@ def norm_bwd_kernel(
         b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
         if TANGENT:
             m_yd = m_norm & (pick(HAS_YD, i_entry) > 0)
-            p_yd_sums_k = p_yd_sums + i_entry * C + o_c
+            p_yd_sums_k = p_yd_sums + i_row * C + o_c
             b_md = tl.load(p_yd_sums_k, mask=m_yd, other=0.0) / positions
             b_t = tl.load(p_yd_sums_k + stride, mask=m_yd, other=0.0) / positions
-            if WEIGHTED:
-                b_s = tl.load(p_first_sums + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+            if FIRST:
+                b_s = tl.load(p_first_sums + i_row * C + o_c, mask=m_yd, other=0.0) / positions
                 b_u = tl.load(p_yd_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
                 b_mf = tl.load(p_yd_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
                 b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
-                b_first = tl.load(p_first + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
+                b_first = tl.load(pick(p_first, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
                 b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
             else:
                 b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
@@ -196,7 +227,7 @@ def norm_bwd_kernel(
             b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
             b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
     if WEIGHTED:
-        b_r = b_r * tl.load(p_weights + i_entry)
+        b_r = b_r * tl.load(p_weights + i_row)
     p_out = p_found + tl.cast(i_entry, tl.int64) * positions * C
     tl.store(p_out + o, (b_found * b_r[None, :]).to(p_found.dtype.element_ty), mask=m)
 
@@ -278,21 +309,57 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
 
 
 def add(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of two or more tensors, in their dtype. One read of each."""
+    """The sum of two or more tensors, in their dtype. One read of each; they may be slices of channels."""
     y = terms[0]
+    terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, grid = _sizes(y, unrolled=True)
-    launch(add_kernel, grid, {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)}, sizes)
+    launch(
+        add_kernel,
+        grid,
+        {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)},
+        {"ROW_STRIDES": tuple(row_stride(t) for t in terms), **sizes},
+    )
     return out
 
 
 def mix_backward(
-    candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor, g: Tensor
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    spread: Sequence[bool] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
-    gs = [g] * len(candidates)
-    sums = norm_sums(gs, candidates, normalizers)
-    return norm_backward(gs, candidates, normalizers, sums, p), sums[1]
+    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
+    [candidates, C]."""
+    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+
+
+def _of_candidates(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    sums: Tensor,
+    spread: Sequence[bool],
+    left: "_Left | None" = None,
+) -> list[Tensor]:
+    """The adjoint of every candidate, or with `left` the second one."""
+    own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    found = norm_backward(
+        [g] * len(own),
+        [candidates[k] for k in own],
+        [normalizers[k] for k in own],
+        sums,
+        p,
+        left and [left.tangents[k] for k in own],
+        left and left.tangent_sums,
+        left and ([left.g] * len(own), left.sums),
+        own,
+    )
+    by_candidate = dict(zip(own, found, strict=True))
+    return [by_candidate.get(k, g) for k in range(len(candidates))]
 
 
 class _Left(NamedTuple):
@@ -323,7 +390,7 @@ def mix_tangent_forward(
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
     p_gained = p.new_empty(blocks, len(candidates))
-    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, g))
+    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, [g] * len(given)))
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -351,20 +418,95 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _Left,
+    spread: Sequence[bool] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate, and the sums of g h_k: [candidates, C]; g is the node's."""
-    gs = [g] * len(candidates)
-    sums = norm_sums(gs, candidates, normalizers)
-    return norm_backward(gs, candidates, normalizers, sums, p, left.tangents, left.tangent_sums, left), sums[
-        1
-    ]
+    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
+    [candidates, C]; g is the node's."""
+    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
+
+
+def spread_backward(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and G [tensors, N, C, H, W].
+
+    `places` and `adjoints` are by reader, then by tensor."""
+    total = _launch_spread(weights, places, adjoints, len(tensors))
+    return _through_norms(tensors, normalizers, total), total
+
+
+def spread_second(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+    first: Tensor,
+    tangents: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
+    total = _launch_spread(weights, places, adjoints, len(tensors))
+    return _through_norms(tensors, normalizers, total, first, tangents)
+
+
+def _launch_spread(
+    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
+) -> Tensor:
+    g = adjoints[0]
+    out = images(tensors, g.shape, g.dtype, g.device)
+    sizes, grid = _sizes(g, unrolled=True)
+    launch(
+        spread_kernel,
+        grid,
+        {
+            "p_adjoints": tuple(adjoints),
+            "p_weights": weights.contiguous(),
+            "p_out": out,
+            "positions": _positions(g),
+        },
+        {"PLACES": tuple(places), "TENSORS": tensors, **sizes},
+    )
+    return out
+
+
+def _through_norms(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    total: Tensor,
+    first: Tensor | None = None,
+    tangents: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
+    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there."""
+    found = list(total.unbind())
+    normed = [c for c, norm in enumerate(normalizers) if norm is not None]
+    if not normed:
+        return found
+    gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
+    norms = [normalizers[c] for c in normed]
+    sums = norm_sums(gs, ys, norms)
+    if first is None:
+        adjoints = norm_backward(gs, ys, norms, sums)
+    else:
+        firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
+        yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
+        given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
+        yd_sums, first_sums = norm_sums(given, ys, norms, firsts), norm_sums(firsts, ys, norms)[1]
+        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums))
+    for c, adjoint in zip(normed, adjoints, strict=True):
+        found[c] = adjoint
+    return found
 
 
 def norm_sums(
     gs: Sequence[Tensor],
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
-    weighed: Tensor | None = None,
+    weighed: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C]."""
     y, entries = ys[0], len(ys)
@@ -383,7 +525,7 @@ def norm_sums(
             "p_y": tuple(ys),
             "p_means": table.means,
             "p_rs": table.rs,
-            "p_weighed": y if weighed is None else weighed,
+            "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
             "p_counters": counters(y, entries * blocks),
@@ -403,15 +545,17 @@ def norm_backward(
     p: Tensor | None = None,
     yds: Sequence[Tensor | None] | None = None,
     yd_sums: Tensor | None = None,
-    mix: _Left | None = None,
+    first: tuple[Sequence[Tensor], Tensor] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less r_k (s_k hd_k + u_k h_k); of a mix then
-    also less p_k r_k t_k B_k(G), which a separable half takes from g before.
+    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less p_k r_k (s_k hd_k + u_k h_k); with
+    `first` then also less p_k r_k t_k B_k(G_k), which a separable half takes from g before.
 
     Args:
-        sums: of g, g h; with tangents then of G h, G hd, G the adjoint of h: s and u times the positions. (Of
-            a mix they are in what its tangent sweep left.)
-        yd_sums: of yd and yd h.
+        sums: of g, g h; with tangents and without `first` then of G h, G hd: s and u times the positions.
+        yd_sums: of yd and yd h; with `first` then of yd G and G.
+        first: the G_k, and the sums of G_k h_k.
+        rows: the entries' rows in sums and p, if they are not all that there are.
     """
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
@@ -433,17 +577,20 @@ def norm_backward(
                 for yd, g, norm in zip(yds_given, gs, table.norms, strict=True)
             ),
             "p_yd_sums": sums if yd_sums is None else yd_sums,
-            "p_first": mix.g if mix else gs[0],
-            "p_first_sums": mix.sums if mix else sums,
+            "p_first": tuple(first[0] if first else gs),
+            "p_first_sums": first[1] if first else sums,
             "p_found": found,
             "positions": _positions(y),
+            "rows": sums.shape[1],
         },
         {
+            "ROWS": tuple(range(entries) if rows is None else rows),
             "NORMS": table.norms,
             "HAS_YD": tuple(int(yd is not None) for yd in yds_given),
             "BATCH": table.batch,
             "WEIGHTED": p is not None,
             "TANGENT": yds is not None,
+            "FIRST": first is not None,
             **sizes,
         },
     )

@@ -36,6 +36,7 @@ from darts_fast.kernels.triton_launch import (
     pick,
     power_of_two,
     refuse_single_value,
+    row_stride,
     splits_of,
     store_statistics,
     sum_of_rows,
@@ -203,6 +204,7 @@ def sepconv_bwd_pointwise_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
+    Y_ROW: tl.constexpr,  # elements from one position of Y and Yd to the next: they may be slices of channels
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,7 +236,7 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
-        o_in_y = i_first * K + (o_t[:, None] * K + o_k[None, :])
+        o_in_y = i_first * Y_ROW + (o_t[:, None] * Y_ROW + o_k[None, :])
         b_y = tl.load(p_y + o_in_y, mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
         b_z = dot(b_y.to(element), b_p.to(element), ACC)  # [BLOCK_P, BLOCK_C]
         p_out = p_z + (tl.cast(i_task, tl.int64) * positions + i_first) * C
@@ -676,12 +678,14 @@ def _launch_pointwise(
     x, count = call.sources[0], len(call.tasks)
     n, k, out_height, out_width = call.out_shape
     c, dtype = x.shape[1], accumulator(x.dtype)
-    adjoints = tuple(y.contiguous(memory_format=torch.channels_last) for y in adjoints)
     has_seconds = tuple(int(yd is not None) for yd in seconds) or (0,) * count
-    seconds = tuple(
-        y if yd is None else yd.contiguous(memory_format=torch.channels_last)
-        for yd, y in zip(seconds or adjoints, adjoints, strict=True)
-    )
+    given = [*adjoints, *(yd for yd in seconds if yd is not None)]
+    strides = {row_stride(y) for y in given}
+    y_row = strides.pop() if len(strides) == 1 else 0
+    if not y_row:
+        y_row, given = k, [y.contiguous(memory_format=torch.channels_last) for y in given]
+    adjoints, following = tuple(given[:count]), iter(given[count:])
+    seconds = tuple(next(following) if has else y for has, y in zip(has_seconds, adjoints, strict=True))
     direct = call.direct()
     layers = 1 if tangents is None or direct else 2
     z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
@@ -724,6 +728,7 @@ def _launch_pointwise(
             "DIRECT": direct,
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
+            "Y_ROW": y_row,
             "K": k,
             **call.sizes(),
             "BLOCK_P": block_p,

@@ -9,7 +9,15 @@ wide for the tensor cores. No result depends on the order in which programs run:
 partial sums of programs, added in a fixed order.
 """
 
-from darts_fast.kernels.mix_triton import add, mix_backward, mix_forward, mix_second, mix_tangent_forward
+from darts_fast.kernels.mix_triton import (
+    add,
+    mix_backward,
+    mix_forward,
+    mix_second,
+    mix_tangent_forward,
+    spread_backward,
+    spread_second,
+)
 from darts_fast.kernels.pool_triton import pool_backward, pool_forward, pool_tangent
 from darts_fast.kernels.sepconv_triton import (
     sepconv_backward,
@@ -31,4 +39,6 @@ __all__ = [
     "sepconv_forward",
     "sepconv_second",
     "sepconv_tangent_forward",
+    "spread_backward",
+    "spread_second",
 ]
