@@ -113,7 +113,7 @@ class SearchStep:
         self.weight_optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
         for alpha in self.alphas.values():
             self.alpha_optimizer.state[alpha] = {
-                "step": torch.zeros((), device=alpha.device),
+                "step": torch.zeros((), device=alpha.device if fused else "cpu"),
                 "exp_avg": torch.zeros_like(alpha),
                 "exp_avg_sq": torch.zeros_like(alpha),
             }
