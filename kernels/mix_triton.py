@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -277,6 +278,9 @@ def mix_tangent_kernel(
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
             b_total += b_hd * (b_r * b_weight)[None, :]
+            if k % 4 == 3:
+                # Loads are not moved up over it. Without, all of 28 candidates' were under way: 291 spills.
+                tl.debug_barrier()
             if i_tile == 0:
                 p_gained = p_weights_gained + i_c * len(p_candidates) + k
                 tl.store(p_gained, tl.sum(b_u * b_r, axis=0) * positions)
@@ -328,12 +332,18 @@ def mix_backward(
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    spread: Sequence[bool] = (),
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
     [candidates, C]."""
     sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    for link in _links(spread):
+        link.first = sums
     return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+
+
+def _links(spread: Sequence[bool | Link]) -> list[Link]:
+    return [link for link in spread if isinstance(link, Link)]
 
 
 def _of_candidates(
@@ -342,11 +352,13 @@ def _of_candidates(
     p: Tensor,
     g: Tensor,
     sums: Tensor,
-    spread: Sequence[bool],
+    spread: Sequence[bool | Link],
     left: "_Left | None" = None,
 ) -> list[Tensor]:
     """The adjoint of every candidate, or with `left` the second one."""
     own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    if not own:
+        return [g] * len(candidates)
     found = norm_backward(
         [g] * len(own),
         [candidates[k] for k in own],
@@ -378,6 +390,7 @@ def mix_tangent_forward(
     g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[Tensor, Tensor, _Left]:
     """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
     that is None is zero."""
@@ -391,6 +404,8 @@ def mix_tangent_forward(
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
     p_gained = p.new_empty(blocks, len(candidates))
     left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, [g] * len(given)))
+    for link in _links(spread):
+        link.tangent = left.tangent_sums
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -418,11 +433,13 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _Left,
-    spread: Sequence[bool] = (),
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
     [candidates, C]; g is the node's."""
     sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    for link in _links(spread):
+        link.second = sums
     return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
 
 
@@ -432,12 +449,14 @@ def spread_backward(
     weights: Tensor,
     places: Sequence[int],
     adjoints: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor]:
-    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and G [tensors, N, C, H, W].
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` G
+    [tensors, N, C, H, W] and the sums of G and G h [2, normalised tensors, C].
 
     `places` and `adjoints` are by reader, then by tensor."""
     total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total), total
+    found, sums = _through_norms(tensors, normalizers, total)
+    return found, total, total if sums is None else sums
 
 
 def spread_second(
@@ -447,11 +466,12 @@ def spread_second(
     places: Sequence[int],
     adjoints: Sequence[Tensor],
     first: Tensor,
+    first_sums: Tensor,
     tangents: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
     total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total, first, tangents)
+    return _through_norms(tensors, normalizers, total, first, first_sums, tangents)[0]
 
 
 def _launch_spread(
@@ -479,13 +499,15 @@ def _through_norms(
     normalizers: Sequence[Normalizer | None],
     total: Tensor,
     first: Tensor | None = None,
+    first_sums: Tensor | None = None,
     tangents: Sequence[Tensor | None] = (),
-) -> list[Tensor]:
-    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there. And the
+    sums of total and total h, if any has."""
     found = list(total.unbind())
     normed = [c for c, norm in enumerate(normalizers) if norm is not None]
     if not normed:
-        return found
+        return found, None
     gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
     norms = [normalizers[c] for c in normed]
     sums = norm_sums(gs, ys, norms)
@@ -495,11 +517,11 @@ def _through_norms(
         firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
         yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
         given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
-        yd_sums, first_sums = norm_sums(given, ys, norms, firsts), norm_sums(firsts, ys, norms)[1]
-        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums))
+        yd_sums = norm_sums(given, ys, norms, firsts)
+        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums[1]))
     for c, adjoint in zip(normed, adjoints, strict=True):
         found[c] = adjoint
-    return found
+    return found, sums
 
 
 def norm_sums(
