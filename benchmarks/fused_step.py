@@ -26,19 +26,20 @@ class FusedStep:
     def phases(self, train: Batch, validation: Batch, lr: float) -> Iterator[str]:
         """Takes the step; yields each phase's name when it is done."""
         network, step = self.network, self.step
+        step.lr.fill_(lr)
         with network.frozen_statistics():
             weights, alphas = architect.leaves(step.weights), architect.leaves(step.alphas)
-            gradients = architect.gradients(network.loss(*train, weights, alphas), weights, create_graph=True)
-            virtual = self.virtual_step(lr)(weights, architect.detached(gradients), step._momenta())
+            loss = architect.times(step.loss(*train)(weights, alphas), step.scale)
+            gradients = architect.gradients(loss, weights, create_graph=True)
+            found = architect.divided(architect.detached(gradients), step.scale)
+            virtual = self.virtual_step(step.lr)(weights, found, step._momenta())
             yield "virtual step"
-            found, v = architect._at_virtual_weights(partial(network.loss, *validation), virtual, alphas)
+            found, v = architect._at_virtual_weights(step.loss(*validation), virtual, alphas, step.scale)
             yield "validation pass"
-            product = architect.exact_hvp(gradients, alphas, v)
+            product = architect.exact_hvp(gradients, alphas, v, step.scale)
             yield "hessian-vector product"
-        for name, alpha in architect._combine(found, product, lr).items():
-            step.alphas[name].grad = alpha
-        step.alpha_optimizer.step()
+        step._alpha_step(architect._combine(found, product, step.lr))
         yield "alpha optimizer"
         del gradients, virtual, v  # their graph is gone when the weight step begins, as in `SearchStep`
-        step._weight_step(*train, lr)
+        step._weight_step(*train)
         yield "weight step"

@@ -29,6 +29,7 @@ from textbook import TextbookStep  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.kernels import torch_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 
@@ -154,18 +155,18 @@ def count(
 ) -> dict[str, Any]:
     """The counts of one step, not the first (there are momenta); on ATen, or with `triton` on that backend.
 
-    With a 2-byte `dtype` the weights and what is done with them are 2 bytes wide too, which is little.
+    With a 2-byte `dtype` the activations of the cells are of it.
     """
     with torch.device(device):
-        network = Supernet(channels, 10, layers, fused=fused).to(dtype)
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.float()
-        images = torch.zeros(batch_size, 3, size, size, dtype=dtype)
+        network = Supernet(channels, 10, layers, fused=fused)
+        images = torch.zeros(batch_size, 3, size, size)
         labels = torch.zeros(batch_size, dtype=torch.int64)
-    step = (FusedStep if fused else TextbookStep)(network, SearchConfig())
-    for w in network.weights().values():
-        step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    amp_dtype = None if dtype == torch.float32 else type_name(dtype)
+    config = SearchConfig(fused=fused, amp_dtype=amp_dtype)
+    step = (FusedStep if fused else TextbookStep)(network, config)
+    if not fused:
+        for w in network.weights().values():
+            step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
     batch = images, labels
     with ExitStack() as stack:
         traffic = Traffic()

@@ -2,6 +2,10 @@
 
 Everything here is a function of a loss: it knows no network. `weights`, `alphas` and `momenta` are dicts
 of tensors by name; a loss is a callable (weights, alphas) -> scalar tensor. Nothing passed in is changed.
+
+`scale` is for a loss computed in float16, whose derivatives would vanish: losses are multiplied by it before
+they are differentiated, v by another power of two, and what is found is divided by both. (Everything here is
+linear in the loss and in v, and multiplying by a power of two does not round.)
 """
 
 from collections.abc import Callable
@@ -22,7 +26,7 @@ class VirtualStep(NamedTuple):
     w' = w - lr * (momentum * buffer + grad_w L_train(w, a) + weight_decay * w)
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float
     weight_decay: float
 
@@ -47,10 +51,12 @@ def gradients(loss: Tensor, inputs: Tensors, create_graph: bool = False) -> Tens
     return dict(zip(inputs, values, strict=True))
 
 
-def first_order(validation_loss: Loss, weights: Tensors, alphas: Tensors) -> Tensors:
+def first_order(
+    validation_loss: Loss, weights: Tensors, alphas: Tensors, scale: Tensor | None = None
+) -> Tensors:
     """grad_a L_val(w, a): equation 7 with xi = 0."""
     alphas = leaves(alphas)
-    return gradients(validation_loss(detached(weights), alphas), alphas)
+    return divided(gradients(times(validation_loss(detached(weights), alphas), scale), alphas), scale)
 
 
 def second_order_exact(
@@ -60,17 +66,18 @@ def second_order_exact(
     alphas: Tensors,
     momenta: Tensors,
     step: VirtualStep,
+    scale: Tensor | None = None,
 ) -> Tensors:
     """d/da L_val(w'(a), a), w' the virtual step, by automatic differentiation (equation 7, exact):
 
     grad_a L_val(w', a) - lr * d2 L_train(w, a) / (da dw) . v,    v = grad_w' L_val(w', a)
     """
     weights, alphas = leaves(weights), leaves(alphas)
-    w_gradients = gradients(train_loss(weights, alphas), weights, create_graph=True)
-    alpha_gradient, v = _at_virtual_weights(
-        validation_loss, step(weights, detached(w_gradients), momenta), alphas
-    )
-    product = exact_hvp(w_gradients, alphas, v)
+    loss = times(train_loss(weights, alphas), scale)
+    w_gradients = gradients(loss, weights, create_graph=True)
+    virtual_weights = step(weights, divided(detached(w_gradients), scale), momenta)
+    alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas, scale)
+    product = exact_hvp(w_gradients, alphas, v, scale)
     return _combine(alpha_gradient, product, step.lr)
 
 
@@ -90,15 +97,21 @@ def second_order_finite_difference(
     return _combine(alpha_gradient, product, step.lr)
 
 
-def exact_hvp(w_gradients: Tensors, alphas: Tensors, v: Tensors) -> Tensors:
-    """d/da <grad_w L, v>: reverses the graph that computed `w_gradients` (made with create_graph=True).
+def exact_hvp(w_gradients: Tensors, alphas: Tensors, v: Tensors, scale: Tensor | None = None) -> Tensors:
+    """d/da <grad_w L, v>: reverses the graph that computed `w_gradients` (made with create_graph=True, of
+    the loss times `scale`).
 
     `alphas` are the leaves that graph was built on; `v` has the names and shapes of the weights.
     """
+    if scale is not None:
+        # |v| becomes 1/16 to 1/8: tangents and second adjoints stay well below activations and adjoints. (At
+        # 1 to 2 plain PyTorch's second derivative of batch norm overflows under float16 autocast.)
+        v_scale = power_of_two(1 / norm(v)) / 16
+        v, scale = {name: tensor * v_scale for name, tensor in v.items()}, scale * v_scale
     values = torch.autograd.grad(
         list(w_gradients.values()), list(alphas.values()), [v[name] for name in w_gradients]
     )
-    return dict(zip(alphas, values, strict=True))
+    return divided(dict(zip(alphas, values, strict=True)), scale)
 
 
 def finite_difference_hvp(
@@ -109,8 +122,7 @@ def finite_difference_hvp(
     On networks with ReLU and max pooling this is a poor estimate of the exact product, see
     docs/differences.md; it is here to reproduce the paper.
     """
-    norm = torch.stack([tensor.norm() for tensor in v.values()]).norm()
-    epsilon = size / norm
+    epsilon = size / norm(v)
     plus = {name: w + epsilon * v[name] for name, w in weights.items()}
     minus = {name: w - epsilon * v[name] for name, w in weights.items()}
     difference = [gradients(train_loss(shifted, alphas), alphas) for shifted in (plus, minus)]
@@ -127,18 +139,36 @@ def detached(tensors: Tensors) -> Tensors:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
+def norm(tensors: Tensors) -> Tensor:
+    """Of all of them together."""
+    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm()
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The smallest power of two above x, for x > 0."""
+    return x / torch.frexp(x).mantissa
+
+
+def times(loss: Tensor, scale: Tensor | None) -> Tensor:
+    return loss if scale is None else loss * scale
+
+
+def divided(tensors: Tensors, scale: Tensor | None) -> Tensors:
+    return tensors if scale is None else {name: tensor / scale for name, tensor in tensors.items()}
+
+
 def _at_virtual_weights(
-    validation_loss: Loss, virtual_weights: Tensors, alphas: Tensors
+    validation_loss: Loss, virtual_weights: Tensors, alphas: Tensors, scale: Tensor | None = None
 ) -> tuple[Tensors, Tensors]:
     """grad_a L_val(w', a) and v = grad_w' L_val(w', a)."""
     virtual_weights = leaves(virtual_weights)
     inputs = [*alphas.values(), *virtual_weights.values()]
-    found = torch.autograd.grad(validation_loss(virtual_weights, alphas), inputs)
+    found = torch.autograd.grad(times(validation_loss(virtual_weights, alphas), scale), inputs)
     return (
-        dict(zip(alphas, found[: len(alphas)], strict=True)),
-        dict(zip(virtual_weights, found[len(alphas) :], strict=True)),
+        divided(dict(zip(alphas, found[: len(alphas)], strict=True)), scale),
+        divided(dict(zip(virtual_weights, found[len(alphas) :], strict=True)), scale),
     )
 
 
-def _combine(alpha_gradient: Tensors, product: Tensors, lr: float) -> Tensors:
+def _combine(alpha_gradient: Tensors, product: Tensors, lr: float | Tensor) -> Tensors:
     return {name: alpha_gradient[name] - lr * product[name] for name in alpha_gradient}

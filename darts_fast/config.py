@@ -147,6 +147,15 @@ class SearchConfig(Config):
         ("exact", "finite-difference"),
     )
     fused: bool = option(False, "compute the cells in a few calls: the same search, faster")
+    amp: bool = option(False, "with fused: activations in 2 bytes (on a CPU, where that is slower: float32)")
+    amp_dtype: str | None = option(
+        None,
+        "2-byte type of the activations, on any device; implies amp",
+        None,
+        ("bfloat16", "float16"),
+        shown="float16 with amp",
+    )
+    no_graph: bool = option(False, "with fused on CUDA: do not capture the step as one CUDA graph")
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts)",
@@ -164,6 +173,8 @@ class SearchConfig(Config):
         super().__post_init__()
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
+        if (self.amp or self.amp_dtype) and not self.fused:
+            raise InputError("amp is for the fused cells: give --fused, too")
 
 
 @dataclass(frozen=True)

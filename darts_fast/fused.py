@@ -4,6 +4,8 @@ operations of a derived cell.
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,14 @@ from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_conv", "dil_conv"))
 
-# A candidate's output before its batch norm, and the statistics [3, C] it is to be normalised by, if any.
-Candidate = tuple[Tensor, Tensor | None]
+
+class Candidate(NamedTuple):
+    """A candidate's output before its batch norm, the statistics [3, C] it is to be normalised by, if any,
+    and whether `kernels.spread` hands it out."""
+
+    y: Tensor
+    statistics: Tensor | None
+    spread: bool = False
 
 
 def kernels_on(like: Tensor) -> str:
@@ -42,40 +50,64 @@ class FusedCell(MixedCell):
         ]
         # `none`, the first column, adds nothing. One split: a slice a node was a copy and two launches back.
         counts = [sum(target == node for _, target in EDGES) * (len(CANDIDATES) - 1) for node in range(NODES)]
-        weights = (
-            probabilities[:, 1:].reshape(-1).split(counts)
-        )  # by node: its edges are one behind the other
+        weights = probabilities[:, 1:].reshape(-1).split(counts)  # by node, whose edges are neighbours
+        outputs = []
         candidates: dict[int, list[Candidate]] = {}  # by edge, in the order of CANDIDATES without `none`
         for source in range(INPUTS + NODES):
             if source >= INPUTS:
                 states.append(self._node(source - INPUTS, candidates, weights[source - INPUTS]))
             edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
+            # What is not used of a state's readers has no adjoint, and costs nothing.
+            output, *readers = kernels.share(states[source], 3 + len(edges))
             if edges:
-                candidates |= self._candidates(states[source], edges)
+                candidates |= self._candidates(readers, edges, probabilities)
+            if source >= INPUTS:
+                outputs.append(output)
         if self._observed:
             _update_running_statistics(self._observed)
             self._observed = []
-        return torch.cat(states[INPUTS:], dim=1)
+        return kernels.concatenate(outputs)
 
     def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
         """Equation 1: the sum over the node's edges of equation 2."""
         edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
-        tensors, statistics = zip(*(pair for edge in edges for pair in candidates[edge]), strict=True)
-        return kernels.mix(tensors, statistics, weights, self.training)
+        tensors, statistics, spread = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
+        return kernels.mix(tensors, statistics, weights, self.training, spread)
 
-    def _candidates(self, x: Tensor, edges: list[int]) -> dict[int, list[Candidate]]:
-        """Every candidate of the edges that leave the state x."""
+    def _candidates(
+        self, readers: list[Tensor], edges: list[int], probabilities: Tensor
+    ) -> dict[int, list[Candidate]]:
+        """Every candidate of the edges that leave a state, `readers` of which are to be read."""
+        for_convolutions, for_pools, *for_skips = readers
         stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
-        for_convolutions, for_pools, *for_skips = kernels.share(x, 2 + len(edges))
+        if self.training and kernels.second_backward_in_one(for_pools):
+            skips = [] if stride == 2 else for_skips[:1]
+            found = self._spread_pools(for_pools, skips, edges, stride, probabilities)
+        else:
+            found = self._pools(for_pools, edges, stride)
+            if stride == 1:
+                for edge, skip in zip(edges, for_skips, strict=True):
+                    found[edge].append(Candidate(skip, None))
+        if stride == 2:
+            for edge, skip in zip(edges, for_skips, strict=True):
+                found[edge].append(self._factorized_reduce(self.edges[edge]["skip_connect"], skip))
         convolutions = self._convolutions(for_convolutions, edges, stride)
-        pools = self._pools(for_pools, edges, stride)
+        return {edge: [*found[edge], *convolutions[edge]] for edge in edges}
+
+    def _spread_pools(
+        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int, probabilities: Tensor
+    ) -> dict[int, list[Candidate]]:
+        """The pools, and the skip if it is the identity: the first columns after that of `none`."""
+        *pools, statistics = kernels.pool(x, stride)
+        for edge in edges:
+            for name, y, found in zip(POOLS, pools, statistics, strict=True):
+                self._statistics(self.edges[edge][name][1], y, found)
+        tensors, given = [*pools, *skips], [*statistics, *[None] * len(skips)]
+        places = [[edge * len(CANDIDATES) + 1 + i for i in range(len(tensors))] for edge in edges]
+        handed = kernels.spread(tensors, given, probabilities, places)
         return {
-            edge: [
-                *pools[edge],
-                (x, None) if stride == 1 else self._factorized_reduce(self.edges[edge]["skip_connect"], x),
-                *convolutions[edge],
-            ]
-            for edge, x in zip(edges, for_skips, strict=True)
+            edge: [Candidate(y, s, True) for y, s in zip(row, given, strict=True)]
+            for edge, row in zip(edges, handed, strict=True)
         }
 
     def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
@@ -88,12 +120,14 @@ class FusedCell(MixedCell):
         # In evaluation each edge has its own running statistics; in training all have the same, and it is for
         # the kernels to say what is faster: one batch norm for all edges, or one on load for each.
         if not (self.training and kernels.pools_normalized_once(x)):
-            return {edge: list(zip(pools, found[edge], strict=True)) for edge in edges}
+            return {
+                edge: [Candidate(y, s) for y, s in zip(pools, found[edge], strict=True)] for edge in edges
+            }
         one = statistics.new_ones(1)
         normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
         shared = [kernels.share(y, len(edges)) for y in normalized]
         return {
-            edge: [(y, None) for y in pair]
+            edge: [Candidate(y, None) for y in pair]
             for edge, pair in zip(edges, zip(*shared, strict=True), strict=True)
         }
 
@@ -107,8 +141,8 @@ class FusedCell(MixedCell):
         )
         twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
         second = self._halves(
-            [found[key][0] for key in twice],
-            torch.stack([found[key][1] for key in twice]),
+            [found[key].y for key in twice],
+            [found[key].statistics for key in twice],
             [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
             [modules[key][4:] for key in twice],
         )
@@ -118,7 +152,7 @@ class FusedCell(MixedCell):
     def _halves(
         self,
         sources: list[Tensor],
-        statistics: Tensor | None,
+        statistics: list[Tensor] | None,
         tasks: list[Task],
         modules: list[list[nn.Module]],
     ) -> list[Candidate]:
@@ -131,19 +165,22 @@ class FusedCell(MixedCell):
             statistics,
             self.training,
         )
-        return [(y, self._statistics(m[3], y, s)) for y, s, m in zip(outputs, found, modules, strict=True)]
+        return [
+            Candidate(y, self._statistics(m[3], y, s))
+            for y, s, m in zip(outputs, found, modules, strict=True)
+        ]
 
     def _factorized_reduce(self, module: FactorizedReduce, x: Tensor) -> Candidate:
         tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
         outputs, statistics = kernels.sepconv(
             [x], tasks, [None, None], [module.conv_1.weight, module.conv_2.weight]
         )
-        y = torch.cat(outputs, dim=1)
-        return y, self._statistics(module.bn, y, torch.cat(list(statistics), dim=1))
+        y = kernels.concatenate(outputs)
+        return Candidate(y, self._statistics(module.bn, y, torch.cat(list(statistics), dim=1)))
 
     def _preprocess(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, FactorizedReduce):
-            y, statistics = self._factorized_reduce(module, x)
+            y, statistics, _ = self._factorized_reduce(module, x)
         else:
             _, convolution, norm = module
             (y,), (found,) = kernels.sepconv([x], [Task()], [None], [convolution.weight])

@@ -23,7 +23,7 @@ from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.precision import strict_float32
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment
 
-MOVABLE = ("name", "device", "data_path", "fused")  # settings that a resumed run may change
+MOVABLE = ("name", "device", "data_path", "fused", "no_graph")  # settings that a resumed run may change
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 

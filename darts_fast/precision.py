@@ -1,9 +1,52 @@
-"""What arithmetic a run uses, in one place."""
+"""What arithmetic a run uses, in one place.
+
+With `--amp` the activations of the cells, and what is differentiated through them, are of a 2-byte type. In 4
+bytes stay: weights, their gradients and virtual weights, v, both optimizers, alphas, the statistics of batch
+norm and every sum within a kernel, the stem, the classifier and the loss.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT = "float16"
+
+# The largest finite float16 is 65504. benchmarks/hvp_forms.py
+FIRST_LOSS_SCALE = 2.0**12
+
+
+def activations(amp: bool, amp_dtype: str | None, device: torch.device) -> torch.dtype | None:
+    """The 2-byte type of the activations, or None: they are of the weights' type.
+
+    On a CPU `amp` alone changes nothing, as 2-byte arithmetic is slower there; a type asked for is taken.
+    """
+    if amp_dtype is None and (not amp or device.type == "cpu"):
+        return None
+    return TYPES[amp_dtype or DEFAULT]
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """float16 of torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+class LossScale:
+    """What a loss computed in float16 is multiplied by before it is differentiated: float16 has no numbers
+    below 6e-8. Halved, on the device, whenever what was found is not finite; the optimizer then skips its
+    step, for which it is given the flag `found_inf` (as by `torch.amp.GradScaler`).
+    """
+
+    def __init__(self, device: torch.device):
+        self.value = torch.tensor(FIRST_LOSS_SCALE, device=device)
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step of a fused optimizer: looks at its gradients."""
+        gradients = [tensor.grad for group in optimizer.param_groups for tensor in group["params"]]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        optimizer.found_inf = (~finite).float()
+        self.value.mul_(0.5 + 0.5 * finite)
 
 
 @contextmanager

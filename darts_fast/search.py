@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast import architect, plot
+from darts_fast import architect, plot, precision
+from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
 from darts_fast.datasets import read_data
@@ -17,17 +18,13 @@ from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
 from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
-from darts_fast.runs import RunFolder
+from darts_fast.precision import LossScale
+from darts_fast.runs import RunFolder, environment
 from darts_fast.space import CANDIDATES, EDGES
 from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
 SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION = range(4)
-
-SECOND_ORDER = {
-    "exact": architect.second_order_exact,
-    "finite-difference": architect.second_order_finite_difference,
-}
 
 Batch = tuple[Tensor, Tensor]  # images, labels
 
@@ -80,75 +77,147 @@ def resume_search(
 class SearchStep:
     """One step of the search on a supernet: architecture step, then weight step, with both optimizers.
 
+    Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
+    rate and the optimizers' counters are on the device, and weights, alphas, their gradients and moments
+    stay where they are.
+
     Args:
         network: the supernet, of any floating dtype.
-        config: learning rates, order, form of the Hessian-vector product.
+        config: learning rates, order, form of the Hessian-vector product, precision.
     """
 
     def __init__(self, network: Supernet, config: SearchConfig):
         self.network, self.config = network, config
-        self.weights, self.alphas = network.weights(), network.alphas()
+        self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
+        flat = network.flat_weights
+        self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
+        self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
+        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
+        self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
         self.weight_optimizer = torch.optim.SGD(
-            self.weights.values(), config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay
+            [flat],
+            self.lr if fused else config.w_lr,
+            config.w_momentum,
+            weight_decay=config.w_weight_decay,
+            fused=fused,
         )
         self.alpha_optimizer = torch.optim.Adam(
-            self.alphas.values(), config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay
+            self.alphas.values(),
+            config.alpha_lr,
+            (0.5, 0.999),
+            weight_decay=config.alpha_weight_decay,
+            fused=fused,
+            capturable=fused,
         )
+        # The optimizers would make these in their first step.
+        self.weight_optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+        for alpha in self.alphas.values():
+            self.alpha_optimizer.state[alpha] = {
+                "step": torch.zeros((), device=alpha.device),
+                "exp_avg": torch.zeros_like(alpha),
+                "exp_avg_sq": torch.zeros_like(alpha),
+            }
+        for tensor in (flat, *self.alphas.values()):
+            tensor.grad = torch.zeros_like(tensor)
 
     def __call__(self, train: Batch, validation: Batch, lr: float) -> Tensor:
-        """`lr` is the learning rate of the weights and the paper's xi.
+        """`lr` is the learning rate of the weights and the paper's xi. Returns what `take` returns."""
+        self.lr.fill_(lr)
+        return self.take(*train, *validation)
 
-        Returns [loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device.
-        """
-        self._architecture_step(train, validation, lr)
-        return self._weight_step(*train, lr)
+    def take(
+        self,
+        train_images: Tensor,
+        train_labels: Tensor,
+        validation_images: Tensor,
+        validation_labels: Tensor,
+    ) -> Tensor:
+        """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
+        self._architecture_step((train_images, train_labels), (validation_images, validation_labels))
+        return self._weight_step(train_images, train_labels)
+
+    def tensors(self) -> list[Tensor]:
+        """All that `take` changes, but gradients."""
+        moments = [
+            tensor
+            for optimizer in (self.weight_optimizer, self.alpha_optimizer)
+            for state in optimizer.state.values()
+            for tensor in state.values()
+        ]
+        scale = [] if self.loss_scale is None else [self.loss_scale.value]
+        return [self.network.flat_weights, *self.alphas.values(), *self.network.buffers(), *moments, *scale]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, alphas, and both optimizers."""
-        return {
+        """Weights, running statistics, alphas, both optimizers, and float16's loss scale."""
+        state = {
             "network": self.network.state_dict(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
         }
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.value
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit."""
+        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit. Before
+        the first step: both optimizers' tensors are replaced."""
         self.network.load_state_dict(state["network"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.weight_optimizer.param_groups[0]["lr"] = self.lr
+        if self.loss_scale is not None and "loss_scale" in state:  # not of a run that began in float32
+            self.loss_scale.value.copy_(state["loss_scale"])
 
-    def _architecture_step(self, train: Batch, validation: Batch, lr: float) -> None:
+    def loss(self, images: Tensor, labels: Tensor) -> architect.Loss:
+        """Of a batch, as a function of weights and alphas, for the architecture step."""
+        # Differences of 2-byte losses along a step of 0.01 are rounding (docs/differences.md).
+        differences = self.config.order == 2 and self.config.hvp == "finite-difference"
+        return partial(
+            self.network.loss, images, labels, activations=None if differences else self.activations
+        )
+
+    @property
+    def scale(self) -> Tensor | None:
+        return None if self.loss_scale is None else self.loss_scale.value
+
+    def _architecture_step(self, train: Batch, validation: Batch) -> None:
         """Adam on the alphas; the paper's xi is the learning rate of the weights."""
-        train_loss = partial(self.network.loss, *train)
-        validation_loss = partial(self.network.loss, *validation)
+        train_loss, validation_loss = self.loss(*train), self.loss(*validation)
         with self.network.frozen_statistics():
             if self.config.order == 1:
-                found = architect.first_order(validation_loss, self.weights, self.alphas)
+                found = architect.first_order(validation_loss, self.weights, self.alphas, self.scale)
             else:
-                second_order = SECOND_ORDER[self.config.hvp]
-                virtual_step = architect.VirtualStep(lr, self.config.w_momentum, self.config.w_weight_decay)
-                found = second_order(
-                    train_loss, validation_loss, self.weights, self.alphas, self._momenta(), virtual_step
-                )
+                step = architect.VirtualStep(self.lr, self.config.w_momentum, self.config.w_weight_decay)
+                arguments = (train_loss, validation_loss, self.weights, self.alphas, self._momenta(), step)
+                if self.config.hvp == "exact":
+                    found = architect.second_order_exact(*arguments, self.scale)
+                else:
+                    found = architect.second_order_finite_difference(*arguments)
+        self._alpha_step(found)
+
+    def _alpha_step(self, gradients: architect.Tensors) -> None:
         for name, alpha in self.alphas.items():
-            alpha.grad = found[name]
+            alpha.grad.copy_(gradients[name])
+        if self.loss_scale is not None:
+            self.loss_scale.check(self.alpha_optimizer)
         self.alpha_optimizer.step()
 
-    def _weight_step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
-        logits = self.network(images)
+        alphas = architect.detached(self.alphas)
+        logits = self.network.logits(images, self.weights, alphas, self.activations)
         loss = F.cross_entropy(logits, labels)
-        for name, gradient in architect.gradients(loss, self.weights).items():
-            self.weights[name].grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.w_grad_clip)
-        for group in self.weight_optimizer.param_groups:
-            group["lr"] = lr
+        found = architect.gradients(architect.times(loss, self.scale), self.weights)
+        flat = self.network.flat_weights
+        flat.grad.copy_(architect.divided(found, self.scale)["weights"])
+        if self.loss_scale is not None:
+            self.loss_scale.check(self.weight_optimizer)
+        torch.nn.utils.clip_grad_norm_([flat], self.config.w_grad_clip)
         self.weight_optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
     def _momenta(self) -> architect.Tensors:
-        state = self.weight_optimizer.state
-        return {name: state[w]["momentum_buffer"] for name, w in self.weights.items() if w in state}
+        return {"weights": self.weight_optimizer.state[self.network.flat_weights]["momentum_buffer"]}
 
 
 class Search(Loop):
@@ -181,6 +250,18 @@ class Search(Loop):
             )
             self.network = network.to(self.device)
         self.search_step = SearchStep(self.network, config)
+        size = min(config.batch_size, split)
+        images = torch.zeros(size, *dataset.images.shape[1:], device=self.device)
+        labels = torch.zeros(size, dtype=dataset.labels.dtype, device=self.device)
+        names = ("train_images", "train_labels", "validation_images", "validation_labels")
+        buffers = (images, labels, images.clone(), labels.clone())
+        self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
+        self.take = Captured(
+            self.search_step.take,
+            dict(zip(names, buffers, strict=True)),
+            self.search_step.tensors,
+            self.captured,
+        )
 
     def begin_epoch(self) -> None:
         self.train_order = self._shuffled(self.train_half, TRAIN_ORDER)
@@ -193,7 +274,14 @@ class Search(Loop):
         positions = torch.arange(start, start + len(train_indices)) % len(self.validation_order)
         train = self.batches.cut(train_indices, augment=True)
         validation = self.batches.cut(self.validation_order[positions], augment=True)
-        return self.search_step(train, validation, lr), len(train_indices)
+        self.search_step.lr.fill_(lr)
+        values = self.take(
+            train_images=train[0],
+            train_labels=train[1],
+            validation_images=validation[0],
+            validation_labels=validation[1],
+        )
+        return values, len(train_indices)
 
     def evaluate(self) -> Means:
         return self.measured(self.batches, self.validation_half)
@@ -229,17 +317,40 @@ class Search(Loop):
             Genotype.from_json(state["best"]["genotype"])
 
     def announcement(self) -> str:
-        config = self.config
-        form = "first order" if config.order == 1 else f"second order, {config.hvp} Hessian-vector product"
         parameters = sum(w.numel() for w in self.network.weights().values())
-        cells = "reference cells"
-        if config.fused:
-            cells = f"fused cells ({kernels_on(self.network.alphas_normal)})"
         return (
             f"{self.dataset.name}: {len(self.train_half)} images train {parameters:,} weights, "
-            f"{len(self.validation_half)} train the alphas; {config.epochs} epochs of {self.steps_per_epoch} "
-            f"steps, {form}, {cells}, float32 on {config.device}"
+            f"{len(self.validation_half)} train the alphas; {self.config.epochs} epochs of "
+            f"{self.steps_per_epoch} steps"
         )
+
+    def announce(self) -> None:
+        """And in a block: what computes a step, and how."""
+        super().announce()
+        config, activations = self.config, self.search_step.activations
+        kind = "float32"
+        if activations is not None:
+            kind = f"{precision.type_name(activations)} activations in the cells, all else float32"
+        elif config.amp:
+            kind += ": in 2 bytes a step is slower on a CPU; --amp_dtype takes it all the same"
+        form = "first order"
+        if config.order == 2:
+            form = f"second order, {config.hvp} Hessian-vector product"
+            if activations is not None and config.hvp == "finite-difference":
+                form += ", in float32: in 2 bytes the differences would be rounding"
+        cells = "reference cells"
+        if config.fused:
+            like = torch.empty(0, dtype=activations or torch.float32, device=self.device)
+            cells = f"fused cells, kernels: {kernels_on(like)}"
+        captured = "captured as one CUDA graph, but for reading and augmenting images"
+        for what, value in {
+            "device": environment(config.device)["device"],
+            "cells": cells,
+            "precision": kind,
+            "architecture gradient": form,
+            "step": captured if self.captured else "not captured",
+        }.items():
+            self.folder.log(f"    {what}: {value}")
 
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]

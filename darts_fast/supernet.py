@@ -1,7 +1,8 @@
 """The supernet: stem, a stack of mixed cells, classifier, and the alphas that weigh the candidates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ class Supernet(nn.Module):
 
     The alphas `alphas_normal` and `alphas_reduce` ([14, 8] each: edges in the order of `space.EDGES`,
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
-    is every other parameter.
+    is every other parameter. All weights are views, contiguous, of the one tensor `flat_weights` (a leaf of
+    its own, in the order of `weights()`): what changes it changes them. `.to()` and copies make it anew.
     """
 
     def __init__(
@@ -53,6 +55,34 @@ class Supernet(nn.Module):
         for name in ALPHAS:
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES))))
         self._batch_norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        self._flatten()
+
+    def _flatten(self) -> None:
+        """Moves the weights into one new tensor."""
+        weights = self.weights()
+        flat = torch.cat([w.detach().flatten() for w in weights.values()])
+        for name, view in self.split(flat).items():
+            weights[name].data = view
+        self.flat_weights = flat.requires_grad_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Supernet":
+        super()._apply(fn, recurse)
+        self._flatten()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._flatten()  # a copy's weights are copied one by one
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The weights by name, as views of a tensor such as `flat_weights`.
+
+        One operation, whose backward is one concatenation: the backward of a slice for each weight would
+        write a tensor as long as all weights for each.
+        """
+        shapes = {name: w.shape for name, w in self.weights().items()}
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Every parameter but the alphas, by name, in the order of construction."""
@@ -62,27 +92,50 @@ class Supernet(nn.Module):
         """The two alphas by name."""
         return {name: getattr(self, name) for name in ALPHAS}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]."""
+    def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
+        """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes].
+
+        `activations` is the type of what the cells compute, where it is not that of the weights (for fused
+        cells only); statistics, stem, classifier and logits are of the weights' in any case.
+        """
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds four times as much
         # (4e-6 of the gradient against 1e-6), and 9 of 24 float32 runs crossed a kink, against none.
-        before_previous = previous = self.stem(images)
+        stem = self.stem(images)
+        before_previous = previous = stem if activations is None else stem.to(activations)
         for cell in self.cells:
             output = cell(before_previous, previous, reduce if cell.reduction else normal)
             before_previous, previous = previous, output
-        return self.classifier(previous.mean(dim=(2, 3)))
+        return self.classifier(previous.mean(dim=(2, 3), dtype=stem.dtype))
+
+    def logits(
+        self,
+        images: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
+    ) -> Tensor:
+        """Logits [N, classes] of the network with the given weights and alphas: a function of its arguments
+        (but that batch norm updates its running statistics); the parameters are neither used nor touched.
+
+        Args:
+            weights: {"weights": a tensor such as `flat_weights`}; or by name, as `weights()`.
+        """
+        if "weights" in weights:
+            weights = self.split(weights["weights"])
+        # No weights are tied here; looking for tied ones took 27 ms a call of an 8-layer network.
+        return functional_call(self, {**weights, **alphas}, (images, activations), tie_weights=False)
 
     def loss(
-        self, images: Tensor, labels: Tensor, weights: dict[str, Tensor], alphas: dict[str, Tensor]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
     ) -> Tensor:
-        """Cross entropy (mean over the batch) of the network with the given weights and alphas.
-
-        A function of its arguments: the module's own parameters are neither used nor touched.
-        """
-        # No weights are tied here; looking for tied ones took 27 ms a call of an 8-layer network.
-        logits = functional_call(self, {**weights, **alphas}, (images,), tie_weights=False)
-        return F.cross_entropy(logits, labels)
+        """Cross entropy (mean over the batch) of `logits`."""
+        return F.cross_entropy(self.logits(images, weights, alphas, activations), labels)
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:

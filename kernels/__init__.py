@@ -4,6 +4,8 @@
               two of a factorized reduce (tasks without a depthwise part)
     pool      max and average pool of a state
     share     a tensor for several readers, whose adjoints are then summed in one pass
+    concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat
+    spread    a state's pools and skip for the mixes that read them, whose adjoints then take one batch norm
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
     normalize batch norm with affine parameters, for derived networks: differentiated once
 
@@ -12,12 +14,26 @@ raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_out
 forward and the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
-from darts_fast.kernels.backends import pools_normalized_once, used
+from darts_fast.kernels.backends import pools_normalized_once, second_backward_in_one, used
+from darts_fast.kernels.concatenate import concatenate
 from darts_fast.kernels.mix import mix
 from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.share import share
+from darts_fast.kernels.spread import spread
 from darts_fast.kernels.torch_backend import Task
 
-__all__ = ["Task", "mix", "normalize", "pool", "pools_normalized_once", "sepconv", "share", "used"]
+__all__ = [
+    "Task",
+    "concatenate",
+    "mix",
+    "normalize",
+    "pool",
+    "pools_normalized_once",
+    "second_backward_in_one",
+    "sepconv",
+    "share",
+    "spread",
+    "used",
+]

@@ -104,7 +104,8 @@ def _sepconv(
     adjoints, _ = triton_backend.sepconv_forward(*arguments)
     for weight_gradients in (True, False):
         triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients)
-    triton_backend.sepconv_tangent(*arguments, adjoints, sources, depthwise, pointwise)
+    yd, left = triton_backend.sepconv_tangent_forward(*arguments, adjoints, sources, depthwise, pointwise)
+    triton_backend.sepconv_second(*arguments, yd, left)
 
 
 def _pool(x: Tensor, stride: int) -> None:
@@ -120,8 +121,9 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
     norms = [None if edges and i % 7 < 3 else _normalizer(dtype, c) for i in range(len(y))]
     p = torch.empty(len(y), dtype=torch.promote_types(dtype, torch.float32))
     g = triton_backend.mix_forward(y, norms, p)
-    adjoints, sums = triton_backend.mix_backward(y, norms, p, g)
-    triton_backend.mix_tangent(y, norms, p, g, adjoints, sums, y)
+    _, sums = triton_backend.mix_backward(y, norms, p, g)
+    *_, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
+    triton_backend.mix_second(y, norms, p, g, left)
     if edges > 1:
         triton_backend.add(y[:edges])
 

@@ -50,6 +50,12 @@ def pools_normalized_once(like: Tensor) -> bool:
     return backend(like) is not native
 
 
+def second_backward_in_one(like: Tensor) -> bool:
+    """Whether the backend has `..._tangent_forward` and `..._second` in place of `..._tangent`: the second
+    backward sweep takes in one pass what the tangent sweep adds to it, see `handover`."""
+    return hasattr(backend(like), "mix_second")
+
+
 def used(like: Tensor) -> str:
     """What `backend(like)` is, in a few words, and where it is not the fastest for its device: why."""
     if backend(like) is native:

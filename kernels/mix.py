@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from darts_fast.kernels.backends import backend
+from darts_fast.kernels.backends import backend, second_backward_in_one
 from darts_fast.kernels.first_derivative import refuse_second_derivative
+from darts_fast.kernels.handover import Handover, Last
 from darts_fast.kernels.torch_backend import Normalizer
 
 
@@ -16,6 +17,7 @@ def mix(
     statistics: Sequence[Tensor | None],
     weights: Tensor,
     batch_statistics: bool = True,
+    spread: Sequence[bool] = (),
 ) -> Tensor:
     """o = sum over k of p_k h_k, with h_k = (y_k - mean_k) / sqrt(variance_k + 1e-5), or y_k as it is.
 
@@ -30,6 +32,7 @@ def mix(
         weights: p [candidates], float64 for float64 candidates, else float32.
         batch_statistics: that the statistics are those of the candidates themselves, so that the derivative
             is batch norm's in training; else they are constants.
+        spread: which candidates come from `spread`, and are given o's adjoint as it is; (): none.
 
     Returns:
         o [N, C, H, W], channels-last, in the candidates' dtype.
@@ -38,7 +41,7 @@ def mix(
         RuntimeError: when a gradient of p is differentiated again.
     """
     candidates = [y.contiguous(memory_format=torch.channels_last) for y in candidates]
-    return _Mix.apply(tuple(statistics), batch_statistics, weights, *candidates)
+    return _Mix.apply(tuple(statistics), batch_statistics, tuple(spread), weights, *candidates)[0]
 
 
 class _Mix(torch.autograd.Function):
@@ -47,18 +50,46 @@ class _Mix(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
+        spread: tuple[bool, ...],
         weights: Tensor,
         *candidates: Tensor,
-    ) -> Tensor:
-        ctx.batch = batch
-        ctx.save_for_backward(*statistics, weights, *candidates)
-        return backend(candidates[0]).mix_forward(candidates, _normalizers(statistics, batch), weights)
+    ) -> tuple[Tensor, Tensor]:
+        ctx.batch, ctx.spread, ctx.handover = batch, spread, Handover()
+        ctx.set_materialize_grads(False)
+        token = weights.new_empty(0)
+        ctx.save_for_backward(*statistics, weights, *candidates, token)
+        return backend(candidates[0]).mix_forward(candidates, _normalizers(statistics, batch), weights), token
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.saved_tensors) // 2
-        statistics, (weights, *candidates) = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        return None, None, *_MixBackward.apply(statistics, ctx.batch, weights, g, *candidates)
+    def backward(ctx: FunctionCtx, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, token = ctx.saved_tensors
+        n = len(saved) // 2
+        statistics, (weights, *candidates) = saved[:n], saved[n:]
+        g = torch.zeros_like(candidates[0]) if g is None else g.contiguous(memory_format=torch.channels_last)
+        weights_wanted, left = ctx.needs_input_grad[3], ctx.handover.take()
+        if not left:
+            found = _MixBackward.apply(
+                statistics,
+                ctx.batch,
+                ctx.spread,
+                weights_wanted,
+                ctx.handover,
+                token,
+                weights,
+                g,
+                *candidates,
+            )
+            return None, None, None, *found
+
+        def second() -> tuple[Tensor | None, ...]:
+            adjoints, sums = backend(g).mix_second(
+                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.spread)
+            )
+            return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
+
+        if len(left) > 1:
+            refuse_second_derivative("two of its backward passes at once")
+        return None, None, None, *Last.apply(second, g, weights, *candidates)
 
 
 class _MixBackward(torch.autograd.Function):
@@ -69,20 +100,21 @@ class _MixBackward(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
+        spread: tuple[bool, ...],
+        weights_wanted: bool,
+        handover: Handover,
+        token: Tensor,
         weights: Tensor,
         g: Tensor,
         *candidates: Tensor,
-    ) -> tuple[Tensor, ...]:
-        adjoints, sums = backend(g).mix_backward(
-            candidates,
-            _normalizers(statistics, batch),
-            weights,
-            g.contiguous(memory_format=torch.channels_last),
-        )
-        ctx.batch = batch
+    ) -> tuple[Tensor | None, ...]:
+        norms = _normalizers(statistics, batch)
+        adjoints, sums = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
+        ctx.batch, ctx.handover, ctx.n = batch, handover, len(candidates)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*statistics, *adjoints, *candidates, weights, g, sums)
-        return sums.sum(1).to(weights.dtype), *adjoints
+        kept = [] if second_backward_in_one(g) else adjoints
+        ctx.save_for_backward(*statistics, *candidates, weights, g, sums, *kept)
+        return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
 
     @staticmethod
     @once_differentiable
@@ -91,14 +123,24 @@ class _MixBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if weights_tangent is not None:
             refuse_second_derivative("the weights of a mix")
-        n = len(tangents)
-        saved = ctx.saved_tensors
-        statistics, adjoints, candidates = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n]
-        weights, g, sums = saved[3 * n :]
+        n, saved = ctx.n, ctx.saved_tensors
+        norms, candidates = _normalizers(saved[:n], ctx.batch), saved[n : 2 * n]
+        weights, g, sums, *adjoints = saved[2 * n :]
+        if second_backward_in_one(g):
+            output, weights_gained, left = backend(g).mix_tangent_forward(
+                candidates, norms, weights, g, sums, tangents
+            )
+            ctx.handover.leave(left)
+            return None, None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
-            candidates, _normalizers(statistics, ctx.batch), weights, g, adjoints, sums, tangents
+            candidates, norms, weights, g, adjoints, sums, tangents
         )
-        return None, None, weights_gained, output, *gained
+        return None, None, None, None, None, None, weights_gained, output, *gained
+
+
+def _given(spread: tuple[bool, ...]) -> list[tuple[bool, ...]]:
+    """The argument of the backends that know of `spread`."""
+    return [spread] if any(spread) else []
 
 
 def _normalizers(statistics: Sequence[Tensor | None], batch: bool) -> list[Normalizer | None]:

@@ -1,11 +1,12 @@
-"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent` of the interface, and what the batch norm
-on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
+"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent_forward`, `mix_second`; and what the batch
+norm on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
 
 Batch norm's adjoint needs sums over all positions before it can be written, so the two derivatives read their
 tensors twice: once for the sums (`norm_sums_kernel`), once to write.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from darts_fast.kernels.triton_launch import (
     launch,
     load_normalizer,
     pick,
+    row_stride,
     splits_of,
     sum_of_rows,
 )
@@ -59,9 +61,33 @@ def mix_fwd_kernel(
 
 @triton.jit
 def add_kernel(
-    p_terms,  # tuple of [positions, C]
+    p_terms,  # tuple of [positions, ROW_STRIDES[k] >= C]
     p_out,  # [positions, C]
     positions,
+    ROW_STRIDES: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for k in tl.static_range(len(p_terms)):
+        o_k = o_p[:, None] * ROW_STRIDES[k] + o_c[None, :]
+        b_total += tl.load(p_terms[k] + o_k, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    tl.store(p_out + (o_p[:, None] * C + o_c[None, :]), b_total.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def spread_kernel(
+    p_adjoints,  # tuple of G_jc [positions, C], by reader j, then by tensor c; of a reader often the same
+    p_weights,
+    p_out,  # [TENSORS, positions, C]: sum over j of p_jc G_jc
+    positions,
+    PLACES: tl.constexpr,  # where p_jc is
+    TENSORS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,10 +97,13 @@ def add_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = (o_p < positions)[:, None] & (o_c < C)[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    for k in tl.static_range(len(p_terms)):
-        b_total += tl.load(p_terms[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+    for c in tl.static_range(TENSORS):
+        b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        for i in tl.static_range(c, len(p_adjoints), TENSORS):
+            b_g = tl.load(p_adjoints[i] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            b_total += b_g * tl.load(p_weights + PLACES[i]).to(ACC)
+        p_c = p_out + tl.cast(positions, tl.int64) * C * c
+        tl.store(p_c + o, b_total.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -83,7 +112,7 @@ def norm_sums_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weighed,  # [positions, C]; read if TANGENT
+    p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
     p_counters,
@@ -115,7 +144,7 @@ def norm_sums_kernel(
         b_s += b_g
         b_sh += b_g * b_h
         if TANGENT:
-            b_v = tl.load(p_weighed + o, mask=m, other=0.0).to(ACC)
+            b_v = tl.load(pick(p_weighed, i_entry) + o, mask=m, other=0.0).to(ACC)
             b_sw += b_g * b_v
             b_w += b_v
     entries = tl.num_programs(1)
@@ -139,23 +168,29 @@ def norm_bwd_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weights,  # [entries]; read if WEIGHTED
-    p_sums,  # [2, entries, C]: of g, g h; if TANGENT [4, ...]: then of first h, first hd; read if BATCH
+    p_weights,  # [rows]; read if WEIGHTED
+    p_sums,  # [2, rows, C]: of g, g h; if TANGENT and not FIRST [4, ...]: then of G h, G hd; read if BATCH
     p_yd,  # tuple of yd_k [positions, C]; read if TANGENT
-    p_yd_sums,  # [2, entries, C]: of yd, yd h; read if TANGENT
+    p_yd_sums,  # [2, rows, C]: of yd, yd h; read if TANGENT; if FIRST [4, ...]: then of yd G, G
+    p_first,  # tuple of G_k [positions, C], the first adjoint of h; read if FIRST, as is the next
+    p_first_sums,  # [rows, C]: of G h
     p_found,  # [entries, positions, C]
     positions,
+    rows,
+    ROWS: tl.constexpr,  # an entry's row in the sums and weights
     NORMS: tl.constexpr,
     HAS_YD: tl.constexpr,
     BATCH: tl.constexpr,  # the statistics move with y
     WEIGHTED: tl.constexpr,
     TANGENT: tl.constexpr,
+    FIRST: tl.constexpr,  # with TANGENT: take r t B(G) off, too
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
     i_entry = tl.program_id(1)
+    i_row = pick(ROWS, i_entry)
     p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -166,8 +201,8 @@ def norm_bwd_kernel(
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
     b_found = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
     if BATCH:
-        stride = tl.num_programs(1) * C
-        p_sums_k = p_sums + i_entry * C + o_c
+        stride = rows * C
+        p_sums_k = p_sums + i_row * C + o_c
         m_norm = m_c & (has_norm > 0)
         b_m = tl.load(p_sums_k, mask=m_norm, other=0.0) / positions  # mean(g)
         b_mh = tl.load(p_sums_k + stride, mask=m_norm, other=0.0) / positions  # mean(g h)
@@ -175,15 +210,24 @@ def norm_bwd_kernel(
         b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
         if TANGENT:
             m_yd = m_norm & (pick(HAS_YD, i_entry) > 0)
-            b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
-            b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
-            b_md = tl.load(p_yd_sums + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
-            b_t = tl.load(p_yd_sums + stride + i_entry * C + o_c, mask=m_yd, other=0.0) / positions
+            p_yd_sums_k = p_yd_sums + i_row * C + o_c
+            b_md = tl.load(p_yd_sums_k, mask=m_yd, other=0.0) / positions
+            b_t = tl.load(p_yd_sums_k + stride, mask=m_yd, other=0.0) / positions
+            if FIRST:
+                b_s = tl.load(p_first_sums + i_row * C + o_c, mask=m_yd, other=0.0) / positions
+                b_u = tl.load(p_yd_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
+                b_mf = tl.load(p_yd_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
+                b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
+                b_first = tl.load(pick(p_first, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
+                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
+            else:
+                b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
+                b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
             b_yd = tl.load(pick(p_yd, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
             b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
             b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
     if WEIGHTED:
-        b_r = b_r * tl.load(p_weights + i_entry)
+        b_r = b_r * tl.load(p_weights + i_row)
     p_out = p_found + tl.cast(i_entry, tl.int64) * positions * C
     tl.store(p_out + o, (b_found * b_r[None, :]).to(p_found.dtype.element_ty), mask=m)
 
@@ -192,18 +236,15 @@ def norm_bwd_kernel(
 def mix_tangent_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_tangents,  # tuple of yd_k
-    p_adjoints,  # tuple of p_k B_k(G)
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
     p_gh_sums,  # [candidates, C]: of G h
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
     p_out,  # [positions, C]: od
-    p_gained,  # [normalised candidates, positions, C]
     p_weights_gained,  # [c blocks, candidates]
     positions,
     NORMS: tl.constexpr,
-    SLOTS: tl.constexpr,  # which entry of p_gained a candidate has, if it is normalised
     HAS_TANGENT: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
@@ -218,7 +259,6 @@ def mix_tangent_kernel(
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
     stride = len(p_candidates) * C
-    size = tl.cast(positions, tl.int64) * C
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
@@ -226,26 +266,20 @@ def mix_tangent_kernel(
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
             p_sums_k = p_sums + k * C + o_c
             b_u = tl.load(p_sums_k + 2 * stride, mask=m_c, other=0.0) / positions  # mean(G yd)
-            b_yd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
                 b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
                 b_t = tl.load(p_sums_k + stride, mask=m_c, other=0.0) / positions
                 b_mg = tl.load(p_sums_k + 3 * stride, mask=m_c, other=0.0) / positions
                 b_s = tl.load(p_gh_sums + k * C + o_c, mask=m_c, other=0.0) / positions
-                b_u = b_r * (b_u - b_mg * b_md - b_s * b_t)
+                b_u = b_u - b_mg * b_md - b_s * b_t
                 b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
-                b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
-                b_adjoint = tl.load(p_adjoints[k] + o, mask=m, other=0.0).to(ACC)
-                b_gained = b_adjoint * (b_r * b_t)[None, :]
-                b_gained += (b_hd * b_s[None, :] + b_h * b_u[None, :]) * (b_r * b_weight)[None, :]
-                tl.store(p_gained + SLOTS[k] * size + o, (-b_gained).to(p_gained.dtype.element_ty), mask=m)
-            else:
-                b_hd = b_yd * b_r[None, :]
-                b_u = b_u * b_r
-            b_total += b_hd * b_weight
+                b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
+            b_total += b_hd * (b_r * b_weight)[None, :]
             if i_tile == 0:
-                tl.store(p_weights_gained + i_c * len(p_candidates) + k, tl.sum(b_u, axis=0) * positions)
+                p_gained = p_weights_gained + i_c * len(p_candidates) + k
+                tl.store(p_gained, tl.sum(b_u * b_r, axis=0) * positions)
         else:
             if i_tile == 0:
                 tl.store(p_weights_gained + i_c * len(p_candidates) + k, 0.0)
@@ -275,78 +309,204 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
 
 
 def add(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of two or more tensors, in their dtype. One read of each."""
+    """The sum of two or more tensors, in their dtype. One read of each; they may be slices of channels."""
     y = terms[0]
+    terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, grid = _sizes(y, unrolled=True)
-    launch(add_kernel, grid, {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)}, sizes)
+    launch(
+        add_kernel,
+        grid,
+        {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)},
+        {"ROW_STRIDES": tuple(row_stride(t) for t in terms), **sizes},
+    )
     return out
 
 
 def mix_backward(
-    candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor, g: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
-    gs = [g] * len(candidates)
-    sums = norm_sums(gs, candidates, normalizers)
-    return norm_backward(gs, candidates, normalizers, sums, p), sums[1]
-
-
-def mix_tangent(
     candidates: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    adjoints: Sequence[Tensor],
+    spread: Sequence[bool] = (),
+) -> tuple[list[Tensor], Tensor]:
+    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
+    [candidates, C]."""
+    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+
+
+def _of_candidates(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    sums: Tensor,
+    spread: Sequence[bool],
+    left: "_Left | None" = None,
+) -> list[Tensor]:
+    """The adjoint of every candidate, or with `left` the second one."""
+    own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    found = norm_backward(
+        [g] * len(own),
+        [candidates[k] for k in own],
+        [normalizers[k] for k in own],
+        sums,
+        p,
+        left and [left.tangents[k] for k in own],
+        left and left.tangent_sums,
+        left and ([left.g] * len(own), left.sums),
+        own,
+    )
+    by_candidate = dict(zip(own, found, strict=True))
+    return [by_candidate.get(k, g) for k in range(len(candidates))]
+
+
+class _Left(NamedTuple):
+    """What the tangent sweep of a mix leaves for its second backward sweep."""
+
+    g: Tensor
+    sums: Tensor  # [candidates, C]: of g h
+    tangents: Sequence[Tensor | None]  # yd
+    tangent_sums: Tensor  # [4, candidates, C]: of yd, yd h, yd g, g
+
+
+def mix_tangent_forward(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """od, what the candidates' second adjoints gain, and what dL/dp gains. A tangent that is None is zero."""
+) -> tuple[Tensor, Tensor, _Left]:
+    """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
+    that is None is zero."""
     y = candidates[0]
     g = g.contiguous(memory_format=torch.channels_last)
     has = tuple(int(yd is not None) for yd in tangents)
-    tangents = tuple(
-        x if yd is None else yd.contiguous(memory_format=torch.channels_last)
-        for yd, x in zip(tangents, candidates, strict=True)
-    )
+    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
+    given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
-    slots = tuple(sum(table.norms[:k]) for k in range(len(candidates)))
-    gained = images(sum(table.norms), y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
     p_gained = p.new_empty(blocks, len(candidates))
+    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, [g] * len(given)))
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
         {
             # Of a candidate without batch norm only the tangent is read.
-            "p_candidates": _where(table.norms, candidates, tangents),
-            "p_tangents": tangents,
-            "p_adjoints": _where(table.norms, adjoints, tangents),
+            "p_candidates": _where(table.norms, candidates, given),
+            "p_tangents": given,
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
-            "p_gh_sums": sums.contiguous(),
-            "p_sums": norm_sums(tangents, candidates, normalizers, g),
+            "p_gh_sums": sums,
+            "p_sums": left.tangent_sums,
             "p_out": out,
-            "p_gained": gained if any(table.norms) else out,
             "p_weights_gained": p_gained,
             "positions": _positions(y),
         },
-        {"NORMS": table.norms, "SLOTS": slots, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
+        {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    found = [
-        gained[slot] if table.batch and norm and given else None
-        for slot, norm, given in zip(slots, table.norms, has, strict=True)
-    ]
-    return out, found, p_gained.view(-1) if blocks == 1 else p_gained.sum(0)
+    return out, p_gained.view(-1) if blocks == 1 else p_gained.sum(0), left
+
+
+def mix_second(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    left: _Left,
+    spread: Sequence[bool] = (),
+) -> tuple[list[Tensor], Tensor]:
+    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
+    [candidates, C]; g is the node's."""
+    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
+
+
+def spread_backward(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and G [tensors, N, C, H, W].
+
+    `places` and `adjoints` are by reader, then by tensor."""
+    total = _launch_spread(weights, places, adjoints, len(tensors))
+    return _through_norms(tensors, normalizers, total), total
+
+
+def spread_second(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+    first: Tensor,
+    tangents: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
+    total = _launch_spread(weights, places, adjoints, len(tensors))
+    return _through_norms(tensors, normalizers, total, first, tangents)
+
+
+def _launch_spread(
+    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
+) -> Tensor:
+    g = adjoints[0]
+    out = images(tensors, g.shape, g.dtype, g.device)
+    sizes, grid = _sizes(g, unrolled=True)
+    launch(
+        spread_kernel,
+        grid,
+        {
+            "p_adjoints": tuple(adjoints),
+            "p_weights": weights.contiguous(),
+            "p_out": out,
+            "positions": _positions(g),
+        },
+        {"PLACES": tuple(places), "TENSORS": tensors, **sizes},
+    )
+    return out
+
+
+def _through_norms(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    total: Tensor,
+    first: Tensor | None = None,
+    tangents: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
+    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there."""
+    found = list(total.unbind())
+    normed = [c for c, norm in enumerate(normalizers) if norm is not None]
+    if not normed:
+        return found
+    gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
+    norms = [normalizers[c] for c in normed]
+    sums = norm_sums(gs, ys, norms)
+    if first is None:
+        adjoints = norm_backward(gs, ys, norms, sums)
+    else:
+        firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
+        yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
+        given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
+        yd_sums, first_sums = norm_sums(given, ys, norms, firsts), norm_sums(firsts, ys, norms)[1]
+        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums))
+    for c, adjoint in zip(normed, adjoints, strict=True):
+        found[c] = adjoint
+    return found
 
 
 def norm_sums(
     gs: Sequence[Tensor],
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
-    weighed: Tensor | None = None,
+    weighed: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C]."""
     y, entries = ys[0], len(ys)
@@ -365,7 +525,7 @@ def norm_sums(
             "p_y": tuple(ys),
             "p_means": table.means,
             "p_rs": table.rs,
-            "p_weighed": y if weighed is None else weighed,
+            "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
             "p_counters": counters(y, entries * blocks),
@@ -385,12 +545,17 @@ def norm_backward(
     p: Tensor | None = None,
     yds: Sequence[Tensor | None] | None = None,
     yd_sums: Tensor | None = None,
+    first: tuple[Sequence[Tensor], Tensor] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less r_k (s_k hd_k + u_k h_k).
+    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less p_k r_k (s_k hd_k + u_k h_k); with
+    `first` then also less p_k r_k t_k B_k(G_k), which a separable half takes from g before.
 
     Args:
-        sums: of g, g h; with tangents then of G h, G hd, G the adjoint of h: s and u times the positions.
-        yd_sums: of yd and yd h.
+        sums: of g, g h; with tangents and without `first` then of G h, G hd: s and u times the positions.
+        yd_sums: of yd and yd h; with `first` then of yd G and G.
+        first: the G_k, and the sums of G_k h_k.
+        rows: the entries' rows in sums and p, if they are not all that there are.
     """
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
@@ -407,17 +572,25 @@ def norm_backward(
             "p_rs": table.rs,
             "p_weights": sums if p is None else p.contiguous(),
             "p_sums": sums,
-            "p_yd": tuple(g if yd is None else yd for yd, g in zip(yds_given, gs, strict=True)),
+            "p_yd": tuple(
+                yd if norm and yd is not None else g
+                for yd, g, norm in zip(yds_given, gs, table.norms, strict=True)
+            ),
             "p_yd_sums": sums if yd_sums is None else yd_sums,
+            "p_first": tuple(first[0] if first else gs),
+            "p_first_sums": first[1] if first else sums,
             "p_found": found,
             "positions": _positions(y),
+            "rows": sums.shape[1],
         },
         {
+            "ROWS": tuple(range(entries) if rows is None else rows),
             "NORMS": table.norms,
             "HAS_YD": tuple(int(yd is not None) for yd in yds_given),
             "BATCH": table.batch,
             "WEIGHTED": p is not None,
             "TANGENT": yds is not None,
+            "FIRST": first is not None,
             **sizes,
         },
     )

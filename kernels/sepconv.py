@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from darts_fast.kernels.backends import backend
+from darts_fast.kernels.backends import backend, second_backward_in_one
 from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
+from darts_fast.kernels.handover import Handover, Last
 from darts_fast.kernels.torch_backend import Normalizer, Task
 
 
@@ -16,7 +17,7 @@ def sepconv(
     tasks: Sequence[Task],
     depthwise: Sequence[Tensor | None],
     pointwise: Sequence[Tensor],
-    statistics: Tensor | None = None,
+    statistics: Sequence[Tensor] | None = None,
     batch_statistics: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """y_t = P_t (D_t * relu(h)) for every task t; h is source number `task.source`, or its batch norm.
@@ -30,8 +31,8 @@ def sepconv(
         depthwise: [C, 1, k, k] each with k odd, padded to `same`; None: no depthwise convolution, the
             pixels (offset + stride * i, offset + stride * j) are read, and sizes must divide by the stride.
         pointwise: [K, C, 1, 1] each. Weights are float64 for float64 sources, else float32.
-        statistics: [sources, 3, C]: mean, biased variance and 1 / sqrt(variance + 1e-5) to normalise each
-            source by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
+        statistics: for each source, [3, C]: mean, biased variance and 1 / sqrt(variance + 1e-5) to normalise
+            it by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
         batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
             batch norm's in training; else they are constants.
 
@@ -50,7 +51,8 @@ def sepconv(
             raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
     weights = differentiable_once([*depthwise, *pointwise])
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
-    *outputs, found = _SepConv.apply(tuple(tasks), batch_statistics, statistics, *sources, *weights)
+    given = None if statistics is None else tuple(statistics)
+    *outputs, found, _ = _SepConv.apply(tuple(tasks), batch_statistics, given, *sources, *weights)
     return outputs, found
 
 
@@ -62,25 +64,45 @@ class _SepConv(torch.autograd.Function):
         ctx: FunctionCtx,
         tasks: tuple[Task, ...],
         batch: bool,
-        statistics: Tensor | None,
+        statistics: tuple[Tensor, ...] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.tasks, ctx.batch = tasks, batch
+        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, Handover()
         ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
-        ctx.save_for_backward(statistics, *tensors)
+        token = tensors[0].new_empty(0)
+        ctx.statistics = statistics
+        ctx.save_for_backward(*tensors, token)
         outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
         ctx.mark_non_differentiable(found)
         ctx.shape = outputs[0].shape
-        return *outputs, found
+        return *outputs, found, token
 
     @staticmethod
     def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
-        statistics, *tensors = ctx.saved_tensors
-        adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints[:-1]]
-        found = _SepConvBackward.apply(
-            ctx.tasks, ctx.batch, weights_wanted(ctx), statistics, *tensors, *adjoints
-        )
-        return None, None, None, *found
+        *tensors, token = ctx.saved_tensors
+        adjoints, left = adjoints[:-2], ctx.handover.take()
+        if not left:
+            adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints]
+            found = _SepConvBackward.apply(
+                ctx.tasks,
+                ctx.batch,
+                weights_wanted(ctx),
+                ctx.handover,
+                ctx.statistics,
+                token,
+                *tensors,
+                *adjoints,
+            )
+            return None, None, None, *found
+
+        def second() -> tuple[Tensor | None, ...]:
+            arguments = _arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors)
+            sources = backend(tensors[0]).sepconv_second(*arguments, adjoints, left[0])
+            return *sources, *[None] * (2 * len(ctx.tasks))
+
+        if len(left) > 1:
+            refuse_second_derivative("two of its backward passes at once")
+        return None, None, None, *Last.apply(second, *tensors, *adjoints)
 
 
 class _SepConvBackward(torch.autograd.Function):
@@ -92,12 +114,15 @@ class _SepConvBackward(torch.autograd.Function):
         tasks: tuple[Task, ...],
         batch: bool,
         weight_gradients: bool,
-        statistics: Tensor | None,
+        handover: Handover,
+        statistics: tuple[Tensor, ...] | None,
+        token: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.tasks, ctx.batch = tasks, batch
+        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, handover
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(statistics, *tensors)
+        ctx.statistics = statistics
+        ctx.save_for_backward(*tensors)
         tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
         sources, d, p = backend(adjoints[0]).sepconv_backward(
             *_arguments(tasks, batch, statistics, tensors), adjoints, weight_gradients
@@ -110,20 +135,30 @@ class _SepConvBackward(torch.autograd.Function):
         if weights_wanted(ctx):
             refuse_second_derivative("its weights")
         n = len(ctx.tasks)
-        statistics, *tensors = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         tensors, adjoints = tensors[:-n], tensors[-n:]
-        outputs, sources = backend(adjoints[0]).sepconv_tangent(
-            *_arguments(ctx.tasks, ctx.batch, statistics, tensors),
+        given = (
+            *_arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors),
             adjoints,
             tangents[: -2 * n],
             tangents[-2 * n : -n],
             tangents[-n:],
         )
-        return None, None, None, None, *sources, *[None] * (2 * n), *outputs
+        if second_backward_in_one(adjoints[0]):
+            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given)
+            ctx.handover.leave(left)
+            token, sources = adjoints[0].new_empty(0), [None] * (len(tensors) - 2 * n)
+        else:
+            outputs, sources = backend(adjoints[0]).sepconv_tangent(*given)
+            token = None
+        return None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
 
 
 def _arguments(
-    tasks: tuple[Task, ...], batch: bool, statistics: Tensor | None, tensors: Sequence[Tensor | None]
+    tasks: tuple[Task, ...],
+    batch: bool,
+    statistics: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor | None],
 ) -> tuple:
     """What every function of a backend begins with: sources, normalizers, tasks, both kinds of weights."""
     n = len(tasks)

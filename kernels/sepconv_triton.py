@@ -1,11 +1,12 @@
-"""Halves of separable convolutions in Triton: `sepconv_forward`, `sepconv_backward`, `sepconv_tangent`.
+"""Halves of separable convolutions in Triton: `sepconv_forward`, `sepconv_backward`,
+`sepconv_tangent_forward`, `sepconv_second`.
 
 Notation of docs/mathematics.md: a = relu(h), z = D * a, y = P z; capitals are adjoints, a trailing d is a
 tangent. The four sweeps are three kernels, each launched once for all tasks of a call:
 
     sepconv_fwd_kernel            y = P (D * a) and its statistics; as tangent yd = P (D * ad + Dd * a) + Pd z
-    sepconv_bwd_pointwise_kernel  Z = P' Y, and the weight gradients; as tangent also Zd = Pd' Y
-    sepconv_bwd_kernel            H = [h > 0] D' * Z, summed over a source's tasks; as tangent how it changes
+    sepconv_bwd_pointwise_kernel  Z = P' Y, and the weight gradients; as tangent also Zd = P' Yd + Pd' Y
+    sepconv_bwd_kernel            H = [h > 0] D' * Z, summed over a source's tasks; as tangent Hd
 
 Batch norm on load has its own derivative behind the last one: `norm_backward` of mix_triton.py.
 """
@@ -35,6 +36,7 @@ from darts_fast.kernels.triton_launch import (
     pick,
     power_of_two,
     refuse_single_value,
+    row_stride,
     splits_of,
     store_statistics,
     sum_of_rows,
@@ -178,6 +180,7 @@ def sepconv_bwd_pointwise_kernel(
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
     p_adjoints,  # tuple of Y [N, HO, WO, K]
+    p_seconds,  # tuple of Yd; read if TANGENT
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
     p_partials,  # [tasks, splits, K * C + C * TAPS]: dP, dD; written if WEIGHTS
     positions,  # N * HO * WO
@@ -188,6 +191,7 @@ def sepconv_bwd_pointwise_kernel(
     SHIFTS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_PD: tl.constexpr,
+    HAS_YD: tl.constexpr,
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
@@ -200,6 +204,7 @@ def sepconv_bwd_pointwise_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
+    Y_ROW: tl.constexpr,  # elements from one position of Y and Yd to the next: they may be slices of channels
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,14 +236,16 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
-        o_in_y = i_first * K + (o_t[:, None] * K + o_k[None, :])
+        o_in_y = i_first * Y_ROW + (o_t[:, None] * Y_ROW + o_k[None, :])
         b_y = tl.load(p_y + o_in_y, mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
         b_z = dot(b_y.to(element), b_p.to(element), ACC)  # [BLOCK_P, BLOCK_C]
         p_out = p_z + (tl.cast(i_task, tl.int64) * positions + i_first) * C
         o_out = o_t[:, None] * C + o_c[None, :]
         m_out = m_p[:, None] & m_c[None, :]
         if TANGENT:
-            b_zd = dot(b_y.to(element), b_pd.to(element), ACC)
+            m_yd = m_p[:, None] & m_k[None, :] & (pick(HAS_YD, i_task) > 0)
+            b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
+            b_zd = dot(b_yd.to(element), b_p.to(element), ACC) + dot(b_y.to(element), b_pd.to(element), ACC)
         if DIRECT:
             b_found = b_z
             if TANGENT:
@@ -528,7 +535,14 @@ def sepconv_backward(
     return found, d_gradients, p_gradients
 
 
-def sepconv_tangent(
+class _Left(NamedTuple):
+    """What the tangent sweep leaves for the second backward sweep."""
+
+    adjoints: Sequence[Tensor]
+    tangents: "_Tangents"
+
+
+def sepconv_tangent_forward(
     sources: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     tasks: Sequence[Task],
@@ -538,15 +552,28 @@ def sepconv_tangent(
     source_tangents: Sequence[Tensor | None],
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """yd of every task, and what the sources' second adjoints gain. A tangent that is None is zero."""
+) -> tuple[list[Tensor], _Left]:
+    """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents)
-    x = sources[0]
-    y = images(len(tasks), call.out_shape, x.dtype, x.device)
+    y = images(len(tasks), call.out_shape, sources[0].dtype, sources[0].device)
     _launch_forward(call, y, None, tangents)
-    z, _ = _launch_pointwise(call, adjoints, False, tangents)
-    return list(y.unbind()), list(z[0].unbind()) if call.direct() else _launch_backward(call, z, tangents)
+    return list(y.unbind()), _Left(adjoints, tangents)
+
+
+def sepconv_second(
+    sources: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    tasks: Sequence[Task],
+    depthwise_weights: Sequence[Tensor | None],
+    pointwise_weights: Sequence[Tensor],
+    adjoints: Sequence[Tensor | None],
+    left: _Left,
+) -> list[Tensor]:
+    """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero)."""
+    call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
+    z, _ = _launch_pointwise(call, left.adjoints, False, left.tangents, adjoints)
+    return list(z[0].unbind()) if call.direct() else _launch_backward(call, z, left.tangents)
 
 
 class _Tangents(NamedTuple):
@@ -639,14 +666,26 @@ def _launch_forward(
 
 
 def _launch_pointwise(
-    call: _Call, adjoints: Sequence[Tensor], weight_gradients: bool, tangents: _Tangents | None = None
+    call: _Call,
+    adjoints: Sequence[Tensor],
+    weight_gradients: bool,
+    tangents: _Tangents | None = None,
+    seconds: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """Z, and with tangents Zd: [1 or 2, tasks, N, C, HO, WO]; and the tasks' dP and dD, flat, if wanted."""
+    """Z, and with tangents and second adjoints Zd: [1 or 2, tasks, N, C, HO, WO]; and the tasks' dP and dD,
+    flat, if wanted."""
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.tasks)
     n, k, out_height, out_width = call.out_shape
     c, dtype = x.shape[1], accumulator(x.dtype)
-    adjoints = tuple(y.contiguous(memory_format=torch.channels_last) for y in adjoints)
+    has_seconds = tuple(int(yd is not None) for yd in seconds) or (0,) * count
+    given = [*adjoints, *(yd for yd in seconds if yd is not None)]
+    strides = {row_stride(y) for y in given}
+    y_row = strides.pop() if len(strides) == 1 else 0
+    if not y_row:
+        y_row, given = k, [y.contiguous(memory_format=torch.channels_last) for y in given]
+    adjoints, following = tuple(given[:count]), iter(given[count:])
+    seconds = tuple(next(following) if has else y for has, y in zip(has_seconds, adjoints, strict=True))
     direct = call.direct()
     layers = 1 if tangents is None or direct else 2
     z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
@@ -673,6 +712,7 @@ def _launch_pointwise(
             "p_pointwise": call.pointwise,
             "p_pointwise_d": tangents.pointwise if tangents else call.pointwise,
             "p_adjoints": adjoints,
+            "p_seconds": seconds,
             "p_z": z,
             "p_partials": z if partials is None else partials,
             "positions": call.positions(),
@@ -682,11 +722,13 @@ def _launch_pointwise(
             "NORMS": call.of_tasks(table.norms),
             **call.geometry(),
             "HAS_PD": tangents.has_pointwise if tangents else (0,) * count,
+            "HAS_YD": has_seconds,
             "WEIGHTS": weight_gradients,
             "TANGENT": tangents is not None,
             "DIRECT": direct,
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
+            "Y_ROW": y_row,
             "K": k,
             **call.sizes(),
             "BLOCK_P": block_p,
@@ -698,7 +740,7 @@ def _launch_pointwise(
 
 
 def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) -> list[Tensor]:
-    """The adjoints of the sources; with tangents, what their second adjoints gain."""
+    """The adjoints of the sources; with tangents, their second adjoints."""
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]

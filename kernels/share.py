@@ -32,7 +32,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *terms: Tensor) -> Tensor:
         ctx.terms = len(terms)
-        terms = [t.contiguous(memory_format=torch.channels_last) for t in terms]
         return backend(terms[0]).add(terms)
 
     @staticmethod

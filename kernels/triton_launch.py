@@ -116,6 +116,16 @@ def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: torch
     return buffer.permute(0, 1, 4, 2, 3)
 
 
+def row_stride(x: Tensor) -> int:
+    """Elements from one position to the next, if x [N, C, H, W] is channels-last or a slice of the channels
+    of a tensor that is; else 0."""
+    _, _, height, width = x.shape
+    row = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
+    expected = (height * width * row, 1, width * row, row)
+    alike = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True))
+    return row if alike and row >= x.shape[1] else 0
+
+
 class Table(NamedTuple):
     """The batch norms of a launch's entries: `means` and `rs` are tuples of [C], with tensors that are not
     read where an entry has none; `norms` says which have one, `batch` whether the statistics are those of the

@@ -19,11 +19,13 @@ def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
-def everything(network, golden, dtype, order=(0, 1)):
-    """Every quantity of the golden file, computed by ours: batch 0 trains, batch 1 validates."""
+def everything(network, golden, dtype, order=(0, 1), layout=torch.contiguous_format):
+    """Every quantity of the golden file, computed by ours: batch 0 trains, batch 1 validates. `layout` is
+    that of the images, and so of all activations of the reference."""
     meta = golden.meta
     weights, alphas = network.weights(), network.alphas()
     (x, y), (x_val, y_val) = (golden.batch(index, dtype) for index in order)
+    x, x_val = (images.contiguous(memory_format=layout) for images in (x, x_val))
 
     def train_loss(w, a):
         return network.loss(x, y, w, a)

@@ -186,9 +186,9 @@ def test_architecture_step_leaves_weights_and_statistics_alone(hvp):
     batches = [(torch.randn(4, 3, 8, 8), torch.randint(3, (4,))) for _ in range(2)]
     take_step(*batches, 0.025)  # so that there are momenta
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    take_step._architecture_step(*batches, 0.025)
+    take_step._architecture_step(*batches)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("alphas"), name
-    take_step._weight_step(*batches[0], 0.025)
+    take_step._weight_step(*batches[0])
     assert not torch.equal(network.state_dict()["stem.1.running_mean"], before["stem.1.running_mean"])
     assert network.state_dict()["stem.1.num_batches_tracked"] == 2

@@ -19,6 +19,7 @@ ALLOWED = {
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": set(),
     "darts_fast.precision": set(),
+    "darts_fast.capture": set(),
     "darts_fast.data": {"darts_fast.errors"},
     "darts_fast.supernet": {"darts_fast.fused", "darts_fast.reference", "darts_fast.space"},
     "darts_fast.interop": {

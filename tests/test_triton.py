@@ -141,6 +141,31 @@ def sepconv_case(name, dtype):
     return (sources, norms, list(tasks), d, p), adjoints
 
 
+def last_sweeps_of_sepconv(arguments, adjoints, tangents, seconds):
+    """yd of every task, and the second adjoint of every source."""
+    yd, left = triton_backend.sepconv_tangent_forward(*arguments, adjoints, *tangents)
+    return yd, triton_backend.sepconv_second(*arguments, seconds, left)
+
+
+def expected_last_sweeps_of_sepconv(arguments, adjoints, tangents, seconds):
+    yd, gained = torch_backend.sepconv_tangent(*arguments, adjoints, *tangents)
+    seconds = [torch.zeros_like(y) if s is None else s for s, y in zip(seconds, adjoints, strict=True)]
+    found, *_ = torch_backend.sepconv_backward(*arguments, seconds, False)
+    return yd, [f if g is None else f + g for f, g in zip(found, gained, strict=True)]
+
+
+def last_sweeps_of_mix(arguments, g, sums, tangents, second):
+    """od, what dL/dp gains, the second adjoint of every candidate, the sums of second * h."""
+    od, p_gained, left = triton_backend.mix_tangent_forward(*arguments, g, sums, tangents)
+    return od, p_gained, *triton_backend.mix_second(*arguments, second, left)
+
+
+def expected_last_sweeps_of_mix(arguments, g, adjoints, sums, tangents, second):
+    od, gained, p_gained = torch_backend.mix_tangent(*arguments, g, adjoints, sums, tangents)
+    found, sums = torch_backend.mix_backward(*arguments, second)
+    return od, p_gained, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], sums
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SEPCONV)
 def test_sepconv(name, dtype):
@@ -158,9 +183,12 @@ def test_sepconv(name, dtype):
         [None if x is None else weight(x.shape, dtype, 50 + i) for i, x in enumerate(d)],
         [weight(x.shape, dtype, 60 + i) for i, x in enumerate(p)],
     )
-    found = triton_backend.sepconv_tangent(*arguments, adjoints, *tangents)
-    expected = torch_backend.sepconv_tangent(*widened(arguments), widened(adjoints), *widened(tangents))
-    compare(found, expected, dtype)
+    seconds = [images(y.shape, dtype, 70 + i) for i, y in enumerate(adjoints)]
+    compare(
+        last_sweeps_of_sepconv(arguments, adjoints, tangents, seconds),
+        expected_last_sweeps_of_sepconv(*widened((arguments, adjoints, tangents, seconds))),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("kept", range(3))
@@ -170,8 +198,8 @@ def test_sepconv_tangents_may_be_zero(kept):
     tangents = [[images(x.shape, torch.float64, 40) for x in sources]]
     tangents += [[weight(x.shape, torch.float64, 50) for x in w] for w in (d, p)]
     tangents = [t if i == kept else [None] * len(t) for i, t in enumerate(tangents)]
-    found = triton_backend.sepconv_tangent(*arguments, adjoints, *tangents)
-    compare(found, torch_backend.sepconv_tangent(*arguments, adjoints, *tangents), torch.float64)
+    given = arguments, adjoints, tangents, [None, images(adjoints[1].shape, torch.float64, 70)]
+    compare(last_sweeps_of_sepconv(*given), expected_last_sweeps_of_sepconv(*given), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,8 +235,10 @@ def test_mix(shape, count, batch, dtype):
     expected = torch_backend.mix_backward(*wide, g.double())
     compare((adjoints, sums), expected, dtype)
     tangents = [None if i == 3 else images(shape, dtype, 20 + i) for i in range(count)]
-    found = triton_backend.mix_tangent(candidates, norms, p, g, adjoints, sums, tangents)
-    compare(found, torch_backend.mix_tangent(*wide, g.double(), *expected, widened(tangents)), dtype)
+    second = images(shape, dtype, 40)
+    found = last_sweeps_of_mix((candidates, norms, p), g, sums, tangents, second)
+    expected = expected_last_sweeps_of_mix(wide, *widened((g, *expected, tangents, second)))
+    compare(found, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,12 +276,12 @@ def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
             norms = [narrowed(norm, torch.float32) for norm in norms]
             p, g = weight((4,), torch.float32, 10), images((2, 16, 4, 8), torch.float32, 11)
             adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
-            triton_backend.mix_tangent(candidates, norms, p, g, adjoints, sums, adjoints)
+            last_sweeps_of_mix((candidates, norms, p), g, sums, adjoints, adjoints[0])
         else:
             arguments, adjoints = sepconv_case(name, torch.float32)
             triton_backend.sepconv_forward(*arguments)
             triton_backend.sepconv_backward(*arguments, adjoints, False)
-            triton_backend.sepconv_tangent(*arguments, adjoints, *[arguments[i] for i in (0, 3, 4)])
+            last_sweeps_of_sepconv(arguments, adjoints, [arguments[i] for i in (0, 3, 4)], adjoints)
     assert len(launches) >= 4
     for planned, addresses in zip(launches, touched, strict=True):
         counted, found = planned.bytes(), sum(size for _, size in addresses)

@@ -10,7 +10,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled 
 # Triton is a dependency on Linux alone (setup.py).
 triton = pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
-from test_triton import images, narrowed, normalizer, weight, widened  # noqa: E402
+from test_triton import (  # noqa: E402
+    expected_last_sweeps_of_mix,
+    expected_last_sweeps_of_sepconv,
+    images,
+    last_sweeps_of_mix,
+    last_sweeps_of_sepconv,
+    narrowed,
+    normalizer,
+    weight,
+    widened,
+)
 
 from darts_fast.kernels import Task, torch_backend, triton_backend  # noqa: E402
 
@@ -40,8 +50,8 @@ def leaves(tree):
 
 def check(function, arguments, dtype, expected=None):
     """Against ATen in float64, and twice: the same bits."""
-    found = getattr(triton_backend, function)(*arguments)
-    again = getattr(triton_backend, function)(*arguments)
+    run = getattr(triton_backend, function) if isinstance(function, str) else function
+    found, again = run(*arguments), run(*arguments)
     for first, second in zip(leaves(found), leaves(again), strict=True):
         assert torch.equal(first, second), "two runs differ"
     if expected is None:
@@ -75,7 +85,10 @@ def test_sepconv(shape, stride, normalised, dtype):
             [weight(x.shape, dtype, 60 + i) for i, x in enumerate(p)],
         )
     )
-    check("sepconv_tangent", (*arguments, adjoints, *tangents), dtype)
+    seconds = [images(t.shape, dtype, 70 + i).cuda() for i, t in enumerate(y)]
+    given = arguments, adjoints, tangents, seconds
+    expected = expected_last_sweeps_of_sepconv(*widened(given))
+    check(last_sweeps_of_sepconv, given, dtype, expected)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -110,7 +123,6 @@ def test_mix(shape, count, dtype):
     g = images(shape, dtype, 51).cuda()
     (adjoints, sums), expected = check("mix_backward", (*arguments, g), dtype)
     tangents = [images(shape, dtype, 60 + i).cuda() for i in range(count)]
-    reference = torch_backend.mix_tangent(*widened((*arguments, g)), *expected, widened(tangents))
-    found = triton_backend.mix_tangent(*arguments, g, adjoints, sums, tangents)
-    for f, e in zip(leaves(found), leaves(reference), strict=True):
-        assert relative_error(f.cpu(), e.cpu()) <= BOUNDS[dtype]
+    second = images(shape, dtype, 52).cuda()
+    reference = expected_last_sweeps_of_mix(widened(arguments), *widened((g, *expected, tangents, second)))
+    check(last_sweeps_of_mix, (arguments, g, sums, tangents, second), dtype, reference)

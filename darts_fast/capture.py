@@ -1,0 +1,67 @@
+"""A function of tensors, captured as a CUDA graph and replayed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 3  # calls before the capture: libraries and autograd set themselves up, kernels are compiled
+
+
+class Captured:
+    """Calls `function` on static buffers that each call's inputs are copied into; on CUDA the first call
+    captures it as one graph, which later calls replay.
+
+    Args:
+        function: keyword tensors -> one tensor. It reads nothing back to the host, its shapes depend on
+            those of its inputs alone, and what it changes stays where it is.
+        inputs: the buffers by name, on the device.
+        state: gives every tensor that the function changes, where calls before the capture leave no trace.
+        graph: whether to capture (CUDA only). Otherwise `function` is called on the same buffers.
+
+    Inputs of other shapes than the buffers' (the last batch of an epoch) are not copied: `function` is called
+    on them as they are. What is changed must not be replaced by other tensors after the first call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
+        state: Callable[[], Sequence[Tensor]],
+        graph: bool,
+    ):
+        self.function, self.inputs, self.state = function, inputs, state
+        self.graph = torch.cuda.CUDAGraph() if graph else None
+        self.output: Tensor | None = None  # of the graph
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        """The function's result, a tensor of its own."""
+        if any(inputs[name].shape != buffer.shape for name, buffer in self.inputs.items()):
+            return self.function(**inputs)
+        for name, buffer in self.inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        if self.graph is None:
+            return self.function(**self.inputs)
+        if self.output is None:
+            self._capture()
+        self.graph.replay()
+        return self.output.clone()
+
+    def _capture(self) -> None:
+        device = next(iter(self.inputs.values())).device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            leaving_no_trace(lambda: [self.function(**self.inputs) for _ in range(WARM_UPS)], self.state())
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(self.graph):  # records, and computes nothing
+            self.output = self.function(**self.inputs)
+
+
+def leaving_no_trace(function: Callable[[], object], state: Sequence[Tensor]) -> None:
+    """Calls the function, then puts back what it changed in the tensors of `state`."""
+    before = [tensor.detach().clone() for tensor in state]
+    function()
+    with torch.no_grad():
+        for tensor, kept in zip(state, before, strict=True):
+            tensor.copy_(kept)

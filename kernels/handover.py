@@ -1,0 +1,46 @@
+"""What the tangent sweep of a call leaves for its second backward sweep, so that one pass computes both.
+
+Autograd would have the two as separate terms of an adjoint, written and then added: for a mix, 9 passes over
+each candidate in place of 5. A call returns beside its outputs an empty tensor, its token, which its backward
+is given; the tangent sweep (the backward of that backward) returns a gradient for it. So autograd runs the
+second backward sweep of the call in every pass that ran its tangent sweep, and after it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from darts_fast.kernels.first_derivative import refuse_second_derivative
+
+
+class Handover:
+    """Of one call. What a pass left and did not take (it ended before) is not given to another."""
+
+    def __init__(self):
+        self._left: list[tuple[int, Any]] = []
+
+    def leave(self, what: Any) -> None:
+        self._left = [(torch._C._current_graph_task_id(), what), *self._of_this_pass()]
+
+    def take(self) -> list[Any]:
+        """What this pass left: one thing, or more where a graph has several backwards of one call."""
+        found, self._left = self._of_this_pass(), []
+        return [what for _, what in found]
+
+    def _of_this_pass(self) -> list[tuple[int, Any]]:
+        return [pair for pair in self._left if pair[0] == torch._C._current_graph_task_id()]
+
+
+class Last(torch.autograd.Function):
+    """`function()`, a tuple that depends on `tensors`: the end of what can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, function: Callable[[], tuple], *tensors: Tensor | None) -> tuple:
+        return function()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> None:
+        refuse_second_derivative("what a Hessian-vector product ends in")
