@@ -8,6 +8,7 @@ Tensors are float32 [N, C, H, W] in channels-last memory, what C++ sees as [n, h
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
@@ -22,42 +23,6 @@ from darts_fast.kernels.torch_backend import add as add  # a plain sum is nowher
 
 LEVELS = {4: "x86-64-v4", 3: "x86-64-v3", 0: "portable"}
 _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
-
-
-class _Source(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("x", "x_tangent", "mean", "r", "adjoint")),
-        *((name, c_int64) for name in ("batch", "n", "h", "w", "c")),
-    ]
-
-
-class _Task(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("source", "kernel", "stride", "dilation", "offset", "k")),
-        *((name, c_void_p) for name in ("d", "p", "d_tangent", "p_tangent", "y_adjoint")),
-        *((name, c_void_p) for name in ("y", "statistics", "d_gradient", "p_gradient")),
-    ]
-
-
-class _Pool(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("x", "maximum", "average", "position", "statistics", "adjoint")),
-        *((name, c_int64) for name in ("n", "h", "w", "c", "stride")),
-    ]
-
-
-class _Candidate(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("y", "mean", "r", "tangent", "adjoint")),
-        ("batch", c_int64),
-    ]
-
-
-class _Mix(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("candidates", "p", "g", "out", "sums", "p_gained")),
-        *((name, c_int64) for name in ("count", "m", "c")),
-    ]
 
 
 def _path(level: int) -> Path | None:
@@ -91,57 +56,77 @@ def _library() -> ctypes.CDLL:
     return library_of(level())
 
 
-class _Tensors:
-    """The tensors whose addresses C++ has during one call: they live as long as this does."""
+class _Rows:
+    """A table of C structures whose fields all are 8 bytes wide, addresses and whole numbers, in the order of
+    the C++ sources. It keeps the copies alive that it had to make, so it has to live until C++ returns.
+    (ctypes.Structure, field by field, took three times as long: a twentieth of a search step.)"""
 
     def __init__(self):
-        self.kept: list[Tensor] = []
+        self.values, self.copies = array("q"), []
 
-    def image(self, tensor: Tensor | None) -> int | None:
+    def image(self, tensor: Tensor | None) -> int:
         """The address of activations [N, C, H, W], in channels-last memory."""
         if tensor is None:
-            return None
-        if tensor.dtype is not torch.float32 or tensor.is_cuda:
+            return 0
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
             raise TypeError(
                 f"the native kernels take float32 on the CPU, not {tensor.dtype} on {tensor.device}"
             )
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-        self.kept.append(tensor)
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+            self.copies.append(tensor)
         return tensor.data_ptr()
 
-    def __call__(self, tensor: Tensor | None) -> int | None:
-        """The address of weights, their gradients or statistics, in the order of their dimensions."""
+    def vector(self, tensor: Tensor | None) -> int:
+        """The address of weights or statistics, in the order of their dimensions."""
         if tensor is None:
-            return None
-        tensor = tensor.contiguous()
-        self.kept.append(tensor)
+            return 0
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self.copies.append(tensor)
         return tensor.data_ptr()
+
+    def norm(self, norm: Normalizer | None) -> tuple[int, int, int]:
+        """Addresses of mean and r, and whether they are those of the batch."""
+        return (0, 0, 0) if norm is None else (self.vector(norm.mean), self.vector(norm.r), norm.batch)
+
+    def append(self, *fields: int) -> None:
+        self.values.extend(fields)
+
+    @property
+    def address(self) -> int:
+        return self.values.buffer_info()[0]
 
 
 def _image(n: int, c: int, h: int, w: int) -> Tensor:
     return torch.empty((n, c, h, w), dtype=torch.float32, memory_format=torch.channels_last)
 
 
-def _source(keep: _Tensors, x: Tensor, norm: Normalizer | None) -> _Source:
+def _source(rows: _Rows, x: Tensor, norm: Normalizer | None, xd: Tensor | None, adjoint: int) -> None:
     n, c, h, w = x.shape
-    found = _Source(x=keep.image(x), n=n, h=h, w=w, c=c)
-    if norm is not None:
-        found.mean, found.r, found.batch = keep(norm.mean), keep(norm.r), norm.batch
-    return found
+    mean, r, batch = rows.norm(norm)
+    rows.append(rows.image(x), rows.image(xd), mean, r, adjoint, batch, n, h, w, c)
 
 
-def _task(keep: _Tensors, task: Task, d: Tensor | None, p: Tensor) -> _Task:
+def _task(
+    rows: _Rows,
+    task: Task,
+    weights: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None] = (None, None),
+    y_adjoint: Tensor | None = None,
+    outputs: Sequence[int] = (0, 0, 0, 0),
+) -> None:
+    """weights: depthwise and pointwise; outputs: y or its tangent, statistics, gradients of the weights."""
+    source, stride, dilation, offset = task
+    d, p = weights
     kernel = 0 if d is None else d.shape[-1]
-    return _Task(*task[:1], kernel, *task[1:], p.shape[0], keep(d), keep(p))
+    rows.append(source, kernel, stride, dilation, offset, p.shape[0])
+    rows.append(*map(rows.vector, weights), *map(rows.vector, tangents), rows.image(y_adjoint), *outputs)
 
 
-def _sepconv(sweep: str, sources: list[_Source], tasks: list[_Task]) -> None:
+def _sepconv(sweep: str, sources: _Rows, n_sources: int, tasks: _Rows, n_tasks: int) -> None:
     getattr(_library(), f"darts_sepconv_{sweep}")(
-        (_Source * len(sources))(*sources),
-        len(sources),
-        (_Task * len(tasks))(*tasks),
-        len(tasks),
-        torch.get_num_threads(),
+        sources.address, n_sources, tasks.address, n_tasks, torch.get_num_threads()
     )
 
 
@@ -161,19 +146,19 @@ def sepconv_forward(
     Raises:
         ValueError: a single value a channel, which has no variance.
     """
-    keep = _Tensors()
-    in_c = [_source(keep, x, norm) for x, norm in zip(sources, normalizers, strict=True)]
-    outputs, table = [], []
+    inputs, table, outputs = _Rows(), _Rows(), []
+    for x, norm in zip(sources, normalizers, strict=True):
+        _source(inputs, x, norm, None, 0)
     statistics = torch.empty(len(tasks), 3, pointwise_weights[0].shape[0])
-    for index, (task, d, p) in enumerate(zip(tasks, depthwise_weights, pointwise_weights, strict=True)):
+    of_task, row = statistics.data_ptr(), statistics.stride(0) * statistics.itemsize
+    for task, d, p in zip(tasks, depthwise_weights, pointwise_weights, strict=True):
         n, _, h, w = sources[task.source].shape
         y = _image(n, p.shape[0], -(-h // task.stride), -(-w // task.stride))
         _refuse_one_value(y)
-        found = _task(keep, task, d, p)
-        found.y, found.statistics = keep.image(y), keep(statistics[index])
+        _task(table, task, (d, p), outputs=(y.data_ptr(), of_task, 0, 0))
+        of_task += row
         outputs.append(y)
-        table.append(found)
-    _sepconv("forward", in_c, table)
+    _sepconv("forward", inputs, len(sources), table, len(tasks))
     return outputs, statistics
 
 
@@ -192,26 +177,23 @@ def sepconv_backward(
     Args:
         adjoints: Y of each task, as y.
     """
-    keep = _Tensors()
-    found = [torch.empty_like(x, memory_format=torch.channels_last) for x in sources]
-    in_c = []
+    found = [_image(*x.shape) for x in sources]
+    inputs, table = _Rows(), _Rows()
     for x, norm, adjoint in zip(sources, normalizers, found, strict=True):
-        in_c.append(_source(keep, x, norm))
-        in_c[-1].adjoint = keep.image(adjoint)
-    table = []
+        _source(inputs, x, norm, None, adjoint.data_ptr())
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     for index, task in enumerate(tasks):
         d, p = depthwise_weights[index], pointwise_weights[index]
-        table.append(_task(keep, task, d, p))
-        table[-1].y_adjoint = keep.image(adjoints[index])
+        d_at = p_at = 0
         if weight_gradients:
             p_gradients[index] = torch.empty(p.shape)
-            table[-1].p_gradient = keep(p_gradients[index])
+            p_at = p_gradients[index].data_ptr()
             if d is not None:
                 d_gradients[index] = torch.empty(d.shape)
-                table[-1].d_gradient = keep(d_gradients[index])
-    _sepconv("backward", in_c, table)
+                d_at = d_gradients[index].data_ptr()
+        _task(table, task, (d, p), y_adjoint=adjoints[index], outputs=(0, 0, d_at, p_at))
+    _sepconv("backward", inputs, len(sources), table, len(tasks))
     return found, d_gradients, p_gradients
 
 
@@ -231,29 +213,27 @@ def sepconv_tangent(
 
         yd = P (D * ad + Dd * a) + Pd (D * a)      gained to A: Dd' * (P' Y) + D' * (Pd' Y)
     """
-    keep = _Tensors()
     weights_move = [False] * len(sources)  # a source has a task whose weights have a tangent
     for task, dd, pd in zip(tasks, depthwise_tangents, pointwise_tangents, strict=True):
         weights_move[task.source] |= dd is not None or pd is not None
-    in_c, gained = [], []
+    inputs, table = _Rows(), _Rows()
+    gained: list[Tensor] = []
+    bend: list[bool] = []  # whether it is zero otherwise
     for index, (x, norm, xd) in enumerate(zip(sources, normalizers, source_tangents, strict=True)):
         bends = norm is not None and norm.batch and xd is not None
-        adjoint = torch.empty_like(x, memory_format=torch.channels_last)
-        in_c.append(_source(keep, x, norm))
-        in_c[-1].x_tangent, in_c[-1].adjoint = keep.image(xd), keep.image(adjoint)
-        gained.append(adjoint if weights_move[index] or bends else None)
+        gained.append(_image(*x.shape))
+        _source(inputs, x, norm, xd, gained[-1].data_ptr())
+        bend.append(weights_move[index] or bends)
     outputs: list[Tensor | None] = []
-    table = []
     for index, task in enumerate(tasks):
         dd, pd = depthwise_tangents[index], pointwise_tangents[index]
-        table.append(_task(keep, task, depthwise_weights[index], pointwise_weights[index]))
-        table[-1].y_adjoint = keep.image(adjoints[index])
-        table[-1].d_tangent, table[-1].p_tangent = keep(dd), keep(pd)
         moves = any(t is not None for t in (dd, pd, source_tangents[task.source]))
         outputs.append(_image(*adjoints[index].shape) if moves else None)
-        table[-1].y = keep.image(outputs[-1])
-    _sepconv("tangent", in_c, table)
-    return outputs, gained
+        weights = depthwise_weights[index], pointwise_weights[index]
+        y_at = outputs[-1].data_ptr() if moves else 0
+        _task(table, task, weights, (dd, pd), adjoints[index], (y_at, 0, 0, 0))
+    _sepconv("tangent", inputs, len(sources), table, len(tasks))
+    return outputs, [adjoint if nonzero else None for adjoint, nonzero in zip(gained, bend, strict=True)]
 
 
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,61 +243,40 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     Raises:
         ValueError: a single value a channel, which has no variance.
     """
-    keep = _Tensors()
     n, c, h, w = x.shape
     maximum = _image(n, c, -(-h // stride), -(-w // stride))
     _refuse_one_value(maximum)
     average, statistics = torch.empty_like(maximum), torch.empty(2, 3, c)
     position = torch.empty_like(maximum, dtype=torch.uint8)
-    _pool(
-        "forward",
-        x.shape,
-        stride,
-        x=keep.image(x),
-        maximum=keep.image(maximum),
-        average=keep.image(average),
-        position=position.data_ptr(),
-        statistics=keep(statistics),
-    )
+    rows = _Rows()
+    outputs = (tensor.data_ptr() for tensor in (maximum, average, position, statistics))
+    rows.append(rows.image(x), *outputs, 0, n, h, w, c, stride)
+    _pool("forward", rows)
     return maximum, average, position, statistics
 
 
 def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, average: Tensor) -> Tensor:
     """The adjoint of x from those of the two pools. Of x only the shape is used."""
-    keep = _Tensors()
-    found = torch.empty_like(x, memory_format=torch.channels_last)
-    _pool(
-        "backward",
-        x.shape,
-        stride,
-        maximum=keep.image(maximum),
-        average=keep.image(average),
-        position=position.data_ptr(),
-        adjoint=keep.image(found),
-    )
+    n, c, h, w = x.shape
+    rows, found = _Rows(), _image(n, c, h, w)
+    pools = rows.image(maximum), rows.image(average), position.data_ptr()
+    rows.append(0, *pools, 0, found.data_ptr(), n, h, w, c, stride)
+    _pool("backward", rows)
     return found
 
 
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The tangents of the two pools: both are linear once the positions are held."""
-    keep = _Tensors()
-    maximum, average = _image(*position.shape), _image(*position.shape)
-    _pool(
-        "tangent",
-        xd.shape,
-        stride,
-        x=keep.image(xd),
-        maximum=keep.image(maximum),
-        average=keep.image(average),
-        position=position.data_ptr(),
-    )
+    n, c, h, w = xd.shape
+    rows, maximum, average = _Rows(), _image(*position.shape), _image(*position.shape)
+    outputs = (tensor.data_ptr() for tensor in (maximum, average, position))
+    rows.append(rows.image(xd), *outputs, 0, 0, n, h, w, c, stride)
+    _pool("tangent", rows)
     return maximum, average
 
 
-def _pool(sweep: str, shape: torch.Size, stride: int, **addresses: int) -> None:
-    n, c, h, w = shape
-    call = _Pool(**addresses, n=n, h=h, w=w, c=c, stride=stride)
-    getattr(_library(), f"darts_pool_{sweep}")(ctypes.byref(call), torch.get_num_threads())
+def _pool(sweep: str, rows: _Rows) -> None:
+    getattr(_library(), f"darts_pool_{sweep}")(rows.address, torch.get_num_threads())
 
 
 def _refuse_one_value(y: Tensor) -> None:
@@ -329,10 +288,10 @@ def _refuse_one_value(y: Tensor) -> None:
 
 def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
     """o = sum over k of p_k h_k, [N, C, H, W]; p [candidates], float32."""
-    keep = _Tensors()
-    table = _candidates(keep, candidates, normalizers)
-    out = _image(*candidates[0].shape)
-    _mix("forward", table, out, p=keep(p), out=keep.image(out))
+    table, out = _Rows(), _image(*candidates[0].shape)
+    for y, norm in zip(candidates, normalizers, strict=True):
+        _candidate(table, y, norm)
+    _mix("forward", table, len(candidates), p, out, out=out)
     return out
 
 
@@ -340,12 +299,11 @@ def mix_backward(
     candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor, g: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
-    keep = _Tensors()
-    table = _candidates(keep, candidates, normalizers)
-    adjoints, sums = [_image(*g.shape) for _ in candidates], torch.empty(len(table), g.shape[1])
-    for row, adjoint in zip(table, adjoints, strict=True):
-        row.adjoint = keep.image(adjoint)
-    _mix("backward", table, g, p=keep(p), g=keep.image(g), sums=keep(sums))
+    table, sums = _Rows(), torch.empty(len(candidates), g.shape[1])
+    adjoints = [_image(*g.shape) for _ in candidates]
+    for y, norm, adjoint in zip(candidates, normalizers, adjoints, strict=True):
+        _candidate(table, y, norm, None, adjoint)
+    _mix("backward", table, len(candidates), p, g, g=g, sums=sums)
     return adjoints, sums
 
 
@@ -364,41 +322,41 @@ def mix_tangent(
     `sums` is what `mix_backward` returned; the adjoints it returned are computed again from g, which all
     candidates share, rather than read.
     """
-    keep = _Tensors()
-    table = _candidates(keep, candidates, normalizers)
-    out, p_gained = _image(*g.shape), torch.empty_like(p)
+    table, out, p_gained = _Rows(), _image(*g.shape), torch.empty_like(p)
     gained: list[Tensor | None] = []
-    for row, norm, tangent in zip(table, normalizers, tangents, strict=True):
+    for y, norm, tangent in zip(candidates, normalizers, tangents, strict=True):
         bends = norm is not None and norm.batch and tangent is not None
         gained.append(_image(*g.shape) if bends else None)
-        row.tangent, row.adjoint = keep.image(tangent), keep.image(gained[-1])
-    _mix(
-        "tangent",
-        table,
-        g,
-        p=keep(p),
-        g=keep.image(g),
-        out=keep.image(out),
-        sums=keep(sums),
-        p_gained=keep(p_gained),
-    )
+        _candidate(table, y, norm, tangent, gained[-1])
+    _mix("tangent", table, len(candidates), p, g, g=g, out=out, sums=sums, p_gained=p_gained)
     return out, gained, p_gained
 
 
-def _candidates(
-    keep: _Tensors, candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None]
-) -> list[_Candidate]:
-    found = []
-    for y, norm in zip(candidates, normalizers, strict=True):
-        row = _Candidate(y=keep.image(y))
-        if norm is not None:
-            row.mean, row.r, row.batch = keep(norm.mean), keep(norm.r), norm.batch
-        found.append(row)
-    return found
+def _candidate(
+    rows: _Rows,
+    y: Tensor,
+    norm: Normalizer | None,
+    tangent: Tensor | None = None,
+    adjoint: Tensor | None = None,
+) -> None:
+    mean, r, batch = rows.norm(norm)
+    rows.append(
+        rows.image(y), mean, r, rows.image(tangent), 0 if adjoint is None else adjoint.data_ptr(), batch
+    )
 
 
-def _mix(sweep: str, table: list[_Candidate], like: Tensor, **addresses: int) -> None:
-    rows = (_Candidate * len(table))(*table)
-    c = like.shape[1]
-    call = _Mix(ctypes.addressof(rows), **addresses, count=len(table), m=like.numel() // c, c=c)
-    getattr(_library(), f"darts_mix_{sweep}")(ctypes.byref(call), torch.get_num_threads())
+def _mix(
+    sweep: str,
+    candidates: _Rows,
+    count: int,
+    p: Tensor,
+    like: Tensor,
+    g: Tensor | None = None,
+    out: Tensor | None = None,
+    sums: Tensor | None = None,
+    p_gained: Tensor | None = None,
+) -> None:
+    call, c = _Rows(), like.shape[1]
+    call.append(candidates.address, call.vector(p), call.image(g), call.image(out))
+    call.append(call.vector(sums), call.vector(p_gained), count, like.numel() // c, c)
+    getattr(_library(), f"darts_mix_{sweep}")(call.address, torch.get_num_threads())

@@ -25,9 +25,9 @@ struct Of {
     std::memcpy(p, &bytes, sizeof bytes);
   }
   static Int load(const uint8_t* p) {
-    Byte bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Int);
+    Int v;
+    UNROLL for (int l = 0; l < LANES; ++l) v[l] = p[l];  // one instruction; __builtin_convertvector made 66
+    return v;
   }
 };
 
@@ -139,7 +139,21 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
     for_channels(q.c, [&](auto zero, int64_t i) {
       using T = decltype(zero);
       using I = typename Of<T>::Int;
+      bool inner = q.stride == 1 && y >= 2 && y < q.h - 2;
       for (int64_t x = 0; x < q.w; ++x) {
+        float* into = q.adjoint + (row * q.w + x) * q.c + i;
+        if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
+          T of_maximum = {}, of_average = {};
+          UNROLL for (int dy = -1; dy <= 1; ++dy)
+            UNROLL for (int dx = -1; dx <= 1; ++dx) {
+              int64_t at = ((row + dy) * q.w + x + dx) * q.c + i;
+              I here = I{} + ((1 - dy) * 3 + 1 - dx);
+              of_maximum += Of<T>::load(q.position + at) == here ? load<T>(q.maximum + at) : T{};
+              of_average += load<T>(q.average + at);
+            }
+          store(into, of_maximum + of_average * (1.f / 9.f));
+          continue;
+        }
         Windows wx(x, q.stride, wo);
         T sum = {};
         for (int64_t oy = wy.from; oy < wy.to; ++oy)
@@ -150,7 +164,7 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
             int64_t count = Window(oy, q.stride, q.h).count() * Window(ox, q.stride, q.w).count();
             sum += load<T>(q.average + at) * (1.f / float(count));
           }
-        store(q.adjoint + (row * q.w + x) * q.c + i, sum);
+        store(into, sum);
       }
     });
   }

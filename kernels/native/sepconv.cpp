@@ -367,6 +367,23 @@ struct Norm {
   }
 };
 
+// One row of relu(h) of a block of channels, and of its tangent
+template <bool NORM, bool TANGENT>
+INLINE void rectify_row(const float* x, const float* xd, int64_t n, int64_t c, int count, V mean, V r, V xd_mean,
+                        V t, float* out, float* tangent) {
+  for (int64_t j = 0; j < n; ++j) {
+    V h = load_some(x + j * c, count);
+    if (NORM) h = (h - mean) * r;
+    V rectified = relu(h);
+    store(out + j * LANES, rectified);
+    if (TANGENT) {
+      V hd = load_some(xd + j * c, count);
+      if (NORM) hd = r * (hd - xd_mean - h * t);
+      store(tangent + j * LANES, masked(hd, rectified));
+    }
+  }
+}
+
 // relu(h) of one image, padded; and, where xd is given, its tangent behind it.
 void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image, bool tangent, float* a) {
   const float* x = s.x + image * s.h * s.w * s.c;
@@ -382,18 +399,18 @@ void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image,
     }
     for (int64_t y = 0; y < s.h; ++y) {
       float* out = a + b * in.block + in.at(y, 0);
-      for (int64_t j = 0; j < s.w; ++j) {
-        ptrdiff_t at = (y * s.w + j) * s.c + b * LANES;
-        V h = load_some(x + at, count);
-        if (norm.present) h = (h - mean) * r;
-        V rectified = relu(h);
-        store(out + j * LANES, rectified);
-        if (tangent) {
-          V hd = load_some(xd + at, count);
-          if (norm.present) hd = r * (hd - xd_mean - h * t);
-          store(out + in.image + j * LANES, masked(hd, rectified));
-        }
-      }
+      ptrdiff_t at = y * s.w * s.c + b * LANES;
+      auto row = [&](auto normalized, auto with_tangent) {
+        auto whole = [&](int lanes) {
+          rectify_row<normalized.value, with_tangent.value>(x + at, with_tangent.value ? xd + at : nullptr, s.w, s.c,
+                                                            lanes, mean, r, xd_mean, t, out, out + in.image);
+        };
+        count == LANES ? whole(LANES) : whole(count);
+      };
+      using Yes = std::true_type;
+      using No = std::false_type;
+      if (norm.present) tangent ? row(Yes{}, Yes{}) : row(Yes{}, No{});
+      else tangent ? row(No{}, Yes{}) : row(No{}, No{});
     }
   }
 }
