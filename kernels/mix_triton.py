@@ -116,11 +116,15 @@ def norm_sums_kernel(
     p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
+    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN
+    p_gained,  # [c blocks, entries]: positions times the sum over channels of u; written if GAIN
     p_counters,
     positions,
     splits,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
+    GAIN: tl.constexpr,  # with TANGENT: g is a mix's yd, weighed its G: also what dL/dp gains
+    BATCH: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -157,10 +161,24 @@ def norm_sums_kernel(
         tl.store(p_split + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
         tl.store(p_split + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
     if last_program(p_counters + i_entry * tl.num_programs(2) + tl.program_id(2), splits):
-        for i_sum in tl.static_range(4 if TANGENT else 2):
-            p_rows = p_partials + i_sum * stride + i_entry * splits * C
-            b_sum = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
-            tl.store(p_sums + (i_sum * entries + i_entry) * C + o_c, b_sum, mask=m_c)
+        p_rows = p_partials + i_entry * splits * C
+        p_found = p_sums + i_entry * C + o_c
+        b_0 = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
+        b_1 = sum_of_rows(p_rows + stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+        tl.store(p_found, b_0, mask=m_c)
+        tl.store(p_found + entries * C, b_1, mask=m_c)
+        if TANGENT:
+            b_2 = sum_of_rows(p_rows + 2 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+            b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+            tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
+            tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
+            if GAIN:
+                if BATCH:
+                    m_norm = m_c & (has_norm > 0)
+                    b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
+                    b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
+                p_u = p_gained + tl.program_id(2) * entries + i_entry
+                tl.store(p_u, tl.sum(tl.where(m_c, b_2 * b_r, 0.0), axis=0))
 
 
 @triton.jit
@@ -240,10 +258,8 @@ def mix_tangent_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
-    p_gh_sums,  # [candidates, C]: of G h
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
     p_out,  # [positions, C]: od
-    p_weights_gained,  # [c blocks, candidates]
     positions,
     NORMS: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
@@ -253,40 +269,24 @@ def mix_tangent_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    i_tile, i_c = tl.program_id(0), tl.program_id(1)
-    o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    stride = len(p_candidates) * C
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
-            b_weight = tl.load(p_weights + k)
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
-            p_sums_k = p_sums + k * C + o_c
-            b_u = tl.load(p_sums_k + 2 * stride, mask=m_c, other=0.0) / positions  # mean(G yd)
             b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
+                p_sums_k = p_sums + k * C + o_c
                 b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
-                b_t = tl.load(p_sums_k + stride, mask=m_c, other=0.0) / positions
-                b_mg = tl.load(p_sums_k + 3 * stride, mask=m_c, other=0.0) / positions
-                b_s = tl.load(p_gh_sums + k * C + o_c, mask=m_c, other=0.0) / positions
-                b_u = b_u - b_mg * b_md - b_s * b_t
+                b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) / positions
                 b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
-            b_total += b_hd * (b_r * b_weight)[None, :]
-            if k % 4 == 3:
-                # Loads are not moved up over it. Without, all of 28 candidates' were under way: 291 spills.
-                tl.debug_barrier()
-            if i_tile == 0:
-                p_gained = p_weights_gained + i_c * len(p_candidates) + k
-                tl.store(p_gained, tl.sum(b_u * b_r, axis=0) * positions)
-        else:
-            if i_tile == 0:
-                tl.store(p_weights_gained + i_c * len(p_candidates) + k, 0.0)
+            b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
     tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
 
 
@@ -402,10 +402,16 @@ def mix_tangent_forward(
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
-    p_gained = p.new_empty(blocks, len(candidates))
-    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, [g] * len(given)))
+    # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
+    gained = p.new_empty(triton.cdiv(y.shape[1], sizes["BLOCK_C"]), len(candidates))
+    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), (sums, gained))
+    gained = gained.view(-1) if len(gained) == 1 else gained.sum(0)
+    for k in range(len(candidates)):
+        if not has[k]:
+            gained[k].zero_()
+    left = _Left(g, sums, tangents, tangent_sums)
     for link in _links(spread):
-        link.tangent = left.tangent_sums
+        link.tangent = tangent_sums
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -416,15 +422,13 @@ def mix_tangent_forward(
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
-            "p_gh_sums": sums,
-            "p_sums": left.tangent_sums,
+            "p_sums": tangent_sums,
             "p_out": out,
-            "p_weights_gained": p_gained,
             "positions": _positions(y),
         },
         {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    return out, p_gained.view(-1) if blocks == 1 else p_gained.sum(0), left
+    return out, gained, left
 
 
 def mix_second(
@@ -529,8 +533,12 @@ def norm_sums(
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     weighed: Sequence[Tensor] | None = None,
+    gains: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C]."""
+    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
+
+    With `gains`, of a mix's tangents: the sums of weighed h [k, C], and [blocks of channels, k] where what
+    dL/dp gains is to be written."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
     sizes, (tiles, blocks) = _sizes(y)
@@ -550,11 +558,19 @@ def norm_sums(
             "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
+            "p_gh_sums": gains[0] if gains else sums,
+            "p_gained": gains[1] if gains else sums,
             "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
             "splits": splits,
         },
-        {"NORMS": table.norms, "TANGENT": weighed is not None, **sizes},
+        {
+            "NORMS": table.norms,
+            "TANGENT": weighed is not None,
+            "GAIN": gains is not None,
+            "BATCH": table.batch,
+            **sizes,
+        },
     )
     return sums
 
