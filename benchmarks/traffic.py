@@ -4,9 +4,7 @@
 
 The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view,
 or one of a Triton kernel as its launcher makes it; its bytes are those of the distinct elements of its tensor
-arguments and results. tests/test_benchmarks.py holds both counts against real runs. (In the fused weight step
-PyTorch clips tensor by tensor on meta, where on CPU and CUDA it takes fewer launches: that phase counts some
-too many.)
+arguments and results. tests/test_benchmarks.py holds both counts against real runs.
 """
 
 import argparse

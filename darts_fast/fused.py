@@ -20,11 +20,11 @@ CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_c
 
 class Candidate(NamedTuple):
     """A candidate's output before its batch norm, the statistics [3, C] it is to be normalised by, if any,
-    and whether `kernels.spread` hands it out."""
+    and whether `kernels.spread` hands it out, or by which link `kernels.sepconv` does."""
 
     y: Tensor
     statistics: Tensor | None
-    spread: bool = False
+    spread: bool | kernels.Link = False
 
 
 def kernels_on(like: Tensor) -> str:
@@ -136,15 +136,20 @@ class FusedCell(MixedCell):
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
         modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
-        found = dict(
-            zip(keys, self._halves([x], None, tasks, [m[:4] for m in modules.values()]), strict=True)
-        )
+        # A node's adjoint takes the batch norm of a convolution where that loads it, if the kernels can.
+        linked = self.training and kernels.second_backward_in_one(x)
+        links = [
+            kernels.Link() if linked and CANDIDATES[name].kind == "dil_conv" else None for _, name in keys
+        ]
+        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()], links if linked else [])
+        found = dict(zip(keys, first, strict=True))
         twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
         second = self._halves(
             [found[key].y for key in twice],
             [found[key].statistics for key in twice],
             [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
             [modules[key][4:] for key in twice],
+            [kernels.Link() for _ in twice] if linked else [],
         )
         found |= zip(twice, second, strict=True)
         return {edge: [found[edge, name] for name in CONVOLUTIONS] for edge in edges}
@@ -155,6 +160,7 @@ class FusedCell(MixedCell):
         statistics: list[Tensor] | None,
         tasks: list[Task],
         modules: list[list[nn.Module]],
+        links: list[kernels.Link | None],
     ) -> list[Candidate]:
         """Modules are ReLU, depthwise, pointwise, batch norm."""
         outputs, found = kernels.sepconv(
@@ -164,10 +170,11 @@ class FusedCell(MixedCell):
             [m[2].weight for m in modules],
             statistics,
             self.training,
+            links,
         )
         return [
-            Candidate(y, self._statistics(m[3], y, s))
-            for y, s, m in zip(outputs, found, modules, strict=True)
+            Candidate(y, self._statistics(m[3], y, s), link or False)
+            for y, s, m, link in zip(outputs, found, modules, links or [None] * len(modules), strict=True)
         ]
 
     def _factorized_reduce(self, module: FactorizedReduce, x: Tensor) -> Candidate:

@@ -16,6 +16,7 @@ forward and the second backward sweep of docs/mathematics.md, without weight gra
 
 from darts_fast.kernels.backends import pools_normalized_once, second_backward_in_one, used
 from darts_fast.kernels.concatenate import concatenate
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix import mix
 from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.pool import pool
@@ -25,6 +26,7 @@ from darts_fast.kernels.spread import spread
 from darts_fast.kernels.torch_backend import Task
 
 __all__ = [
+    "Link",
     "Task",
     "concatenate",
     "mix",

@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from darts_fast.kernels import triton_backend
+from darts_fast.kernels.handover import Link
+from darts_fast.kernels.sepconv import Own
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.triton_launch import Launch, observed
 
@@ -58,8 +60,11 @@ def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
                     _sepconv([_image(dtype, channels, 2 * size)], halved, [None, None], c // 2)
             for stride in (1, 2) if c > 16 else (1,):
                 _pool(_image(dtype, c, size * stride), stride)
-            for nodes in (0,) if quick else (0, 2, 3, 4, 5):
-                _mix(dtype, c, size, nodes)
+            for into in (0,) if quick else (0, 2, 3, 4, 5):
+                _mix(dtype, c, size, into)
+            for count in edges:
+                for skip in (True, False) if c > 16 else (True,):
+                    _spread(dtype, c, size, count, skip)
     unique = {}
     for planned in found:
         unique.setdefault(
@@ -78,7 +83,10 @@ def _normalizer(dtype: torch.dtype, c: int) -> Normalizer:
 
 def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int) -> None:
     tasks = [Task(0, stride, dilation) for dilation in (1, 1, 2, 2)] * edges
-    _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c)
+    nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]
+    # The dilated ones go to a mix, the separable ones to their second halves.
+    by_task = [count for node in nodes for count in (0, 0, node, node)]
+    _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c, None, by_task)
     if stride == 1:
         count = 2 * edges
         _sepconv(
@@ -87,6 +95,7 @@ def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int
             [3, 5] * edges,
             c,
             [_normalizer(dtype, c) for _ in range(count)],
+            [node for node in nodes for _ in range(2)],
         )
 
 
@@ -96,15 +105,25 @@ def _sepconv(
     kernels: list[int | None],
     k: int,
     norms: list[Normalizer] | None = None,
+    nodes: list[int] | None = None,
 ) -> None:
+    """`nodes`: how many candidates the node has that each output goes to by a link; 0: it has no link."""
     c, wide = sources[0].shape[1], torch.promote_types(sources[0].dtype, torch.float32)
     depthwise = [None if s is None else torch.empty(c, 1, s, s, dtype=wide) for s in kernels]
     pointwise = [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
     arguments = sources, norms or [None] * len(sources), tasks, depthwise, pointwise
-    adjoints, _ = triton_backend.sepconv_forward(*arguments)
+    adjoints, statistics = triton_backend.sepconv_forward(*arguments)
+    owns = []
+    for i, (y, found, candidates) in enumerate(zip(adjoints, statistics, nodes or [], strict=bool(nodes))):
+        link = Link()
+        link.weights, link.index = found.new_empty(candidates), i
+        link.tangent, link.second = found.new_empty(4, candidates, k), found.new_empty(2, candidates, k)
+        owns.append(Own(y, *found.unbind(), link, link.second) if candidates else None)
     for weight_gradients in (True, False):
-        triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients)
-    yd, left = triton_backend.sepconv_tangent_forward(*arguments, adjoints, sources, depthwise, pointwise)
+        triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients, owns)
+    yd, left = triton_backend.sepconv_tangent_forward(
+        *arguments, adjoints, sources, depthwise, pointwise, owns
+    )
     triton_backend.sepconv_second(*arguments, yd, left)
 
 
@@ -117,15 +136,27 @@ def _pool(x: Tensor, stride: int) -> None:
 def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
     """A node with so many edges; 0: one candidate, which is batch norm."""
     y = [_image(dtype, c, size) for _ in range(7 * edges or 1)]
-    # Pools arrive normalised, as does the skip: see `fused.FusedCell`.
-    norms = [None if edges and i % 7 < 3 else _normalizer(dtype, c) for i in range(len(y))]
+    # Only the stride-1 skip has no batch norm.
+    norms = [None if i % 7 == 2 else _normalizer(dtype, c) for i in range(len(y))]
     p = torch.empty(len(y), dtype=torch.promote_types(dtype, torch.float32))
     g = triton_backend.mix_forward(y, norms, p)
-    _, sums = triton_backend.mix_backward(y, norms, p, g)
+    # In a node of a reduction cell the skips of the first two edges take their adjoint here, else none does.
+    spread = [edges > 0 and not (i % 7 == 2 and i < 14) for i in range(len(y))]
+    _, sums = triton_backend.mix_backward(y, norms, p, g, spread)
     *_, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
-    triton_backend.mix_second(y, norms, p, g, left)
+    triton_backend.mix_second(y, norms, p, g, left, spread)
     if edges > 1:
         triton_backend.add(y[:edges])
+
+
+def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> None:
+    y = [_image(dtype, c, size) for _ in range(2 + skip)]
+    norms = [_normalizer(dtype, c), _normalizer(dtype, c), *[None] * skip]
+    weights = torch.empty(14, 8, dtype=torch.promote_types(dtype, torch.float32))
+    places = tuple(8 * edge + 1 + i for edge in range(edges) for i in range(len(y)))
+    adjoints = [g for g in [_image(dtype, c, size) for _ in range(edges)] for _ in y]
+    _, total, sums = triton_backend.spread_backward(y, norms, weights, places, adjoints)
+    triton_backend.spread_second(y, norms, weights, places, adjoints, total, sums, y)
 
 
 # Compilation

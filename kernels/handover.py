@@ -34,6 +34,22 @@ class Handover:
         return [pair for pair in self._left if pair[0] == torch._C._current_graph_task_id()]
 
 
+class Link:
+    """Between an output of `sepconv` and the one `mix` that reads it. The mix gives the node's adjoint G as
+    it is, and `sepconv` takes p B(G) of it where it loads it: no adjoint of a candidate is written. Here the
+    mix leaves the per-channel sums that B needs, in the very pass in which it hands on G.
+
+    `weights` holds p at `index`; `first`, `tangent` and `second` are [2 or 4, candidates, C], see the
+    backend.
+    """
+
+    weights: Tensor
+    index: int
+    first: Tensor | None = None
+    tangent: Tensor | None = None
+    second: Tensor | None = None
+
+
 class Last(torch.autograd.Function):
     """`function()`, a tuple that depends on `tensors`: the end of what can be differentiated."""
 

@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.backends import backend, second_backward_in_one
 from darts_fast.kernels.first_derivative import refuse_second_derivative
-from darts_fast.kernels.handover import Handover, Last
+from darts_fast.kernels.handover import Handover, Last, Link
 from darts_fast.kernels.torch_backend import Normalizer
 
 
@@ -17,7 +17,7 @@ def mix(
     statistics: Sequence[Tensor | None],
     weights: Tensor,
     batch_statistics: bool = True,
-    spread: Sequence[bool] = (),
+    spread: Sequence[bool | Link] = (),
 ) -> Tensor:
     """o = sum over k of p_k h_k, with h_k = (y_k - mean_k) / sqrt(variance_k + 1e-5), or y_k as it is.
 
@@ -32,7 +32,8 @@ def mix(
         weights: p [candidates], float64 for float64 candidates, else float32.
         batch_statistics: that the statistics are those of the candidates themselves, so that the derivative
             is batch norm's in training; else they are constants.
-        spread: which candidates come from `spread`, and are given o's adjoint as it is; (): none.
+        spread: which candidates come from `spread`, or by which `Link` from `sepconv`, and are given o's
+            adjoint as it is; (): none.
 
     Returns:
         o [N, C, H, W], channels-last, in the candidates' dtype.
@@ -50,11 +51,14 @@ class _Mix(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
-        spread: tuple[bool, ...],
+        spread: tuple[bool | Link, ...],
         weights: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.batch, ctx.spread, ctx.handover = batch, spread, Handover()
+        for k, link in enumerate(spread):
+            if isinstance(link, Link):
+                link.weights, link.index = weights.detach(), k
         ctx.set_materialize_grads(False)
         token = weights.new_empty(0)
         ctx.save_for_backward(*statistics, weights, *candidates, token)
@@ -100,7 +104,7 @@ class _MixBackward(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
-        spread: tuple[bool, ...],
+        spread: tuple[bool | Link, ...],
         weights_wanted: bool,
         handover: Handover,
         token: Tensor,
@@ -110,7 +114,7 @@ class _MixBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         norms = _normalizers(statistics, batch)
         adjoints, sums = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
-        ctx.batch, ctx.handover, ctx.n = batch, handover, len(candidates)
+        ctx.batch, ctx.spread, ctx.handover, ctx.n = batch, spread, handover, len(candidates)
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
         ctx.save_for_backward(*statistics, *candidates, weights, g, sums, *kept)
@@ -128,7 +132,7 @@ class _MixBackward(torch.autograd.Function):
         weights, g, sums, *adjoints = saved[2 * n :]
         if second_backward_in_one(g):
             output, weights_gained, left = backend(g).mix_tangent_forward(
-                candidates, norms, weights, g, sums, tangents
+                candidates, norms, weights, g, sums, tangents, *_given(ctx.spread)
             )
             ctx.handover.leave(left)
             return None, None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
@@ -138,7 +142,7 @@ class _MixBackward(torch.autograd.Function):
         return None, None, None, None, None, None, weights_gained, output, *gained
 
 
-def _given(spread: tuple[bool, ...]) -> list[tuple[bool, ...]]:
+def _given(spread: tuple[bool | Link, ...]) -> list[tuple[bool | Link, ...]]:
     """The argument of the backends that know of `spread`."""
     return [spread] if any(spread) else []
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -115,11 +116,15 @@ def norm_sums_kernel(
     p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
+    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN
+    p_gained,  # [c blocks, entries]: positions times the sum over channels of u; written if GAIN
     p_counters,
     positions,
     splits,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
+    GAIN: tl.constexpr,  # with TANGENT: g is a mix's yd, weighed its G: also what dL/dp gains
+    BATCH: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -156,10 +161,24 @@ def norm_sums_kernel(
         tl.store(p_split + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
         tl.store(p_split + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
     if last_program(p_counters + i_entry * tl.num_programs(2) + tl.program_id(2), splits):
-        for i_sum in tl.static_range(4 if TANGENT else 2):
-            p_rows = p_partials + i_sum * stride + i_entry * splits * C
-            b_sum = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
-            tl.store(p_sums + (i_sum * entries + i_entry) * C + o_c, b_sum, mask=m_c)
+        p_rows = p_partials + i_entry * splits * C
+        p_found = p_sums + i_entry * C + o_c
+        b_0 = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
+        b_1 = sum_of_rows(p_rows + stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+        tl.store(p_found, b_0, mask=m_c)
+        tl.store(p_found + entries * C, b_1, mask=m_c)
+        if TANGENT:
+            b_2 = sum_of_rows(p_rows + 2 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+            b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
+            tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
+            tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
+            if GAIN:
+                if BATCH:
+                    m_norm = m_c & (has_norm > 0)
+                    b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
+                    b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
+                p_u = p_gained + tl.program_id(2) * entries + i_entry
+                tl.store(p_u, tl.sum(tl.where(m_c, b_2 * b_r, 0.0), axis=0))
 
 
 @triton.jit
@@ -239,10 +258,8 @@ def mix_tangent_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
-    p_gh_sums,  # [candidates, C]: of G h
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
     p_out,  # [positions, C]: od
-    p_weights_gained,  # [c blocks, candidates]
     positions,
     NORMS: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
@@ -252,37 +269,24 @@ def mix_tangent_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    i_tile, i_c = tl.program_id(0), tl.program_id(1)
-    o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    stride = len(p_candidates) * C
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
-            b_weight = tl.load(p_weights + k)
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
-            p_sums_k = p_sums + k * C + o_c
-            b_u = tl.load(p_sums_k + 2 * stride, mask=m_c, other=0.0) / positions  # mean(G yd)
             b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
+                p_sums_k = p_sums + k * C + o_c
                 b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
-                b_t = tl.load(p_sums_k + stride, mask=m_c, other=0.0) / positions
-                b_mg = tl.load(p_sums_k + 3 * stride, mask=m_c, other=0.0) / positions
-                b_s = tl.load(p_gh_sums + k * C + o_c, mask=m_c, other=0.0) / positions
-                b_u = b_u - b_mg * b_md - b_s * b_t
+                b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) / positions
                 b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
-            b_total += b_hd * (b_r * b_weight)[None, :]
-            if i_tile == 0:
-                p_gained = p_weights_gained + i_c * len(p_candidates) + k
-                tl.store(p_gained, tl.sum(b_u * b_r, axis=0) * positions)
-        else:
-            if i_tile == 0:
-                tl.store(p_weights_gained + i_c * len(p_candidates) + k, 0.0)
+            b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
     tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
 
 
@@ -328,12 +332,18 @@ def mix_backward(
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    spread: Sequence[bool] = (),
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
     [candidates, C]."""
     sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    for link in _links(spread):
+        link.first = sums
     return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+
+
+def _links(spread: Sequence[bool | Link]) -> list[Link]:
+    return [link for link in spread if isinstance(link, Link)]
 
 
 def _of_candidates(
@@ -342,11 +352,13 @@ def _of_candidates(
     p: Tensor,
     g: Tensor,
     sums: Tensor,
-    spread: Sequence[bool],
+    spread: Sequence[bool | Link],
     left: "_Left | None" = None,
 ) -> list[Tensor]:
     """The adjoint of every candidate, or with `left` the second one."""
     own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    if not own:
+        return [g] * len(candidates)
     found = norm_backward(
         [g] * len(own),
         [candidates[k] for k in own],
@@ -378,6 +390,7 @@ def mix_tangent_forward(
     g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[Tensor, Tensor, _Left]:
     """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
     that is None is zero."""
@@ -389,8 +402,16 @@ def mix_tangent_forward(
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, (tiles, blocks) = _sizes(y, unrolled=True)
-    p_gained = p.new_empty(blocks, len(candidates))
-    left = _Left(g, sums, tangents, norm_sums(given, candidates, normalizers, [g] * len(given)))
+    # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
+    gained = p.new_empty(triton.cdiv(y.shape[1], sizes["BLOCK_C"]), len(candidates))
+    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), (sums, gained))
+    gained = gained.view(-1) if len(gained) == 1 else gained.sum(0)
+    for k in range(len(candidates)):
+        if not has[k]:
+            gained[k].zero_()
+    left = _Left(g, sums, tangents, tangent_sums)
+    for link in _links(spread):
+        link.tangent = tangent_sums
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -401,15 +422,13 @@ def mix_tangent_forward(
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
-            "p_gh_sums": sums,
-            "p_sums": left.tangent_sums,
+            "p_sums": tangent_sums,
             "p_out": out,
-            "p_weights_gained": p_gained,
             "positions": _positions(y),
         },
         {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    return out, p_gained.view(-1) if blocks == 1 else p_gained.sum(0), left
+    return out, gained, left
 
 
 def mix_second(
@@ -418,11 +437,13 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _Left,
-    spread: Sequence[bool] = (),
+    spread: Sequence[bool | Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
     [candidates, C]; g is the node's."""
     sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    for link in _links(spread):
+        link.second = sums
     return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
 
 
@@ -432,12 +453,14 @@ def spread_backward(
     weights: Tensor,
     places: Sequence[int],
     adjoints: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor]:
-    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and G [tensors, N, C, H, W].
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` G
+    [tensors, N, C, H, W] and the sums of G and G h [2, normalised tensors, C].
 
     `places` and `adjoints` are by reader, then by tensor."""
     total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total), total
+    found, sums = _through_norms(tensors, normalizers, total)
+    return found, total, total if sums is None else sums
 
 
 def spread_second(
@@ -447,11 +470,12 @@ def spread_second(
     places: Sequence[int],
     adjoints: Sequence[Tensor],
     first: Tensor,
+    first_sums: Tensor,
     tangents: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
     total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total, first, tangents)
+    return _through_norms(tensors, normalizers, total, first, first_sums, tangents)[0]
 
 
 def _launch_spread(
@@ -479,13 +503,15 @@ def _through_norms(
     normalizers: Sequence[Normalizer | None],
     total: Tensor,
     first: Tensor | None = None,
+    first_sums: Tensor | None = None,
     tangents: Sequence[Tensor | None] = (),
-) -> list[Tensor]:
-    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there. And the
+    sums of total and total h, if any has."""
     found = list(total.unbind())
     normed = [c for c, norm in enumerate(normalizers) if norm is not None]
     if not normed:
-        return found
+        return found, None
     gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
     norms = [normalizers[c] for c in normed]
     sums = norm_sums(gs, ys, norms)
@@ -495,11 +521,11 @@ def _through_norms(
         firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
         yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
         given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
-        yd_sums, first_sums = norm_sums(given, ys, norms, firsts), norm_sums(firsts, ys, norms)[1]
-        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums))
+        yd_sums = norm_sums(given, ys, norms, firsts)
+        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums[1]))
     for c, adjoint in zip(normed, adjoints, strict=True):
         found[c] = adjoint
-    return found
+    return found, sums
 
 
 def norm_sums(
@@ -507,8 +533,12 @@ def norm_sums(
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     weighed: Sequence[Tensor] | None = None,
+    gains: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C]."""
+    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
+
+    With `gains`, of a mix's tangents: the sums of weighed h [k, C], and [blocks of channels, k] where what
+    dL/dp gains is to be written."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
     sizes, (tiles, blocks) = _sizes(y)
@@ -528,11 +558,19 @@ def norm_sums(
             "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
+            "p_gh_sums": gains[0] if gains else sums,
+            "p_gained": gains[1] if gains else sums,
             "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
             "splits": splits,
         },
-        {"NORMS": table.norms, "TANGENT": weighed is not None, **sizes},
+        {
+            "NORMS": table.norms,
+            "TANGENT": weighed is not None,
+            "GAIN": gains is not None,
+            "BATCH": table.batch,
+            **sizes,
+        },
     )
     return sums
 

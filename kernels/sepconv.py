@@ -1,6 +1,7 @@
 """Halves of separable convolutions: [batch norm] -> ReLU -> depthwise -> pointwise."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.backends import backend, second_backward_in_one
 from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
-from darts_fast.kernels.handover import Handover, Last
+from darts_fast.kernels.handover import Handover, Last, Link
 from darts_fast.kernels.torch_backend import Normalizer, Task
 
 
@@ -19,6 +20,7 @@ def sepconv(
     pointwise: Sequence[Tensor],
     statistics: Sequence[Tensor] | None = None,
     batch_statistics: bool = True,
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """y_t = P_t (D_t * relu(h)) for every task t; h is source number `task.source`, or its batch norm.
 
@@ -35,6 +37,9 @@ def sepconv(
             it by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
         batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
             batch norm's in training; else they are constants.
+        links: for each task, by which link a mix reads its output, normalised by the statistics returned
+            here; None: it is read as any tensor is. (): no task has one. Only where
+            `backends.second_backward_in_one` says so.
 
     Returns:
         y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype;
@@ -52,8 +57,21 @@ def sepconv(
     weights = differentiable_once([*depthwise, *pointwise])
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
     given = None if statistics is None else tuple(statistics)
-    *outputs, found, _ = _SepConv.apply(tuple(tasks), batch_statistics, given, *sources, *weights)
+    *outputs, found, _ = _SepConv.apply(
+        tuple(tasks), batch_statistics, given, tuple(links), *sources, *weights
+    )
     return outputs, found
+
+
+class Own(NamedTuple):
+    """Of an output with a link: what its batch norm is taken of and by, and the sums of the first sweep."""
+
+    y: Tensor
+    mean: Tensor
+    variance: Tensor
+    r: Tensor
+    link: Link
+    first: Tensor  # [2, candidates, C]: of G, G h
 
 
 class _SepConv(torch.autograd.Function):
@@ -65,23 +83,32 @@ class _SepConv(torch.autograd.Function):
         tasks: tuple[Task, ...],
         batch: bool,
         statistics: tuple[Tensor, ...] | None,
+        links: tuple[Link | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.tasks, ctx.batch, ctx.handover = tasks, batch, Handover()
         ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
         token = tensors[0].new_empty(0)
-        ctx.statistics = statistics
-        ctx.save_for_backward(*tensors, token)
         outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
         ctx.mark_non_differentiable(found)
-        ctx.shape = outputs[0].shape
+        ctx.statistics, ctx.links, ctx.shape = statistics, links, outputs[0].shape
+        ctx.found = found if links else None
+        ctx.save_for_backward(*tensors, token, *(outputs if links else ()))
         return *outputs, found, token
 
     @staticmethod
     def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, token = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(ctx.tasks)
+        saved, outputs = (saved[:-count], saved[-count:]) if ctx.links else (saved, ())
+        *tensors, token = saved
         adjoints, left = adjoints[:-2], ctx.handover.take()
         if not left:
+            owns = [
+                link and Own(y.detach(), *found.unbind(), link, link.first)
+                for link, y, found in zip(ctx.links, outputs, ctx.found if ctx.links else (), strict=True)
+            ]
+            if any(own and y is None for own, y in zip(owns, adjoints, strict=bool(owns))):
+                raise RuntimeError("an output with a link has no adjoint: no mix was given it")
             adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints]
             found = _SepConvBackward.apply(
                 ctx.tasks,
@@ -89,11 +116,12 @@ class _SepConv(torch.autograd.Function):
                 weights_wanted(ctx),
                 ctx.handover,
                 ctx.statistics,
+                owns,
                 token,
                 *tensors,
                 *adjoints,
             )
-            return None, None, None, *found
+            return None, None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
             arguments = _arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors)
@@ -102,7 +130,7 @@ class _SepConv(torch.autograd.Function):
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
-        return None, None, None, *Last.apply(second, *tensors, *adjoints)
+        return None, None, None, None, *Last.apply(second, *tensors, *adjoints)
 
 
 class _SepConvBackward(torch.autograd.Function):
@@ -116,16 +144,20 @@ class _SepConvBackward(torch.autograd.Function):
         weight_gradients: bool,
         handover: Handover,
         statistics: tuple[Tensor, ...] | None,
+        owns: list["Own | None"],
         token: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.tasks, ctx.batch, ctx.handover = tasks, batch, handover
         ctx.set_materialize_grads(False)
-        ctx.statistics = statistics
+        ctx.statistics, ctx.owns = statistics, owns
         ctx.save_for_backward(*tensors)
         tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
         sources, d, p = backend(adjoints[0]).sepconv_backward(
-            *_arguments(tasks, batch, statistics, tensors), adjoints, weight_gradients
+            *_arguments(tasks, batch, statistics, tensors),
+            adjoints,
+            weight_gradients,
+            *([owns] if owns else []),
         )
         return *sources, *d, *p
 
@@ -145,13 +177,13 @@ class _SepConvBackward(torch.autograd.Function):
             tangents[-n:],
         )
         if second_backward_in_one(adjoints[0]):
-            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given)
+            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given, ctx.owns)
             ctx.handover.leave(left)
             token, sources = adjoints[0].new_empty(0), [None] * (len(tensors) - 2 * n)
         else:
             outputs, sources = backend(adjoints[0]).sepconv_tangent(*given)
             token = None
-        return None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
+        return None, None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
 
 
 def _arguments(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from darts_fast.kernels.mix_triton import norm_backward, norm_sums
+from darts_fast.kernels.sepconv import Own
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -179,8 +180,16 @@ def sepconv_bwd_pointwise_kernel(
     p_depthwise,
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
-    p_adjoints,  # tuple of Y [N, HO, WO, K]
-    p_seconds,  # tuple of Yd; read if TANGENT
+    p_adjoints,  # tuple of Y [N, HO, WO, K]; where LINKED of G, and Y = p B(G)
+    p_seconds,  # tuple of Yd; where LINKED of Gd; read if TANGENT
+    p_own,  # tuple of y; this and the next four are read where LINKED
+    p_own_means,  # tuple of [K]; so is the next
+    p_own_rs,
+    p_mix_weights,  # tuple of [candidates]
+    p_first_sums,  # tuple of [2, candidates, K]: of G, G h
+    p_own_d,  # tuple of yd; this and the next two are read where LINKED if TANGENT
+    p_own_d_sums,  # tuple of [4, candidates, K]: of yd, yd h, yd G, G
+    p_second_sums,  # tuple of [2, candidates, K]: of Gd, Gd h
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
     p_partials,  # [tasks, splits, K * C + C * TAPS]: dP, dD; written if WEIGHTS
     positions,  # N * HO * WO
@@ -192,6 +201,9 @@ def sepconv_bwd_pointwise_kernel(
     HAS_D: tl.constexpr,
     HAS_PD: tl.constexpr,
     HAS_YD: tl.constexpr,
+    LINKED: tl.constexpr,  # which tasks' outputs a mix reads by a link; empty: none
+    PLACES: tl.constexpr,  # where among the mix's candidates
+    CANDIDATES: tl.constexpr,  # how many it has
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
@@ -233,18 +245,51 @@ def sepconv_bwd_pointwise_kernel(
         o_tap = tl.arange(0, BLOCK_TAPS)
         b_dp = tl.zeros([BLOCK_K, BLOCK_C], ACC)
         b_dd = tl.zeros([BLOCK_TAPS, BLOCK_C], ACC)
+    if len(LINKED) > 0:
+        m_link = m_k & (pick(LINKED, i_task) > 0)
+        i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * K
+        o_sum = i_place * K + o_k
+        b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_link, other=0.0)
+        b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_link, other=1.0)
+        b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_link, other=1.0)
+        b_scale = b_weight * b_own_r  # p r, [BLOCK_K]
+        p_sums_1 = pick(p_first_sums, i_task)
+        b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_link, other=0.0) / positions
+        b_s = tl.load(p_sums_1 + size + o_sum, mask=m_link, other=0.0) / positions
+        if TANGENT:
+            p_sums_d, p_sums_2 = pick(p_own_d_sums, i_task), pick(p_second_sums, i_task)
+            b_md = tl.load(p_sums_d + o_sum, mask=m_link, other=0.0) / positions
+            b_td = tl.load(p_sums_d + size + o_sum, mask=m_link, other=0.0) / positions
+            b_u = tl.load(p_sums_d + 2 * size + o_sum, mask=m_link, other=0.0) / positions
+            b_u = b_own_r * (b_u - b_g_mean * b_md - b_s * b_td)
+            b_gd_mean = tl.load(p_sums_2 + o_sum, mask=m_link, other=0.0) / positions
+            b_sd = tl.load(p_sums_2 + size + o_sum, mask=m_link, other=0.0) / positions
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
         o_in_y = i_first * Y_ROW + (o_t[:, None] * Y_ROW + o_k[None, :])
-        b_y = tl.load(p_y + o_in_y, mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
+        m_y = m_p[:, None] & m_k[None, :]
+        b_y = tl.load(p_y + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
+        if TANGENT:
+            m_yd = m_y & (pick(HAS_YD, i_task) > 0)
+            b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
+        if len(LINKED) > 0:
+            m_own = m_p[:, None] & m_link[None, :]
+            b_h = tl.load(pick(p_own, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+            b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
+            b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
+            b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
+            if TANGENT:
+                b_hd = tl.load(pick(p_own_d, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+                b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_own_r[None, :]
+                b_yd = b_yd.to(ACC) - b_gd_mean[None, :] - b_h * (b_sd + b_u)[None, :]
+                b_yd -= b_inner * (b_own_r * b_td)[None, :] + b_hd * b_s[None, :]
+                b_yd = tl.where(m_y, b_yd * b_scale[None, :], 0.0)
         b_z = dot(b_y.to(element), b_p.to(element), ACC)  # [BLOCK_P, BLOCK_C]
         p_out = p_z + (tl.cast(i_task, tl.int64) * positions + i_first) * C
         o_out = o_t[:, None] * C + o_c[None, :]
         m_out = m_p[:, None] & m_c[None, :]
         if TANGENT:
-            m_yd = m_p[:, None] & m_k[None, :] & (pick(HAS_YD, i_task) > 0)
-            b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
             b_zd = dot(b_yd.to(element), b_p.to(element), ACC) + dot(b_y.to(element), b_pd.to(element), ACC)
         if DIRECT:
             b_found = b_z
@@ -520,10 +565,11 @@ def sepconv_backward(
     pointwise_weights: Sequence[Tensor],
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
+    owns: Sequence[Own | None] = (),
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """The adjoint of every source, and the gradients of the weights: None where they are not asked for."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    z, sums = _launch_pointwise(call, adjoints, weight_gradients)
+    z, sums = _launch_pointwise(call, adjoints, weight_gradients, owns)
     found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
@@ -540,6 +586,8 @@ class _Left(NamedTuple):
 
     adjoints: Sequence[Tensor]
     tangents: "_Tangents"
+    outputs: Sequence[Tensor]  # yd
+    owns: Sequence[Own | None]
 
 
 def sepconv_tangent_forward(
@@ -552,13 +600,14 @@ def sepconv_tangent_forward(
     source_tangents: Sequence[Tensor | None],
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
+    owns: Sequence[Own | None] = (),
 ) -> tuple[list[Tensor], _Left]:
     """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents)
     y = images(len(tasks), call.out_shape, sources[0].dtype, sources[0].device)
     _launch_forward(call, y, None, tangents)
-    return list(y.unbind()), _Left(adjoints, tangents)
+    return list(y.unbind()), _Left(adjoints, tangents, y.unbind(), owns)
 
 
 def sepconv_second(
@@ -572,7 +621,7 @@ def sepconv_second(
 ) -> list[Tensor]:
     """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero)."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    z, _ = _launch_pointwise(call, left.adjoints, False, left.tangents, adjoints)
+    z, _ = _launch_pointwise(call, left.adjoints, False, left.owns, left, adjoints)
     return list(z[0].unbind()) if call.direct() else _launch_backward(call, z, left.tangents)
 
 
@@ -669,12 +718,14 @@ def _launch_pointwise(
     call: _Call,
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
-    tangents: _Tangents | None = None,
+    owns: Sequence[Own | None] = (),
+    left: _Left | None = None,
     seconds: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Z, and with tangents and second adjoints Zd: [1 or 2, tasks, N, C, HO, WO]; and the tasks' dP and dD,
     flat, if wanted."""
     table = Table.of(call.normalizers, call.sources)
+    tangents = left.tangents if left else None
     x, count = call.sources[0], len(call.tasks)
     n, k, out_height, out_width = call.out_shape
     c, dtype = x.shape[1], accumulator(x.dtype)
@@ -713,6 +764,7 @@ def _launch_pointwise(
             "p_pointwise_d": tangents.pointwise if tangents else call.pointwise,
             "p_adjoints": adjoints,
             "p_seconds": seconds,
+            **_own_arguments(owns, adjoints, left),
             "p_z": z,
             "p_partials": z if partials is None else partials,
             "positions": call.positions(),
@@ -723,6 +775,9 @@ def _launch_pointwise(
             **call.geometry(),
             "HAS_PD": tangents.has_pointwise if tangents else (0,) * count,
             "HAS_YD": has_seconds,
+            "LINKED": tuple(int(own is not None) for own in owns),
+            "PLACES": tuple(own.link.index if own else 0 for own in owns),
+            "CANDIDATES": tuple(own.first.shape[1] if own else 0 for own in owns),
             "WEIGHTS": weight_gradients,
             "TANGENT": tangents is not None,
             "DIRECT": direct,
@@ -737,6 +792,36 @@ def _launch_pointwise(
         },
     )
     return z, None if partials is None else partials.sum(1)
+
+
+def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left: _Left | None) -> dict:
+    """With tensors that are not read where a task has no link."""
+    given = [own for own in owns if own is not None]
+    if not given:
+        names = (
+            "own",
+            "own_means",
+            "own_rs",
+            "mix_weights",
+            "first_sums",
+            "own_d",
+            "own_d_sums",
+            "second_sums",
+        )
+        return {f"p_{name}": adjoints for name in names}
+    filled = [given[0] if own is None else own for own in owns]
+    return {
+        "p_own": tuple(y if own is None else own.y for own, y in zip(owns, adjoints, strict=True)),
+        "p_own_means": tuple(own.mean for own in filled),
+        "p_own_rs": tuple(own.r for own in filled),
+        "p_mix_weights": tuple(own.link.weights for own in filled),
+        "p_first_sums": tuple(own.first for own in filled),
+        "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
+        if left
+        else adjoints,
+        "p_own_d_sums": tuple(own.link.tangent if left else own.first for own in filled),
+        "p_second_sums": tuple(own.link.second if left else own.first for own in filled),
+    }
 
 
 def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) -> list[Tensor]:

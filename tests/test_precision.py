@@ -1,0 +1,106 @@
+"""--amp: as near to float64 as plain PyTorch's autocast, the same bits after a resume, and what overflows."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run
+from official import official_network
+from test_search import SETTINGS, data  # noqa: F401 (a fixture)
+
+from darts_fast import SearchConfig, precision, resume_search, search
+from darts_fast.runs import Stopped
+from darts_fast.search import Search, SearchStep
+from darts_fast.supernet import Supernet
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import hvp_forms
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_the_exact_product_is_as_near_as_under_autocast(amp_dtype, golden_search):
+    """Median error of ten pairs of batches, on the official network and on real images."""
+    network = official_network(golden_search, torch.float32, fused=True)
+    forms = [form for form in hvp_forms.FORMS if form.name.startswith(f"exact, {amp_dtype}")]
+    found = hvp_forms.table(network, hvp_forms.digits(8, 20), forms)
+    fused, autocast = (found[f"exact, {amp_dtype}, {kind}"] for kind in ("fused", "autocast"))
+    assert fused.error <= autocast.error, found
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_stopped_and_resumed_gives_the_same_bits(amp_dtype, data, in_tmp, signal_at):  # noqa: F811
+    config = SearchConfig(**{**SETTINGS, "epochs": 1, "order": 2}, fused=True, amp_dtype=amp_dtype)
+    whole = search(config, data).path.rename("whole")
+    signal_at(Search, 2, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        search(config, data)
+    cut = resume_search("searchs/tensors", data).path
+    assert_same_run(whole, cut)
+
+
+def test_amp_alone_is_float32_on_a_cpu_and_says_so(data, in_tmp):  # noqa: F811
+    config = SearchConfig(**{**SETTINGS, "epochs": 1}, fused=True, amp=True)
+    folder = search(config, data).path
+    log = next(folder.glob("*.log")).read_text()
+    assert "precision: float32: in 2 bytes a step is slower on a CPU" in log
+    assert "step: not captured" in log
+
+
+def test_types_by_device():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert precision.activations(False, None, cuda) is None
+    assert precision.activations(True, None, cpu) is None
+    assert precision.activations(True, None, cuda) == precision.TYPES[precision.DEFAULT]
+    for device in (cpu, cuda):
+        assert precision.activations(False, "bfloat16", device) == torch.bfloat16
+
+
+def step_and_batches(loss_scale, **settings):
+    torch.manual_seed(0)
+    step = SearchStep(Supernet(2, 5, 3, fused=True), SearchConfig(fused=True, **settings))
+    if step.loss_scale is not None:
+        step.loss_scale.value.fill_(loss_scale)
+    return step, [(torch.randn(4, 3, 8, 8), torch.randint(5, (4,))) for _ in range(2)]
+
+
+def test_what_overflows_changes_neither_weights_nor_alphas_and_halves_the_scale():
+    step, batches = step_and_batches(2.0**40, amp_dtype="float16")
+    step(*batches, 0.025)
+    state = step.state_dict()
+    assert float(step.loss_scale.value) == 2.0**38  # both were not finite
+    for optimizer in ("weight_optimizer", "alpha_optimizer"):
+        for moments in state[optimizer]["state"].values():
+            assert all(not tensor.any() for tensor in moments.values()), optimizer
+    fresh, _ = step_and_batches(1.0, amp_dtype="float16")
+    for name, tensor in {**step.network.weights(), **step.alphas}.items():
+        assert torch.equal(tensor, fresh.network.state_dict()[name]), name
+    step.loss_scale.value.fill_(2.0**8)
+    step(*batches, 0.025)
+    assert float(step.loss_scale.value) == 2.0**8
+    assert not torch.equal(step.network.flat_weights, fresh.network.flat_weights)
+    assert not torch.equal(step.network.alphas_normal, fresh.network.alphas_normal)
+
+
+def test_in_float32_a_scale_changes_no_bit():
+    """Powers of two: what is multiplied and divided is exact."""
+    found = []
+    for scaled in (False, True):
+        step, batches = step_and_batches(None)
+        if scaled:
+            step.loss_scale = precision.LossScale(torch.device("cpu"))
+        step(*batches, 0.025)
+        found.append(step)
+    one, two = (step.network.state_dict() for step in found)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_finite_differences_stay_in_float32():
+    """The architecture step is float32's to the bit; the weight step is not."""
+    alphas, weights = [], []
+    for settings in ({}, {"amp_dtype": "bfloat16"}):
+        step, batches = step_and_batches(None, hvp="finite-difference", **settings)
+        step(*batches, 0.025)
+        alphas.append(step.network.alphas_normal), weights.append(step.network.flat_weights)
+    assert torch.equal(*alphas) and not torch.equal(*weights)
