@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from darts_fast.profiling import phase
+
 Tensors = dict[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 
@@ -56,7 +58,8 @@ def first_order(
 ) -> Tensors:
     """grad_a L_val(w, a): equation 7 with xi = 0."""
     alphas = leaves(alphas)
-    return divided(gradients(times(validation_loss(detached(weights), alphas), scale), alphas), scale)
+    with phase("validation pass"):
+        return divided(gradients(times(validation_loss(detached(weights), alphas), scale), alphas), scale)
 
 
 def second_order_exact(
@@ -73,11 +76,14 @@ def second_order_exact(
     grad_a L_val(w', a) - lr * d2 L_train(w, a) / (da dw) . v,    v = grad_w' L_val(w', a)
     """
     weights, alphas = leaves(weights), leaves(alphas)
-    loss = times(train_loss(weights, alphas), scale)
-    w_gradients = gradients(loss, weights, create_graph=True)
-    virtual_weights = step(weights, divided(detached(w_gradients), scale), momenta)
-    alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas, scale)
-    product = exact_hvp(w_gradients, alphas, v, scale)
+    with phase("virtual step"):
+        loss = times(train_loss(weights, alphas), scale)
+        w_gradients = gradients(loss, weights, create_graph=True)
+        virtual_weights = step(weights, divided(detached(w_gradients), scale), momenta)
+    with phase("validation pass"):
+        alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas, scale)
+    with phase("hessian-vector product"):
+        product = exact_hvp(w_gradients, alphas, v, scale)
     return _combine(alpha_gradient, product, step.lr)
 
 
@@ -91,9 +97,13 @@ def second_order_finite_difference(
 ) -> Tensors:
     """The same with the Hessian-vector product by central differences, as published (equation 8)."""
     weights, alphas = leaves(weights), leaves(alphas)
-    w_gradients = gradients(train_loss(weights, alphas), weights)
-    alpha_gradient, v = _at_virtual_weights(validation_loss, step(weights, w_gradients, momenta), alphas)
-    product = finite_difference_hvp(train_loss, detached(weights), alphas, v)
+    with phase("virtual step"):
+        w_gradients = gradients(train_loss(weights, alphas), weights)
+        virtual_weights = step(weights, w_gradients, momenta)
+    with phase("validation pass"):
+        alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas)
+    with phase("hessian-vector product"):
+        product = finite_difference_hvp(train_loss, detached(weights), alphas, v)
     return _combine(alpha_gradient, product, step.lr)
 
 

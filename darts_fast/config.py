@@ -34,10 +34,16 @@ LARGEST = 2**32 - 1  # of a whole number: torch and numpy take no larger seed, a
 
 
 def option(
-    default: Any, meaning: str, check: Check | None = None, choices: Sequence | None = None, shown: str = ""
+    default: Any,
+    meaning: str,
+    check: Check | None = None,
+    choices: Sequence | None = None,
+    shown: str = "",
+    alone: Any = None,
 ) -> Any:
-    """A field: its default, its help text, what its value must satisfy; `shown` describes a None."""
-    metadata = {"meaning": meaning, "check": check, "choices": choices, "shown": shown}
+    """A field: its default, its help text, what its value must satisfy; `shown` describes a None,
+    and `alone` is the value of the flag without one."""
+    metadata = {"meaning": meaning, "check": check, "choices": choices, "shown": shown, "alone": alone}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -65,6 +71,14 @@ class Config:
         shown="folder 32, with the ImageNet stem 224; other data sets have their own",
     )
     device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
+    profile: int = option(
+        0,
+        "steps to record after a warm-up, into profile/ of the run folder: a trace, and a report of what "
+        "bounds the run; without a number: 5",
+        NOT_NEGATIVE,
+        shown="none",
+        alone=5,
+    )
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -304,5 +318,7 @@ def argument_parser(config: type[Config], description: str) -> argparse.Argument
             parser.add_argument(f"--{field.name}", action="store_true", **given)
         else:
             metavar = None if choices else field.name.upper()
+            if field.metadata["alone"] is not None:
+                given |= {"nargs": "?", "const": field.metadata["alone"]}
             parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, **given)
     return parser

@@ -9,7 +9,7 @@ import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +21,17 @@ from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
 from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.precision import strict_float32
-from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment
+from darts_fast.profiling import FOLDER, WARM_UP, Profiler
+from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
 
-MOVABLE = ("name", "device", "data_path", "fused", "no_graph")  # settings that a resumed run may change
+MOVABLE = (
+    "name",
+    "device",
+    "data_path",
+    "fused",
+    "no_graph",
+    "profile",
+)  # settings that a resumed run may change
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
@@ -39,6 +47,8 @@ class Loop(ABC):
     program: str  # the command that resumes it
     function: str  # the function that resumes it on a user's own tensors
     remedy: str  # what to try where a number is not finite
+    captured = False  # whether a step is replayed as one CUDA graph
+    profiler: Profiler | None = None  # until its report is written
 
     def __init__(self, config: Config, dataset: Dataset, train_images: int, *augmentation_seed: int):
         """Puts the data on the device.
@@ -119,10 +129,13 @@ class Loop(ABC):
             if not (self.folder.path / CHECKPOINT).exists():
                 self.announce()
                 self._save()
+            if self.config.profile and not (self.folder.path / FOLDER).exists():
+                self.profiler = Profiler(self.config.profile, self.device)
             try:
                 while self.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())
+                self._write_profile()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -146,8 +159,11 @@ class Loop(ABC):
         lr = self.learning_rate()
         self.read_at = time.perf_counter()
         while self.step < self.steps_per_epoch:
-            self.unread.append(self.take_step(lr))
+            with self.profiler.step() if self.profiler else nullcontext():
+                self.unread.append(self.take_step(lr))
             self.step += 1
+            if self.profiler and self.profiler.recorded == self.config.profile:
+                self._write_profile()
             self.bar.update()
             if self.step % self.config.print_freq == 0 or self.step == self.steps_per_epoch:
                 self._read_metrics()
@@ -166,6 +182,20 @@ class Loop(ABC):
         means = evaluated(self.network, batches, order, self.config.batch_size, after_batch)
         self.evaluation_seconds = time.perf_counter() - started
         return means
+
+    def _write_profile(self) -> None:
+        """The report of the steps that were recorded, if it is not written yet."""
+        if self.profiler is None:
+            return
+        profiler, self.profiler = self.profiler, None
+        profiler.stop()
+        if not profiler.recorded:
+            self.folder.log(f"no profile: the run has no step after the first {WARM_UP}")
+            return
+        path = self.folder.path / FOLDER
+        with writing(path):
+            sentence = profiler.write(path, dataclasses.asdict(self.config), self.captured)
+        self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
     def _finish_epoch(self, means: Means) -> None:
         if not math.isfinite(means[0]):

@@ -19,6 +19,7 @@ from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
 from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
 from darts_fast.precision import LossScale
+from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment
 from darts_fast.space import CANDIDATES, EDGES
 from darts_fast.supernet import Supernet
@@ -134,7 +135,8 @@ class SearchStep:
     ) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
         self._architecture_step((train_images, train_labels), (validation_images, validation_labels))
-        return self._weight_step(train_images, train_labels)
+        with phase("weight update"):
+            return self._weight_step(train_images, train_labels)
 
     def tensors(self) -> list[Tensor]:
         """All that `take` changes, but gradients."""
@@ -193,7 +195,8 @@ class SearchStep:
                     found = architect.second_order_exact(*arguments, self.scale)
                 else:
                     found = architect.second_order_finite_difference(*arguments)
-        self._alpha_step(found)
+        with phase("architecture update"):
+            self._alpha_step(found)
 
     def _alpha_step(self, gradients: architect.Tensors) -> None:
         for name, alpha in self.alphas.items():
@@ -272,8 +275,9 @@ class Search(Loop):
         # The two halves are walked together; a shorter validation half is walked again.
         start = self.step * self.config.batch_size
         positions = torch.arange(start, start + len(train_indices)) % len(self.validation_order)
-        train = self.batches.cut(train_indices, augment=True)
-        validation = self.batches.cut(self.validation_order[positions], augment=True)
+        with phase("data"):
+            train = self.batches.cut(train_indices, augment=True)
+            validation = self.batches.cut(self.validation_order[positions], augment=True)
         self.search_step.lr.fill_(lr)
         values = self.take(
             train_images=train[0],

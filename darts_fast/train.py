@@ -28,6 +28,7 @@ from darts_fast.fused import kernels_on
 from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import strict_float32
+from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, read_config
 
 # Streams of random numbers, told apart by the second number of a seed.
@@ -188,20 +189,24 @@ class Training(Loop):
         self.network.drop_path_prob = self.config.drop_path_prob * self.epoch / self.config.epochs
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        images, labels = self.batches.cut(self.batch_indices(self.order), augment=True)
+        with phase("data"):
+            images, labels = self.batches.cut(self.batch_indices(self.order), augment=True)
         self.optimizer.zero_grad()
-        if self.auxiliary:
-            logits, auxiliary_logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
-            loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary_logits, labels)
-        else:
-            logits = self.network(images)
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        with phase("forward"):
+            if self.auxiliary:
+                logits, auxiliary_logits = self.network(images)
+                loss = F.cross_entropy(logits, labels)
+                loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary_logits, labels)
+            else:
+                logits = self.network(images)
+                loss = F.cross_entropy(logits, labels)
+        with phase("backward"):
+            loss.backward()
+        with phase("weight update"):
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)]), len(labels)
 
     def evaluate(self) -> Means:

@@ -68,6 +68,7 @@ BAD = {
     "--train_portion 0.001": "gives 1 of 1437 images to the weights",
     "--cutout_length -1": "cutout_length must be 0 or an even number",
     "--order 3": "invalid choice",
+    "--profile -1": "profile must be 0 or more",
     "--hvp approximate": "invalid choice",
     "--derive both": "invalid choice",
     "--alpha_lr 1e300": "alpha_lr must be a finite number, at most 1e30",

@@ -1,0 +1,154 @@
+"""Profile reports: what is read from a trace, what is concluded, and a page that stands alone."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import checkpoint, same
+
+from darts_fast import SearchConfig, TrainConfig, profiling, search, train
+from darts_fast.profiling import Profile, Row, covered, read_trace, self_times, verdict
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECOND_ORDER = ["data", "virtual step", "validation pass", "hessian-vector product", "architecture update"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(10, (40,), generator=generator)
+
+
+def small(**settings):
+    return SearchConfig(
+        init_channels=2, layers=3, epochs=1, batch_size=4, fused=True, device="cpu", **settings
+    )
+
+
+def test_a_profiled_search_is_the_same_search(in_tmp, data):
+    paths = [search(small(name=f"n{steps}", profile=steps), data).path for steps in (0, 2)]
+    assert same(*(checkpoint(path)["network"] for path in paths))
+    assert not (paths[0] / "profile").exists()
+    folder = paths[1] / "profile"
+    events = json.loads(gzip.open(folder / "trace.json.gz").read())["traceEvents"]
+    found = read_trace(events)
+    assert found.steps == 2
+    assert [*found.host] == [*SECOND_ORDER, "weight update", "rest of the step"]
+    assert sum(found.host.values()) == pytest.approx(found.seconds)
+    assert found.host["rest of the step"] < 0.3 * found.seconds
+    assert 0 < found.busy <= found.seconds
+    # Backward passes run on the thread that asks, and belong to the phase under way.
+    launches = {row.name: row.launches for row in found.phases}
+    assert launches["virtual step"] > launches["validation pass"] / 2 > 100
+    assert found.memory and max(size for _, size in found.memory) > 0
+    log = next(paths[1].glob("*.log")).read_text()
+    assert "Profile of 2 steps: " in log and "Bound by " in log
+    report = (folder / "report.md").read_text()
+    assert "| hessian-vector product |" in report and "copy rate" in report
+
+
+def test_a_profiled_training(in_tmp, data):
+    config = TrainConfig(
+        genotype="DARTS_V2", init_channels=4, layers=3, epochs=1, batch_size=8, profile=9, device="cpu"
+    )
+    path = train(config, (*data, *data)).path  # of five steps, three warm up
+    assert "recorded: 2 steps" in (path / "profile" / "report.md").read_text()
+    for phase in ("data", "forward", "backward", "weight update"):
+        assert f"| {phase} |" in (path / "profile" / "report.md").read_text()
+
+
+def test_a_run_too_short_to_profile_says_so(in_tmp, data):
+    config = SearchConfig(
+        init_channels=2, layers=3, epochs=1, batch_size=20, fused=True, device="cpu", profile=1
+    )
+    path = search(config, data).path
+    assert "no profile: the run has no step after the first 3" in next(path.glob("*.log")).read_text()
+    assert not (path / "profile").exists()
+
+
+def test_nothing_is_recorded_outside_a_profile():
+    with torch.profiler.profile() as recorded, profiling.phase("data"):
+        torch.ones(1)
+    assert "data" not in {event.key for event in recorded.key_averages()}
+
+
+def event(cat, name, ts, dur, **args):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
+
+
+def test_a_kernel_belongs_to_the_phase_that_launched_it():
+    shape = {"Input type": ["c10::Half", "Scalar"], "Input Dims": [[4, 8], []], "Input Strides": [[0, 1], []]}
+    events = [
+        event("user_annotation", "step", 0, 100),
+        event("user_annotation", "data", 0, 10),
+        event("user_annotation", "virtual step", 10, 60),
+        event("cpu_op", "aten::mul", 20, 5, **{"External id": 7}, **shape),
+        event("cuda_runtime", "cudaLaunchKernel", 21, 2, correlation=1),
+        event("cuda_driver", "cuLaunchKernelEx", 80, 2, correlation=2),
+        event("cuda_runtime", "cudaLaunchKernel", 120, 2, correlation=3),
+        event("kernel", "mul", 75, 10, correlation=1, **{"External id": 7}),
+        event("kernel", "mix", 90, 5, correlation=2),
+        event("kernel", "later", 130, 5, correlation=3),
+    ]
+    found = read_trace(events)
+    assert (found.device, found.steps, found.seconds) == ("cuda", 1, 100e-6)
+    assert {row.name: row[1:] for row in found.phases} == {
+        "data": (0, 0.0, 0),
+        "virtual step": (1, pytest.approx(10e-6), 8 * 2),  # the expanded dimension counts once
+        "rest of the step": (1, pytest.approx(5e-6), 0),
+    }
+    assert [row.name for row in found.operations] == ["mul", "mix"]
+    assert found.busy == pytest.approx(15e-6)
+    assert verdict(found, {"fused": False}, False).startswith(
+        "Bound by launches: the GPU computes for only 15%"
+    )
+
+
+def test_self_time_leaves_out_what_an_operation_calls():
+    events = [event("cpu_op", n, t, d) for n, t, d in (("a", 0, 10), ("b", 1, 4), ("c", 2, 1), ("d", 20, 3))]
+    assert {e["name"]: own for e, own in self_times(events)} == {"a": 6, "b": 3, "c": 1, "d": 3}
+    assert covered([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
+
+
+def profile_of(operations, busy=0.9, device="cuda", data=0.0):
+    return Profile(device, 1, 1.0, busy, [], {"data": data}, operations, [])
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "words"),
+    [
+        (profile_of([], data=0.5), {}, "Bound by the data"),
+        (profile_of([], 0.2), {"fused": True, "no_graph": True}, "leave out --no_graph"),
+        (profile_of([], 0.2, "cpu"), {}, "Bound by dispatch"),
+        (profile_of([Row("sepconv_forward", 9, 0.9, 0)]), {}, "Bound by arithmetic"),
+        (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "hvp": "exact"}, "--amp halves"),
+        (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": False}, "Bound by memory traffic"),
+        (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "amp": True, "hvp": "exact"}, "every flag"),
+    ],
+)
+def test_the_verdict(profile, settings, words):
+    found = verdict(profile, settings, captured=False)
+    assert words in found and found.count(". ") == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
+def test_the_page_in_a_browser(tmp_path):
+    memory = [(i / 100, i * 1000) for i in range(50)]
+    shown = Profile(
+        "cpu", 1, 1.0, 0.9, [Row("data", 3, 1.0, 0)], {"data": 1.0}, [Row("a<b>", 3, 0.9, 9)], memory
+    )
+    text = profiling.page(shown, "Bound by <nothing>.", 1e9, {"fused": True})
+    assert not re.search(r"""(src|href)=["']?(?!data:)""", text) and "url(" not in text
+    path = tmp_path / "report.html"
+    path.write_text(text)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'p'}"]
+    command += ["--enable-logging=stderr", "--v=0", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("<svg") == 2 and "Bound by &lt;nothing&gt;." in done.stdout
+    assert "a&lt;b&gt;" in done.stdout
+    assert "CONSOLE" not in done.stderr
