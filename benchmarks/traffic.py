@@ -183,6 +183,7 @@ def count(
 VARIANTS = {
     "textbook": {"fused": False},
     "fused, ATen": {"fused": True},
+    "fused, ATen, bfloat16": {"fused": True, "dtype": torch.bfloat16},
     "fused, Triton": {"fused": True, "triton": True},
     "fused, Triton, bfloat16": {"fused": True, "triton": True, "dtype": torch.bfloat16},
 }
