@@ -116,12 +116,12 @@ def test_a_search_leaves_the_callers_generator_alone(data, in_tmp):
 def test_no_memory_is_a_sentence(data, in_tmp, monkeypatch):
     """What the host's allocator says (shown on 64 channels with an address space of 6 GiB)."""
 
-    def step(self, *arguments):
+    def step(self, **batches):
         raise RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\nframe"
         )
 
-    monkeypatch.setattr(SearchStep, "__call__", step)
+    monkeypatch.setattr(SearchStep, "take", step)
     with pytest.raises(
         RunError, match=r"cpu ran out of memory after step 0; try a smaller --batch_size"
     ) as e:
@@ -130,14 +130,14 @@ def test_no_memory_is_a_sentence(data, in_tmp, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(data, in_tmp, monkeypatch):
-    plain, calls = SearchStep.__call__, []
+    plain, calls = SearchStep.take, []
 
-    def step(self, *arguments):
+    def step(self, **batches):
         calls.append(None)
-        row = plain(self, *arguments)
+        row = plain(self, **batches)
         return row * float("nan") if len(calls) == 7 else row
 
-    monkeypatch.setattr(SearchStep, "__call__", step)
+    monkeypatch.setattr(SearchStep, "take", step)
     with pytest.raises(
         RunError, match=r"loss is nan at step 7 \(epoch 2\).*checkpoint.pt; try a smaller --w_lr"
     ):
@@ -166,17 +166,17 @@ def test_a_validation_loss_that_is_not_finite_stops_before_it_is_recorded(data, 
 @pytest.mark.parametrize("what", ["alphas_normal", "stem.1.running_var"])
 def test_a_signal_never_saves_what_is_not_finite(what, data, in_tmp, monkeypatch):
     """The loss of the step was finite; its update was not."""
-    plain, calls = SearchStep.__call__, []
+    plain, calls = SearchStep.take, []
 
-    def poisoned(self, *arguments):
-        row = plain(self, *arguments)
+    def poisoned(self, **batches):
+        row = plain(self, **batches)
         calls.append(None)
         if len(calls) == 3:
             self.network.state_dict()[what].view(-1)[0] = float("nan")
             os.kill(os.getpid(), signal.SIGINT)
         return row
 
-    monkeypatch.setattr(SearchStep, "__call__", poisoned)
+    monkeypatch.setattr(SearchStep, "take", poisoned)
     with pytest.raises(RunError, match=rf"{what} is not finite at step 3"):
         search(TINY, data)
     assert checkpoint(in_tmp / "searchs" / "tensors")["step"] == 0
