@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT = "float16"
+DEFAULT = "float16"  # its exact product is nearer than bfloat16's: docs/differences.md
 
-# The largest finite float16 is 65504. benchmarks/hvp_forms.py
+# Of 2^0 to 2^16, each gave the fused product within 8 % of the others' error (4 layers, docs/differences.md).
 FIRST_LOSS_SCALE = 2.0**12
 
 
