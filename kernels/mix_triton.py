@@ -295,7 +295,7 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
     y = candidates[0]
     (out,) = images(1, y.shape, y.dtype, y.device)
     table = Table.of(normalizers, candidates)
-    sizes, (tiles, blocks) = _sizes(y, unrolled=True)
+    sizes, (tiles, blocks) = _sizes(y, 512)
     launch(
         mix_fwd_kernel,
         (tiles, blocks),
@@ -317,7 +317,7 @@ def add(terms: Sequence[Tensor]) -> Tensor:
     y = terms[0]
     terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
-    sizes, grid = _sizes(y, unrolled=True)
+    sizes, grid = _sizes(y, 512)
     launch(
         add_kernel,
         grid,
@@ -401,7 +401,8 @@ def mix_tangent_forward(
     given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
-    sizes, (tiles, blocks) = _sizes(y, unrolled=True)
+    # Two tensors a candidate are loaded ahead: float32, 35 candidates, 4 elements a thread spilled.
+    sizes, (tiles, blocks) = _sizes(y, 512 if y.element_size() == 2 else 256)
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
     gained = p.new_empty(triton.cdiv(y.shape[1], sizes["BLOCK_C"]), len(candidates))
     tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), (sums, gained))
@@ -483,7 +484,7 @@ def _launch_spread(
 ) -> Tensor:
     g = adjoints[0]
     out = images(tensors, g.shape, g.dtype, g.device)
-    sizes, grid = _sizes(g, unrolled=True)
+    sizes, grid = _sizes(g, 512)
     launch(
         spread_kernel,
         grid,
@@ -643,13 +644,13 @@ def _positions(y: Tensor) -> int:
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
-def _sizes(y: Tensor, unrolled: bool = False) -> tuple[dict, tuple[int, int]]:
+def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:
     """The sizes that are compiled in, and the grid that covers y.
 
-    A kernel that is `unrolled` over its candidates loads them ahead: it takes 4 elements a thread of each, in
-    one load. With 16, 14 candidates spilled; with 8, 35 did.
+    A kernel that is unrolled over its candidates loads them ahead: it takes 512 elements, 4 a thread of each,
+    in one load. With 16 a thread, 14 candidates spilled; with 8, 35 did.
     """
     c = y.shape[1]
-    block_p, block_c = elementwise_tile(c, 512) if unrolled else elementwise_tile(c)
+    block_p, block_c = elementwise_tile(c, elements)
     sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[accumulator(y.dtype)]}
     return sizes, (triton.cdiv(_positions(y), block_p), triton.cdiv(c, block_c))

@@ -743,8 +743,11 @@ def _launch_pointwise(
     taps = max(call.kernels()) ** 2
     block_c = dot_channel_block(c, x.dtype)
     # Weight gradients of wide types have a dot over positions, which the compiler unrolls: 64 spilled. (The
-    # 1x1 convolutions' own fit with 64, and spilled 8 bytes with 32.)
-    block_p = BLOCK_P // 2 if weight_gradients and x.element_size() > 2 and not call.direct() else BLOCK_P
+    # 1x1 convolutions' own fit with 64, and spilled 8 bytes with 32.) So did the second sweep at 64 channels,
+    # and took 168 KiB of shared memory, where sm_80 has 163.
+    block_p = BLOCK_P
+    if x.element_size() > 2 and not direct and (weight_gradients or left):
+        block_p = BLOCK_P // 2
     splits = triton.cdiv(call.positions(), block_p)
     partials = None
     if weight_gradients:

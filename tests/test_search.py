@@ -168,15 +168,15 @@ def test_a_signal_never_saves_what_is_not_finite(what, data, in_tmp, monkeypatch
     """The loss of the step was finite; its update was not."""
     plain, calls = SearchStep.take, []
 
-    def poisoned(self, *arguments):
-        row = plain(self, *arguments)
+    def poisoned(self, **batches):
+        row = plain(self, **batches)
         calls.append(None)
         if len(calls) == 3:
             self.network.state_dict()[what].view(-1)[0] = float("nan")
             os.kill(os.getpid(), signal.SIGINT)
         return row
 
-    monkeypatch.setattr(SearchStep, "__call__", poisoned)
+    monkeypatch.setattr(SearchStep, "take", poisoned)
     with pytest.raises(RunError, match=rf"{what} is not finite at step 3"):
         search(TINY, data)
     assert checkpoint(in_tmp / "searchs" / "tensors")["step"] == 0

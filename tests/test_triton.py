@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from darts_fast import architect
+from darts_fast import architect, kernels
 from darts_fast.kernels import Task, torch_backend
 from darts_fast.kernels.backends import using
 from darts_fast.kernels.torch_backend import Normalizer
@@ -239,6 +239,40 @@ def test_mix(shape, count, batch, dtype):
     found = last_sweeps_of_mix((candidates, norms, p), g, sums, tangents, second)
     expected = expected_last_sweeps_of_mix(wide, *widened((g, *expected, tangents, second)))
     compare(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
+    """One mix of two convolutions with links, two pools and a skip that are spread: the four sweeps, against
+    the same without links and spread, by ATen in float64."""
+    shape, v_seed = (2, 6, 5, 4), 40
+    x = images(shape, dtype, 0)
+    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 6, 1, 1), (6, 6, 1, 1)]
+    weights = [weight(s, dtype, 10 + i) for i, s in enumerate(shapes)]
+    p, g = weight((5,), dtype, 20), images(shape, dtype, 21)
+
+    def sweeps(module, x, weights, p, joined):
+        x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
+        with using(module):
+            links = [kernels.Link(), kernels.Link()] if joined else []
+            tasks = [Task(), Task(dilation=2)]
+            y, found = kernels.sepconv([x], tasks, weights[:2], weights[2:], links=links)
+            *pools, statistics = kernels.pool(x, 1)
+            others, norms = [*pools, x], [*statistics, None]
+            if joined:
+                ((*others,),) = kernels.spread(others, norms, p, [[0, 1, 2]])
+            joins = [True] * 3 + links if joined else ()
+            o = kernels.mix([*others, *y], [*norms, *found], p, True, joins)
+            first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
+            v = [weight(w.shape, dtype, v_seed + i).to(w.dtype) for i, w in enumerate(weights)]
+            return [o, *first, *torch.autograd.grad(first[:4], [p, x], v)]
+
+    found = sweeps(triton_backend, x, weights, p, True)
+    expected = sweeps(torch_backend, *widened((x, weights, p)), False)
+    # A bfloat16 network rounds between its functions, too.
+    bound = BOUNDS[dtype] * (3 if dtype == torch.bfloat16 else 1)
+    errors = [relative_error(f, e) for f, e in zip(found, expected, strict=True)]
+    assert max(errors) <= bound, errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@ Tensors are float32 [N, C, H, W] in channels-last memory, what C++ sees as [n, h
 """
 
 import ctypes
+import os
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
@@ -26,7 +27,7 @@ _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
 
 
 def _path(level: int) -> Path | None:
-    here = Path(__file__).resolve().parent
+    here = Path(os.environ.get("DARTS_NATIVE_FOLDER") or Path(__file__).resolve().parent)  # see sanitize.sh
     paths = [here / (_NAMES[level] + suffix) for suffix in EXTENSION_SUFFIXES]
     return next((path for path in paths if path.exists()), None)
 

@@ -22,7 +22,10 @@ from test_triton import (  # noqa: E402
     widened,
 )
 
+from darts_fast import architect  # noqa: E402
 from darts_fast.kernels import Task, torch_backend, triton_backend  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.supernet import Supernet  # noqa: E402
 
 # float32 accumulates over up to 65,536 positions; 2-byte types round each value, and both factors of a
 # pointwise product.
@@ -126,3 +129,27 @@ def test_mix(shape, count, dtype):
     second = images(shape, dtype, 52).cuda()
     reference = expected_last_sweeps_of_mix(widened(arguments), *widened((g, *expected, tangents, second)))
     check(last_sweeps_of_mix, (arguments, g, sums, tangents, second), dtype, reference)
+
+
+@pytest.mark.parametrize("size", [32, 12])
+def test_hessian_vector_product_of_a_supernet(size):
+    """What the tests above leave out: links and spreads join several functions. Twice: the same bits."""
+    torch.manual_seed(0)
+    network = Supernet(16, 10, 3, fused=True).double().cuda()
+    images, labels = torch.randn(4, 3, size, size).double().cuda(), torch.arange(4).cuda()
+    v = {name: torch.randn_like(w) for name, w in network.weights().items()}
+
+    def product():
+        with network.frozen_statistics():
+            weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
+            loss = network.loss(images, labels, weights, alphas)
+            gradients = architect.gradients(loss, weights, create_graph=True)
+            found = [*architect.detached(gradients).values()]
+            return [loss.detach(), *found, *architect.exact_hvp(gradients, alphas, v).values()]
+
+    found, again = product(), product()
+    with using(torch_backend):
+        expected = product()
+    for f, a, e in zip(found, again, expected, strict=True):
+        assert relative_error(f.cpu(), e.cpu()) <= 1e-9
+        assert torch.equal(f, a), "two runs differ"
