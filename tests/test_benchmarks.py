@@ -1,5 +1,6 @@
 """The instruments count and compute what they say."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import baseline  # noqa: E402
 import step  # noqa: E402
 import traffic  # noqa: E402
 
@@ -49,3 +51,22 @@ def test_the_race_checks_its_results_first(monkeypatch):
     monkeypatch.setattr(step, "error", lambda found, expected: float("nan"))
     with pytest.raises(AssertionError, match="after two steps"):
         step.check()
+
+
+def test_a_step_costs_what_the_committed_baseline_says():
+    before = json.loads(baseline.FILE.read_text())
+    if before["torch"] != baseline.VERSION:
+        pytest.skip(f"counted with torch {before['torch']}, whose operations are others than this one's")
+    assert before["setting"] == baseline.SETTING
+    lines = baseline.differences(baseline.counted(), before["counts"])
+    assert not lines, "python benchmarks/baseline.py --update takes these over:\n" + "\n".join(lines)
+
+
+def test_what_differs_from_the_baseline_is_named():
+    before = {"a": {"launches": 100, "bytes": 8}, "b": {"launches": 1}}
+    now = {"a": {"launches": 110, "bytes": 8}, "c": {"launches": 2}}
+    assert baseline.differences(now, before) == [
+        "a, launches: 100 -> 110 (+10.0%)",
+        "b, launches: 1 -> absent",
+        "c, launches: absent -> 2",
+    ]
