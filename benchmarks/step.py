@@ -1,4 +1,4 @@
-"""Times one second-order step, textbook against fused, interleaved in one process.
+"""Times one second-order step on the CPU, textbook against fused, interleaved in one process.
 
     python benchmarks/step.py [--batch_size 16 --init_channels 16 --layers 8 --size 32 --repeats 5] [--json F]
 
@@ -26,10 +26,18 @@ from textbook import TextbookStep  # noqa: E402
 
 from darts_fast import architect  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
+from darts_fast.kernels import native, torch_backend  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
+# The variants, the first of which the others are compared with: the step, and the kernels it runs on.
+VARIANTS = {
+    "textbook": (TextbookStep, torch_backend),
+    "fused, ATen": (FusedStep, torch_backend),
+    "fused, C++": (FusedStep, native),
+}
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64
 
@@ -125,25 +133,27 @@ def main() -> None:
         print("results agree; one second-order step, float32, " + str(conditions), flush=True)
         train, validation = batches(args.batch_size, args.size, torch.float32)
         steps, rows = {}, {}
-        for name, step in (("textbook", TextbookStep), ("fused", FusedStep)):
-            network = supernet(args.init_channels, args.layers, name == "fused", torch.float32)
+        variants = [name for name in VARIANTS if name != "fused, C++" or native.level() is not None]
+        for name in variants:
+            step, kernels = VARIANTS[name]
+            network = supernet(args.init_channels, args.layers, step is FusedStep, torch.float32)
             steps[name], rows[name] = step(network, SearchConfig()), []
-            timed(steps[name], train, validation)
+            with using(kernels):
+                timed(steps[name], train, validation)
         for _ in range(args.repeats):
             for name, step in steps.items():
-                rows[name].append(timed(step, train, validation))
+                with using(VARIANTS[name][1]):
+                    rows[name].append(timed(step, train, validation))
     results = {name: summary(found) for name, found in rows.items()}
-    print(
-        f"{'':<24}{'textbook: p20':>14}{'p50':>9}{'p80':>9}{'fused: p20':>13}{'p50':>9}{'p80':>9}{'ratio':>8}"
-    )
-    for name in results["textbook"]:
-        a, b = results["textbook"][name], results["fused"][name]
-        cells = [f"{value * 1e3:.0f}" for value in (*a, *b)]
-        print(
-            f"{name:<24}{cells[0]:>14}{cells[1]:>9}{cells[2]:>9}{cells[3]:>13}{cells[4]:>9}{cells[5]:>9}"
-            f"{a[1] / b[1]:>8.2f}"
-        )
-    print("(ms; the ratio is of the p50)")
+    print(f"{'ms: p20, p50, p80':<24}" + "".join(f"{name:>24}{'ratio':>8}" for name in results))
+    textbook = results["textbook"]
+    for phase in textbook:
+        cells = ""
+        for found in results.values():
+            times = "".join(f"{value * 1e3:>8.0f}" for value in found[phase])
+            cells += f"{times}{textbook[phase][1] / found[phase][1]:>8.2f}"
+        print(f"{phase:<24}{cells}")
+    print("(the ratio is the textbook's p50 over the variant's)")
     if args.json:
         Path(args.json).write_text(json.dumps({**conditions, "seconds": results}))
 
