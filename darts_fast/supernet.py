@@ -60,6 +60,7 @@ class Supernet(nn.Module):
     def _flatten(self) -> None:
         """Moves the weights into one new tensor."""
         weights = self.weights()
+        self._shapes = {name: w.shape for name, w in weights.items()}
         flat = torch.cat([w.detach().flatten() for w in weights.values()])
         for name, view in self.split(flat).items():
             weights[name].data = view
@@ -80,9 +81,10 @@ class Supernet(nn.Module):
         One operation, whose backward is one concatenation: the backward of a slice for each weight would
         write a tensor as long as all weights for each.
         """
-        shapes = {name: w.shape for name, w in self.weights().items()}
-        parts = flat.split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        parts = flat.split([shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Every parameter but the alphas, by name, in the order of construction."""
