@@ -194,13 +194,17 @@ def depthwise_weight_gradient(z: Tensor, planes: Tensor, weight: Tensor, task: T
 
 def pointwise(z: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """P z, plus another if given; P is [K, C, 1, 1]."""
+    if (
+        plus is None and z.dtype == torch.float32
+    ):  # 1.4 times as fast as a product of matrices; not so in float64
+        return F.conv2d(z, weight)
     weight = weight.flatten(1).t()
     return image(rows(z) @ weight if plus is None else torch.addmm(rows(plus), rows(z), weight), z)
 
 
 def pointwise_adjoint(y: Tensor, weight: Tensor) -> Tensor:
     """P' y"""
-    return image(rows(y) @ weight.flatten(1), y)
+    return pointwise(y, weight.transpose(0, 1))
 
 
 def masked(x: Tensor, a: Tensor) -> Tensor:
