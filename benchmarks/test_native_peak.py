@@ -50,6 +50,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+# Without a compiler the install succeeds and has no C++ kernels to time.
 @pytest.mark.skipif(native.level() is None, reason="the C++ kernels were not built")
 @pytest.mark.parametrize("sweep", ["forward", "backward", "tangent"])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (3, 2), (5, 2)])
@@ -90,14 +91,13 @@ def test_a_cell_against_aten(benchmark, reduction):
         output = cell(*states, p)
         return [output, *torch.autograd.grad(output.square().sum(), list(cell.parameters()))]
 
-    # Gradients in float64: in float32 a kink moves either's, which tests/test_float32.py weighs up.
-    output, exact = fused(*states, p), plain(*states, p)
-    assert (output - exact).norm() <= 1e-5 * exact.norm()
-    doubles = [s.double() for s in states], p.double()
-    for found, exact in zip(
-        *(step(copy.deepcopy(c).double(), *doubles) for c in (fused, plain)), strict=True
-    ):
-        assert (found - exact).norm() <= 1e-9 * exact.norm()
+    # Kinks of ReLU and max pool move float32 gradients: the reference's own error is the measure.
+    def gradients(cell: MixedCell, states: list[Tensor] = states, p: Tensor = p) -> Tensor:
+        return torch.cat([t.double().flatten() for t in step(cell, states, p)[1:]])
+
+    exact = gradients(copy.deepcopy(plain).double(), [s.double() for s in states], p.double())
+    reference = gradients(plain, [s.contiguous() for s in states])
+    assert (gradients(fused) - exact).norm() <= 2 * (reference - exact).norm()
 
     own, aten = least(lambda: step(fused), lambda: step(plain))
     benchmark.extra_info.update(ratio=aten / own)

@@ -101,8 +101,8 @@ class Supernet(nn.Module):
         cells only); statistics, stem, classifier and logits are of the weights' in any case.
         """
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
-        # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds four times as much
-        # (4e-6 of the gradient against 1e-6), and 9 of 24 float32 runs crossed a kink, against none.
+        # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and float32
+        # gradients crossed kinks that the reference's do not (tests/test_float32.py).
         stem = self.stem(images)
         before_previous = previous = stem if activations is None else stem.to(activations)
         for cell in self.cells:

@@ -55,6 +55,7 @@ def test_the_race_checks_its_results_first(monkeypatch):
 
 def test_a_step_costs_what_the_committed_baseline_says():
     before = json.loads(baseline.FILE.read_text())
+    # Counts are of PyTorch's operations, too, and each version composes its own of others.
     if before["torch"] != baseline.VERSION:
         pytest.skip(f"counted with torch {before['torch']}, whose operations are others than this one's")
     assert before["setting"] == baseline.SETTING

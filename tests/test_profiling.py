@@ -136,6 +136,7 @@ def test_the_verdict(profile, settings, words):
     assert words in found and found.count(". ") == 0
 
 
+# Only a browser tells whether a page has errors; it is no dependency of the project.
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
 def test_the_page_in_a_browser(tmp_path):
     memory = [(i / 100, i * 1000) for i in range(50)]
