@@ -47,6 +47,10 @@ from darts_fast.kernels.triton_launch import (
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# Numbers of a weight gradient that the last program adds at a time, over 16 programs (`ROWS` numbers).
+COLUMNS = tl.constexpr(128)
+
+
 @triton.jit
 def dot(b_x, b_y, ACC: tl.constexpr):
     """Tensor cores for 2-byte types; float32 as it is, without TF32."""
@@ -191,7 +195,9 @@ def sepconv_bwd_pointwise_kernel(
     p_own_d_sums,  # tuple of [4, candidates, K]: of yd, yd h, yd G, G
     p_second_sums,  # tuple of [2, candidates, K]: of Gd, Gd h
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
-    p_partials,  # [tasks, splits, K * C + C * TAPS]: dP, dD; written if WEIGHTS
+    p_partials,  # [tasks, c blocks, splits, K + TAPS, BLOCK_C]: dP and dD of a program; written if WEIGHTS
+    p_gradients,  # [tasks, K * C + C * TAPS]: dP [K, C], dD [C, k * k]; written if WEIGHTS
+    p_counters,
     positions,  # N * HO * WO
     tasks,
     NORMS: tl.constexpr,
@@ -322,11 +328,25 @@ def sepconv_bwd_pointwise_kernel(
                 b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
             b_dp += dot(tl.trans(b_y.to(element)), b_forward.to(element), ACC)
     if WEIGHTS:
-        p_sums = p_partials + tl.cast(i_task * splits + i_split, tl.int64) * (K * C + C * TAPS)
-        tl.store(p_sums + o_weight, b_dp, mask=m_weight)
         taps = kernel * kernel
-        o_dd = o_c[None, :] * taps + o_tap[:, None]
-        tl.store(p_sums + K * C + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        row: tl.constexpr = (K + TAPS) * BLOCK_C
+        i_block = i_task * tl.num_programs(2) + i_c
+        p_rows = p_partials + tl.cast(i_block * splits, tl.int64) * row
+        p_row = p_rows + tl.cast(i_split, tl.int64) * row
+        o_b = tl.arange(0, BLOCK_C)
+        tl.store(p_row + o_k[:, None] * BLOCK_C + o_b[None, :], b_dp, mask=m_weight)
+        o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
+        tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        if last_program(p_counters + i_block, splits):
+            p_found = p_gradients + tl.cast(i_task, tl.int64) * (K * C + C * TAPS)
+            for i_column in range(0, (K + taps) * BLOCK_C, COLUMNS):
+                o_column = i_column + tl.arange(0, COLUMNS)
+                o_row, o_channel = o_column // BLOCK_C, i_c * BLOCK_C + o_column % BLOCK_C
+                m_column = (o_row < K + taps) & (o_channel < C)
+                b_sum = sum_of_rows(p_rows, splits, row, o_column, m_column, COLUMNS, ACC)
+                o_d = K * C + o_channel * taps + o_row - K
+                o_found = tl.where(o_row < K, o_row * C + o_channel, o_d)
+                tl.store(p_found + o_found, b_sum, mask=m_column)
 
 
 @triton.jit
@@ -749,15 +769,17 @@ def _launch_pointwise(
     if x.element_size() > 2 and not direct and (weight_gradients or left):
         block_p = BLOCK_P // 2
     splits = triton.cdiv(call.positions(), block_p)
-    partials = None
+    blocks = triton.cdiv(c, block_c)
+    partials = gradients = counts = None
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
-        splits = splits_of(splits, count * triton.cdiv(c, block_c), 264)
-        partials = x.new_empty(count, splits, k * c + c * taps, dtype=dtype)
+        splits = splits_of(splits, count * blocks, 264)
+        partials = x.new_empty(count, blocks, splits, k + taps, block_c, dtype=dtype)
+        gradients, counts = x.new_empty(count, k * c + c * taps, dtype=dtype), counters(x, count * blocks)
     launch(
         sepconv_bwd_pointwise_kernel,
-        (splits, count, triton.cdiv(c, block_c)),
+        (splits, count, blocks),
         {
             "p_x": call.of_tasks(call.sources) if weight_gradients or direct else call.pointwise,
             "p_means": call.of_tasks(table.means) if weight_gradients else call.pointwise,
@@ -770,6 +792,8 @@ def _launch_pointwise(
             **_own_arguments(owns, adjoints, left),
             "p_z": z,
             "p_partials": z if partials is None else partials,
+            "p_gradients": z if gradients is None else gradients,
+            "p_counters": z if counts is None else counts,
             "positions": call.positions(),
             "tasks": count,
         },
@@ -794,7 +818,7 @@ def _launch_pointwise(
             "BLOCK_TAPS": power_of_two(taps),
         },
     )
-    return z, None if partials is None else partials.sum(1)
+    return z, gradients
 
 
 def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left: _Left | None) -> dict:
