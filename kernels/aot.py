@@ -142,8 +142,8 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
     g = triton_backend.mix_forward(y, norms, p)
     # In a node of a reduction cell the skips of the first two edges take their adjoint here, else none does.
     spread = [edges > 0 and not (i % 7 == 2 and i < 14) for i in range(len(y))]
-    _, sums = triton_backend.mix_backward(y, norms, p, g, spread)
-    *_, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
+    _, sums, _ = triton_backend.mix_backward(y, norms, p, g, spread)
+    _, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
     triton_backend.mix_second(y, norms, p, g, left, spread)
     if edges > 1:
         triton_backend.add(y[:edges])

@@ -86,10 +86,10 @@ class _Mix(torch.autograd.Function):
             return None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
-            adjoints, sums = backend(g).mix_second(
+            adjoints, gained = backend(g).mix_second(
                 candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.spread)
             )
-            return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
+            return gained if weights_wanted else None, *adjoints
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
@@ -113,12 +113,14 @@ class _MixBackward(torch.autograd.Function):
         *candidates: Tensor,
     ) -> tuple[Tensor | None, ...]:
         norms = _normalizers(statistics, batch)
-        adjoints, sums = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
+        adjoints, sums, *gained = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
         ctx.batch, ctx.spread, ctx.handover, ctx.n = batch, spread, handover, len(candidates)
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
         ctx.save_for_backward(*statistics, *candidates, weights, g, sums, *kept)
-        return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
+        if weights_wanted and not gained:
+            gained = [sums.sum(1).to(weights.dtype)]
+        return gained[0] if weights_wanted else None, *adjoints
 
     @staticmethod
     @once_differentiable
@@ -131,11 +133,11 @@ class _MixBackward(torch.autograd.Function):
         norms, candidates = _normalizers(saved[:n], ctx.batch), saved[n : 2 * n]
         weights, g, sums, *adjoints = saved[2 * n :]
         if second_backward_in_one(g):
-            output, weights_gained, left = backend(g).mix_tangent_forward(
+            output, left = backend(g).mix_tangent_forward(
                 candidates, norms, weights, g, sums, tangents, *_given(ctx.spread)
             )
             ctx.handover.leave(left)
-            return None, None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
+            return None, None, None, None, None, weights.new_empty(0), None, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
             candidates, norms, weights, g, adjoints, sums, tangents
         )

@@ -116,14 +116,16 @@ def norm_sums_kernel(
     p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
-    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN
-    p_gained,  # [c blocks, entries]: positions times the sum over channels of u; written if GAIN
+    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN and TANGENT
+    p_gained,  # [c blocks, entries], written if GAIN: the sum over channels of g h, or if TANGENT of u
+    p_before,  # as p_gained, which it is added to; read if ADD
     p_counters,
     positions,
     splits,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
-    GAIN: tl.constexpr,  # with TANGENT: g is a mix's yd, weighed its G: also what dL/dp gains
+    GAIN: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
+    ADD: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -172,13 +174,19 @@ def norm_sums_kernel(
             b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
             tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
             tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
-            if GAIN:
+        if GAIN:
+            b_gained = b_1
+            if TANGENT:
                 if BATCH:
                     m_norm = m_c & (has_norm > 0)
                     b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
                     b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
-                p_u = p_gained + tl.program_id(2) * entries + i_entry
-                tl.store(p_u, tl.sum(tl.where(m_c, b_2 * b_r, 0.0), axis=0))
+                b_gained = b_2 * b_r
+            o_gained = tl.program_id(2) * entries + i_entry
+            gained = tl.sum(tl.where(m_c, b_gained, 0.0), axis=0)
+            if ADD:
+                gained += tl.load(p_before + o_gained)
+            tl.store(p_gained + o_gained, gained)
 
 
 @triton.jit
@@ -333,13 +341,23 @@ def mix_backward(
     p: Tensor,
     g: Tensor,
     spread: Sequence[bool | Link] = (),
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
-    [candidates, C]."""
-    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; the sums of g h_k:
+    [candidates, C]; and dL/dp, their sums over channels."""
+    gained = _gains(p, candidates[0])
+    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained)
     for link in _links(spread):
         link.first = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1], _over_blocks(gained)
+
+
+def _gains(p: Tensor, y: Tensor) -> Tensor:
+    """Uninitialised, what dL/dp gains by block of channels."""
+    return p.new_empty(triton.cdiv(y.shape[1], _sizes(y)[0]["BLOCK_C"]), len(p))
+
+
+def _over_blocks(gained: Tensor) -> Tensor:
+    return gained[0] if len(gained) == 1 else gained.sum(0)
 
 
 def _links(spread: Sequence[bool | Link]) -> list[Link]:
@@ -381,6 +399,7 @@ class _Left(NamedTuple):
     sums: Tensor  # [candidates, C]: of g h
     tangents: Sequence[Tensor | None]  # yd
     tangent_sums: Tensor  # [4, candidates, C]: of yd, yd h, yd g, g
+    gained: Tensor  # by dL/dp, by block of channels
 
 
 def mix_tangent_forward(
@@ -391,9 +410,9 @@ def mix_tangent_forward(
     sums: Tensor,
     tangents: Sequence[Tensor | None],
     spread: Sequence[bool | Link] = (),
-) -> tuple[Tensor, Tensor, _Left]:
-    """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
-    that is None is zero."""
+) -> tuple[Tensor, _Left]:
+    """od, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent that is None is
+    zero."""
     y = candidates[0]
     g = g.contiguous(memory_format=torch.channels_last)
     has = tuple(int(yd is not None) for yd in tangents)
@@ -404,13 +423,12 @@ def mix_tangent_forward(
     # Two tensors a candidate are loaded ahead: float32, 35 candidates, 4 elements a thread spilled.
     sizes, (tiles, blocks) = _sizes(y, 512 if y.element_size() == 2 else 256)
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
-    gained = p.new_empty(triton.cdiv(y.shape[1], sizes["BLOCK_C"]), len(candidates))
-    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), (sums, gained))
-    gained = gained.view(-1) if len(gained) == 1 else gained.sum(0)
+    gained = _gains(p, y)
+    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), sums, gained)
     for k in range(len(candidates)):
         if not has[k]:
-            gained[k].zero_()
-    left = _Left(g, sums, tangents, tangent_sums)
+            gained[:, k].zero_()
+    left = _Left(g, sums, tangents, tangent_sums, gained)
     for link in _links(spread):
         link.tangent = tangent_sums
     launch(
@@ -429,7 +447,7 @@ def mix_tangent_forward(
         },
         {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    return out, gained, left
+    return out, left
 
 
 def mix_second(
@@ -440,12 +458,13 @@ def mix_second(
     left: _Left,
     spread: Sequence[bool | Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
-    [candidates, C]; g is the node's."""
-    sums = norm_sums([g] * len(candidates), candidates, normalizers)
+    """The second adjoint of every candidate (or g where it is `spread`), and that of p, with what it gains in
+    the tangent sweep; g is the node's."""
+    gained = torch.empty_like(left.gained)
+    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained, before=left.gained)
     for link in _links(spread):
         link.second = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
+    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), _over_blocks(gained)
 
 
 def spread_backward(
@@ -534,12 +553,14 @@ def norm_sums(
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     weighed: Sequence[Tensor] | None = None,
-    gains: tuple[Tensor, Tensor] | None = None,
+    gh_sums: Tensor | None = None,
+    gained: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
 
-    With `gains`, of a mix's tangents: the sums of weighed h [k, C], and [blocks of channels, k] where what
-    dL/dp gains is to be written."""
+    `gained` [blocks of channels, k], of a mix: where what dL/dp gains is to be written, and `before` added;
+    with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
     sizes, (tiles, blocks) = _sizes(y)
@@ -559,8 +580,9 @@ def norm_sums(
             "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
-            "p_gh_sums": gains[0] if gains else sums,
-            "p_gained": gains[1] if gains else sums,
+            "p_gh_sums": sums if gh_sums is None else gh_sums,
+            "p_gained": sums if gained is None else gained,
+            "p_before": sums if before is None else before,
             "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
             "splits": splits,
@@ -568,7 +590,8 @@ def norm_sums(
         {
             "NORMS": table.norms,
             "TANGENT": weighed is not None,
-            "GAIN": gains is not None,
+            "GAIN": gained is not None,
+            "ADD": before is not None,
             "BATCH": table.batch,
             **sizes,
         },

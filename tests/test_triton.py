@@ -155,15 +155,15 @@ def expected_last_sweeps_of_sepconv(arguments, adjoints, tangents, seconds):
 
 
 def last_sweeps_of_mix(arguments, g, sums, tangents, second):
-    """od, what dL/dp gains, the second adjoint of every candidate, the sums of second * h."""
-    od, p_gained, left = triton_backend.mix_tangent_forward(*arguments, g, sums, tangents)
-    return od, p_gained, *triton_backend.mix_second(*arguments, second, left)
+    """od, and the second adjoints of every candidate and of p."""
+    od, left = triton_backend.mix_tangent_forward(*arguments, g, sums, tangents)
+    return od, *triton_backend.mix_second(*arguments, second, left)
 
 
 def expected_last_sweeps_of_mix(arguments, g, adjoints, sums, tangents, second):
     od, gained, p_gained = torch_backend.mix_tangent(*arguments, g, adjoints, sums, tangents)
     found, sums = torch_backend.mix_backward(*arguments, second)
-    return od, p_gained, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], sums
+    return od, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], p_gained + sums.sum(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,9 +231,10 @@ def test_mix(shape, count, batch, dtype):
     g = images(shape, dtype, 11)
     wide = widened((candidates, norms, p))
     compare(triton_backend.mix_forward(candidates, norms, p), torch_backend.mix_forward(*wide), dtype)
-    adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+    adjoints, sums, p_gradient = triton_backend.mix_backward(candidates, norms, p, g)
     expected = torch_backend.mix_backward(*wide, g.double())
     compare((adjoints, sums), expected, dtype)
+    compare(p_gradient, expected[1].sum(1), dtype)
     tangents = [None if i == 3 else images(shape, dtype, 20 + i) for i in range(count)]
     second = images(shape, dtype, 40)
     found = last_sweeps_of_mix((candidates, norms, p), g, sums, tangents, second)
@@ -309,7 +310,7 @@ def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
             norms = [normalizer(y, True) if i else None for i, y in enumerate(candidates)]
             norms = [narrowed(norm, torch.float32) for norm in norms]
             p, g = weight((4,), torch.float32, 10), images((2, 16, 4, 8), torch.float32, 11)
-            adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+            adjoints, sums, _ = triton_backend.mix_backward(candidates, norms, p, g)
             last_sweeps_of_mix((candidates, norms, p), g, sums, adjoints, adjoints[0])
         else:
             arguments, adjoints = sepconv_case(name, torch.float32)
