@@ -4,7 +4,7 @@ operations of a derived cell.
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class FusedCell(MixedCell):
     Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass, where a module is training
     and tracks them; in evaluation mode every edge is normalised by its own.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As the reference's."""
+        super().__init__(*args, **kwargs)
+        self.register_buffer("one", torch.ones(1), persistent=False)  # the weight of a mix of one candidate
 
     def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
         """As the reference's; the output is channels-last. Twice differentiable as far as `kernels` are."""
@@ -89,8 +94,11 @@ class FusedCell(MixedCell):
                 for edge, skip in zip(edges, for_skips, strict=True):
                     found[edge].append(Candidate(skip, None))
         if stride == 2:
-            for edge, skip in zip(edges, for_skips, strict=True):
-                found[edge].append(self._factorized_reduce(self.edges[edge]["skip_connect"], skip))
+            skips = self._factorized_reduces(
+                [self.edges[edge]["skip_connect"] for edge in edges], for_skips[0]
+            )
+            for edge, skip in zip(edges, skips, strict=True):
+                found[edge].append(skip)
         convolutions = self._convolutions(for_convolutions, edges, stride)
         return {edge: [*found[edge], *convolutions[edge]] for edge in edges}
 
@@ -123,8 +131,7 @@ class FusedCell(MixedCell):
             return {
                 edge: [Candidate(y, s) for y, s in zip(pools, found[edge], strict=True)] for edge in edges
             }
-        one = statistics.new_ones(1)
-        normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
+        normalized = [kernels.mix([y], [s], self.one) for y, s in zip(pools, statistics, strict=True)]
         shared = [kernels.share(y, len(edges)) for y in normalized]
         return {
             edge: [Candidate(y, None) for y in pair]
@@ -136,12 +143,11 @@ class FusedCell(MixedCell):
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
         modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
-        # A node's adjoint takes the batch norm of a convolution where that loads it, if the kernels can.
-        linked = self.training and kernels.second_backward_in_one(x)
-        links = [
-            kernels.Link() if linked and CANDIDATES[name].kind == "dil_conv" else None for _, name in keys
-        ]
-        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()], links if linked else [])
+        links = self._links(x, len(keys))  # the separable ones' outputs go to their second halves
+        for i in range(len(links)):
+            if CANDIDATES[keys[i][1]].kind == "sep_conv":
+                links[i] = None
+        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()], links)
         found = dict(zip(keys, first, strict=True))
         twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
         second = self._halves(
@@ -149,7 +155,7 @@ class FusedCell(MixedCell):
             [found[key].statistics for key in twice],
             [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
             [modules[key][4:] for key in twice],
-            [kernels.Link() for _ in twice] if linked else [],
+            self._links(x, len(twice)),
         )
         found |= zip(twice, second, strict=True)
         return {edge: [found[edge, name] for name in CONVOLUTIONS] for edge in edges}
@@ -172,29 +178,45 @@ class FusedCell(MixedCell):
             self.training,
             links,
         )
-        return [
-            Candidate(y, self._statistics(m[3], y, s), link or False)
-            for y, s, m, link in zip(outputs, found, modules, links or [None] * len(modules), strict=True)
-        ]
+        return self._with_statistics(outputs, found, [m[3] for m in modules], links)
 
-    def _factorized_reduce(self, module: FactorizedReduce, x: Tensor) -> Candidate:
-        tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
-        outputs, statistics = kernels.sepconv(
-            [x], tasks, [None, None], [module.conv_1.weight, module.conv_2.weight]
-        )
-        y = kernels.concatenate(outputs)
-        return Candidate(y, self._statistics(module.bn, y, torch.cat(list(statistics), dim=1)))
+    def _factorized_reduces(self, modules: list[FactorizedReduce], x: Tensor) -> list[Candidate]:
+        links = self._links(x, len(modules))
+        tasks = [Task(stride=2, offset=offset) for _ in modules for offset in (0, 1)]
+        weights = [c.weight for module in modules for c in (module.conv_1, module.conv_2)]
+        outputs, found = kernels.sepconv([x], tasks, [None] * len(tasks), weights, links=links, join=2)
+        return self._with_statistics(outputs, found, [module.bn for module in modules], links)
 
     def _preprocess(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, FactorizedReduce):
-            y, statistics, _ = self._factorized_reduce(module, x)
+            (found,) = self._factorized_reduces([module], x)
         else:
-            _, convolution, norm = module
-            (y,), (found,) = kernels.sepconv([x], [Task()], [None], [convolution.weight])
-            statistics = self._statistics(norm, y, found)
-        return kernels.mix([y], [statistics], statistics.new_ones(1), self.training)
+            links, (_, convolution, norm) = self._links(x, 1), module
+            y, statistics = kernels.sepconv([x], [Task()], [None], [convolution.weight], links=links)
+            (found,) = self._with_statistics(y, statistics, [norm], links)
+        return kernels.mix([found.y], [found.statistics], self.one, self.training, [found.spread])
+
+    def _links(self, x: Tensor, count: int) -> list[kernels.Link]:
+        """So many, if a node's adjoint is to take the batch norm of a convolution where that loads it."""
+        linked = self.training and kernels.second_backward_in_one(x)
+        return [kernels.Link() for _ in range(count)] if linked else []
 
     # Statistics
+
+    def _with_statistics(
+        self,
+        outputs: list[Tensor],
+        statistics: Tensor,
+        norms: list[nn.BatchNorm2d],
+        links: list[kernels.Link | None],
+    ) -> list[Candidate]:
+        """What `kernels.sepconv` returned, as candidates that `norms` normalise."""
+        return [
+            Candidate(y, self._statistics(norm, y, found), link or False)
+            for y, found, norm, link in zip(
+                outputs, statistics, norms, links or [None] * len(norms), strict=True
+            )
+        ]
 
     def _statistics(self, norm: nn.BatchNorm2d, y: Tensor, batch: Tensor) -> Tensor:
         """What y is normalised by, [3, C]: in training the statistics of the batch, which are noted."""
@@ -216,8 +238,8 @@ def operation_on_kernels(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, FactorizedReduce):
         tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
         weights = [module.conv_1.weight, module.conv_2.weight]
-        outputs, statistics = kernels.sepconv([x], tasks, [None, None], weights)
-        return _batch_norm(module.bn, torch.cat(outputs, dim=1), torch.cat(list(statistics), dim=1))
+        (y,), (statistics,) = kernels.sepconv([x], tasks, [None, None], weights, join=2)
+        return _batch_norm(module.bn, y, statistics)
     parts = list(module.children())
     halves = [parts[i : i + 4] for i in range(0, len(parts), 4)] if len(parts) > 3 else [parts]
     for part in halves:

@@ -70,9 +70,9 @@ def sepconv_fwd_kernel(
     p_xd_sums,  # [2, sources, C]: of xd, xd h
     p_depthwise_d,
     p_pointwise_d,
-    p_y,  # [tasks, N, HO, WO, K]
+    p_y,  # [tasks / JOIN, N, HO, WO, JOIN * K]
     p_partials,  # [tasks, tiles, 2, K]; written unless TANGENT, as the next
-    p_statistics,  # [tasks, 3, K]
+    p_statistics,  # [tasks / JOIN, 3, JOIN * K]
     p_counters,
     positions,  # N * HO * WO
     tiles,
@@ -90,6 +90,7 @@ def sepconv_fwd_kernel(
     TANGENT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BATCH: tl.constexpr,
+    JOIN: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -163,8 +164,9 @@ def sepconv_fwd_kernel(
             b_y += dot(b_zd.to(element), b_p.to(element), ACC) + dot(b_z.to(element), b_pd.to(element), ACC)
         else:
             b_y += dot(b_z.to(element), b_p.to(element), ACC)
-    p_out = p_y + (tl.cast(i_task, tl.int64) * positions + i_first) * K
-    o_out = o_t[:, None] * K + o_k[None, :]
+    i_output, i_part = i_task // JOIN, i_task % JOIN
+    p_out = p_y + (tl.cast(i_output, tl.int64) * positions + i_first) * (JOIN * K) + i_part * K
+    o_out = o_t[:, None] * (JOIN * K) + o_k[None, :]
     tl.store(p_out + o_out, b_y.to(p_y.dtype.element_ty), mask=m_p[:, None] & m_k[None, :])
     if not TANGENT:
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
@@ -172,8 +174,8 @@ def sepconv_fwd_kernel(
         store_statistics(p_tile, b_y, m_p, count, o_k, m_k, K)
         if last_program(p_counters + i_task, tiles):
             p_tiles = p_partials + tl.cast(i_task, tl.int64) * tiles * 2 * K
-            p_found = p_statistics + i_task * 3 * K
-            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, BLOCK_P, BLOCK_K, ACC)
+            p_found = p_statistics + (i_output * 3 * JOIN + i_part) * K
+            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, JOIN * K, BLOCK_P, BLOCK_K, ACC)
 
 
 @triton.jit
@@ -223,6 +225,7 @@ def sepconv_bwd_pointwise_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     Y_ROW: tl.constexpr,  # elements from one position of Y and Yd to the next: they may be slices of channels
+    OWN_ROW: tl.constexpr,  # the same of y and yd, and from one row of all sums of channels to the next
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -253,8 +256,8 @@ def sepconv_bwd_pointwise_kernel(
         b_dd = tl.zeros([BLOCK_TAPS, BLOCK_C], ACC)
     if len(LINKED) > 0:
         m_link = m_k & (pick(LINKED, i_task) > 0)
-        i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * K
-        o_sum = i_place * K + o_k
+        i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * OWN_ROW
+        o_sum = i_place * OWN_ROW + o_k
         b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_link, other=0.0)
         b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_link, other=1.0)
         b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_link, other=1.0)
@@ -281,12 +284,13 @@ def sepconv_bwd_pointwise_kernel(
             b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
         if len(LINKED) > 0:
             m_own = m_p[:, None] & m_link[None, :]
-            b_h = tl.load(pick(p_own, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+            o_own = i_first * OWN_ROW + (o_t[:, None] * OWN_ROW + o_k[None, :])
+            b_h = tl.load(pick(p_own, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
             b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
             b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
-                b_hd = tl.load(pick(p_own_d, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+                b_hd = tl.load(pick(p_own_d, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
                 b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_own_r[None, :]
                 b_yd = b_yd.to(ACC) - b_gd_mean[None, :] - b_h * (b_sd + b_u)[None, :]
                 b_yd -= b_inner * (b_own_r * b_td)[None, :] + b_hd * b_s[None, :]
@@ -544,6 +548,12 @@ class _Call(NamedTuple):
             "ACC": ACCUMULATORS[accumulator(x.dtype)],
         }
 
+    def outputs(self, join: int) -> Tensor:
+        """Uninitialised [tasks / join, N, join * K, HO, WO]."""
+        n, k, height, width = self.out_shape
+        x = self.sources[0]
+        return images(len(self.tasks) // join, (n, join * k, height, width), x.dtype, x.device)
+
     def positions(self) -> int:
         n, _, height, width = self.out_shape
         return n * height * width
@@ -563,16 +573,18 @@ def sepconv_forward(
     tasks: Sequence[Task],
     depthwise_weights: Sequence[Tensor | None],
     pointwise_weights: Sequence[Tensor],
+    join: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
-    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch."""
+    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch. The channels of
+    `join` neighbours are side by side in one output."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     refuse_single_value(call.positions())
     tiles = triton.cdiv(call.positions(), BLOCK_P)
     x = sources[0]
-    y = images(len(tasks), call.out_shape, x.dtype, x.device)
+    y = call.outputs(join)
     k, dtype = call.out_shape[1], accumulator(x.dtype)
     partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
-    statistics = x.new_empty(len(tasks), 3, k, dtype=dtype)
+    statistics = x.new_empty(len(y), 3, join * k, dtype=dtype)
     _launch_forward(call, y, (partials, statistics, counters(x, len(tasks))))
     return list(y.unbind()), statistics
 
@@ -606,7 +618,7 @@ class _Left(NamedTuple):
 
     adjoints: Sequence[Tensor]
     tangents: "_Tangents"
-    outputs: Sequence[Tensor]  # yd
+    outputs: Sequence[Tensor]  # yd of every task
     owns: Sequence[Own | None]
 
 
@@ -621,13 +633,16 @@ def sepconv_tangent_forward(
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
     owns: Sequence[Own | None] = (),
+    join: int = 1,
 ) -> tuple[list[Tensor], _Left]:
-    """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero."""
+    """yd of every task, joined as the outputs are, and what `sepconv_second` needs. A tangent that is None
+    is zero."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents)
-    y = images(len(tasks), call.out_shape, sources[0].dtype, sources[0].device)
+    y = call.outputs(join)
     _launch_forward(call, y, None, tangents)
-    return list(y.unbind()), _Left(adjoints, tangents, y.unbind(), owns)
+    by_task = [part for output in y for part in output.chunk(join, dim=1)]
+    return list(y.unbind()), _Left(adjoints, tangents, by_task, owns)
 
 
 def sepconv_second(
@@ -726,6 +741,7 @@ def _launch_forward(
             "TANGENT": tangents is not None,
             "NORMALIZE": any(table.norms),
             "BATCH": tangents is not None and tangents.sums is not None,
+            "JOIN": len(call.tasks) // len(y),
             "K": k,
             **call.sizes(),
             "BLOCK_P": BLOCK_P,
@@ -811,6 +827,7 @@ def _launch_pointwise(
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
             "Y_ROW": y_row,
+            "OWN_ROW": next((row_stride(own.y) for own in owns if own), k),
             "K": k,
             **call.sizes(),
             "BLOCK_P": block_p,
@@ -846,8 +863,8 @@ def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left:
         "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
         if left
         else adjoints,
-        "p_own_d_sums": tuple(own.link.tangent if left else own.first for own in filled),
-        "p_second_sums": tuple(own.link.second if left else own.first for own in filled),
+        "p_own_d_sums": tuple(own.link.tangent[..., own.channels] if left else own.first for own in filled),
+        "p_second_sums": tuple(own.link.second[..., own.channels] if left else own.first for own in filled),
     }
 
 

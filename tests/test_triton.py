@@ -191,6 +191,30 @@ def test_sepconv(name, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joined_outputs_are_the_tasks_side_by_side(dtype):
+    """Two factorized reduces in one call: the same bits as their halves apart."""
+    arguments, _ = sepconv_case("factorized reduce", dtype)
+    sources, norms, tasks, d, p = arguments
+    twice = sources, norms, tasks * 2, d * 2, [weight(p[0].shape, dtype, 80 + i) for i in range(4)]
+
+    def both(run):
+        found, joined = run(*twice), run(*twice, join=2)
+        return [torch.cat(found[0][i : i + 2], dim=1) for i in (0, 2)], joined[0], found[1], joined[1]
+
+    apart, joined, statistics, joined_statistics = both(triton_backend.sepconv_forward)
+    compare(joined, [y.double() for y in apart], torch.float64)
+    for i, found in enumerate(joined_statistics):
+        assert torch.equal(found, torch.cat(list(statistics[2 * i : 2 * i + 2]), dim=1))
+    tangents = [images(x.shape, dtype, 40) for x in sources], [None] * 4, twice[4][::-1]
+
+    def tangent(*arguments, join=1):
+        return triton_backend.sepconv_tangent_forward(*arguments, [], *tangents, join=join)
+
+    apart, joined, *_ = both(tangent)
+    compare(joined, [y.double() for y in apart], torch.float64)
+
+
 @pytest.mark.parametrize("kept", range(3))
 def test_sepconv_tangents_may_be_zero(kept):
     arguments, adjoints = sepconv_case("second halves", torch.float64)
