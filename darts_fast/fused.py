@@ -4,6 +4,7 @@ operations of a derived cell.
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_c
 
 class Candidate(NamedTuple):
     """A candidate's output before its batch norm, the statistics [3, C] it is to be normalised by, if any,
-    and whether `kernels.spread` hands it out, or by which link `kernels.sepconv` does."""
+    and by which link `kernels.sepconv` or `kernels.spread` hands it out, if by one."""
 
     y: Tensor
     statistics: Tensor | None
-    spread: bool | kernels.Link = False
+    link: kernels.Link | None = None
 
 
 def kernels_on(like: Tensor) -> str:
@@ -65,7 +66,7 @@ class FusedCell(MixedCell):
             # What is not used of a state's readers has no adjoint, and costs nothing.
             output, *readers = kernels.share(states[source], 3 + len(edges))
             if edges:
-                candidates |= self._candidates(readers, edges, probabilities)
+                candidates |= self._candidates(readers, edges)
             if source >= INPUTS:
                 outputs.append(output)
         if self._observed:
@@ -76,18 +77,16 @@ class FusedCell(MixedCell):
     def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
         """Equation 1: the sum over the node's edges of equation 2."""
         edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
-        tensors, statistics, spread = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
-        return kernels.mix(tensors, statistics, weights, self.training, spread)
+        tensors, statistics, links = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
+        return kernels.mix(tensors, statistics, weights, self.training, links)
 
-    def _candidates(
-        self, readers: list[Tensor], edges: list[int], probabilities: Tensor
-    ) -> dict[int, list[Candidate]]:
+    def _candidates(self, readers: list[Tensor], edges: list[int]) -> dict[int, list[Candidate]]:
         """Every candidate of the edges that leave a state, `readers` of which are to be read."""
         for_convolutions, for_pools, *for_skips = readers
         stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
         if self.training and kernels.second_backward_in_one(for_pools):
             skips = [] if stride == 2 else for_skips[:1]
-            found = self._spread_pools(for_pools, skips, edges, stride, probabilities)
+            found = self._spread_pools(for_pools, skips, edges, stride)
         else:
             found = self._pools(for_pools, edges, stride)
             if stride == 1:
@@ -103,7 +102,7 @@ class FusedCell(MixedCell):
         return {edge: [*found[edge], *convolutions[edge]] for edge in edges}
 
     def _spread_pools(
-        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int, probabilities: Tensor
+        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int
     ) -> dict[int, list[Candidate]]:
         """The pools, and the skip if it is the identity: the first columns after that of `none`."""
         *pools, statistics = kernels.pool(x, stride)
@@ -111,11 +110,11 @@ class FusedCell(MixedCell):
             for name, y, found in zip(POOLS, pools, statistics, strict=True):
                 self._statistics(self.edges[edge][name][1], y, found)
         tensors, given = [*pools, *skips], [*statistics, *[None] * len(skips)]
-        places = [[edge * len(CANDIDATES) + 1 + i for i in range(len(tensors))] for edge in edges]
-        handed = kernels.spread(tensors, given, probabilities, places)
+        links = [[kernels.Link() for _ in tensors] for _ in edges]
+        handed = kernels.spread(tensors, given, links)
         return {
-            edge: [Candidate(y, s, True) for y, s in zip(row, given, strict=True)]
-            for edge, row in zip(edges, handed, strict=True)
+            edge: [Candidate(*of_one) for of_one in zip(row, given, by_tensor, strict=True)]
+            for edge, row, by_tensor in zip(edges, handed, links, strict=True)
         }
 
     def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
@@ -143,11 +142,7 @@ class FusedCell(MixedCell):
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
         modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
-        links = self._links(x, len(keys))  # the separable ones' outputs go to their second halves
-        for i in range(len(links)):
-            if CANDIDATES[keys[i][1]].kind == "sep_conv":
-                links[i] = None
-        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()], links)
+        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()])
         found = dict(zip(keys, first, strict=True))
         twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
         second = self._halves(
@@ -155,7 +150,7 @@ class FusedCell(MixedCell):
             [found[key].statistics for key in twice],
             [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
             [modules[key][4:] for key in twice],
-            self._links(x, len(twice)),
+            [found[key].link for key in twice if found[key].link],
         )
         found |= zip(twice, second, strict=True)
         return {edge: [found[edge, name] for name in CONVOLUTIONS] for edge in edges}
@@ -166,9 +161,10 @@ class FusedCell(MixedCell):
         statistics: list[Tensor] | None,
         tasks: list[Task],
         modules: list[list[nn.Module]],
-        links: list[kernels.Link | None],
+        source_links: Sequence[kernels.Link] = (),
     ) -> list[Candidate]:
         """Modules are ReLU, depthwise, pointwise, batch norm."""
+        links = self._links(sources[0], len(tasks))
         outputs, found = kernels.sepconv(
             sources,
             tasks,
@@ -177,6 +173,7 @@ class FusedCell(MixedCell):
             statistics,
             self.training,
             links,
+            source_links=source_links,
         )
         return self._with_statistics(outputs, found, [m[3] for m in modules], links)
 
@@ -194,7 +191,7 @@ class FusedCell(MixedCell):
             links, (_, convolution, norm) = self._links(x, 1), module
             y, statistics = kernels.sepconv([x], [Task()], [None], [convolution.weight], links=links)
             (found,) = self._with_statistics(y, statistics, [norm], links)
-        return kernels.mix([found.y], [found.statistics], self.one, self.training, [found.spread])
+        return kernels.mix([found.y], [found.statistics], self.one, self.training, [found.link])
 
     def _links(self, x: Tensor, count: int) -> list[kernels.Link]:
         """So many, if a node's adjoint is to take the batch norm of a convolution where that loads it."""
@@ -208,11 +205,11 @@ class FusedCell(MixedCell):
         outputs: list[Tensor],
         statistics: Tensor,
         norms: list[nn.BatchNorm2d],
-        links: list[kernels.Link | None],
+        links: list[kernels.Link],
     ) -> list[Candidate]:
         """What `kernels.sepconv` returned, as candidates that `norms` normalise."""
         return [
-            Candidate(y, self._statistics(norm, y, found), link or False)
+            Candidate(y, self._statistics(norm, y, found), link)
             for y, found, norm, link in zip(
                 outputs, statistics, norms, links or [None] * len(norms), strict=True
             )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.handover import Link
+from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -83,12 +83,23 @@ def add_kernel(
 
 @triton.jit
 def spread_kernel(
-    p_adjoints,  # tuple of G_jc [positions, C], by reader j, then by tensor c; of a reader often the same
-    p_weights,
-    p_out,  # [TENSORS, positions, C]: sum over j of p_jc G_jc
+    p_adjoints,  # tuple, one a reader j: G_j [positions, C]; if TANGENT Gd_j
+    p_sums,  # tuple, one a reader: [2, candidates, C], of G, G h; if TANGENT of Gd, Gd h
+    p_weights,  # tuple, one a reader: p [candidates]
+    p_tensors,  # tuple of y_c [positions, C]
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_firsts,  # tuple of G_j; this and the next three are read if TANGENT
+    p_first_sums,
+    p_tangents,  # tuple of yd_c
+    p_tangent_sums,  # tuple, one a reader: [4, candidates, C], of yd, yd h, yd G, G
+    p_out,  # [tensors, positions, C]: B_c of the sum over j of p_jc G_j, or the second adjoint
     positions,
-    PLACES: tl.constexpr,  # where p_jc is
-    TENSORS: tl.constexpr,
+    PLACES: tl.constexpr,  # where a reader has a tensor among its candidates, by reader, then by tensor
+    CANDIDATES: tl.constexpr,  # of each reader
+    NORMS: tl.constexpr,  # which tensors are normalised
+    HAS_TANGENT: tl.constexpr,
+    TANGENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,15 +107,47 @@ def spread_kernel(
 ):
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    m_c = o_c < C
+    m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    for c in tl.static_range(TENSORS):
-        b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-        for i in tl.static_range(c, len(p_adjoints), TENSORS):
-            b_g = tl.load(p_adjoints[i] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-            b_total += b_g * tl.load(p_weights + PLACES[i]).to(ACC)
+    for c in tl.static_range(len(p_tensors)):
+        b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        b_first = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        b_m = tl.zeros([BLOCK_C], ACC)  # mean(G_c), and below mean(G_c h)
+        b_mh = tl.zeros([BLOCK_C], ACC)
+        b_mf = tl.zeros([BLOCK_C], ACC)  # the same of the first sweep's
+        b_s = tl.zeros([BLOCK_C], ACC)
+        b_u = tl.zeros([BLOCK_C], ACC)
+        for j in tl.static_range(len(p_adjoints)):
+            b_weight = tl.load(p_weights[j] + PLACES[j * len(p_tensors) + c]).to(ACC)
+            b_found += b_weight * tl.load(p_adjoints[j] + o, mask=m, other=0.0).to(ACC)
+            if NORMS[c]:
+                size = CANDIDATES[j] * C
+                o_sum = PLACES[j * len(p_tensors) + c] * C + o_c
+                b_part = b_weight / positions
+                b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
+                b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                if TANGENT and HAS_TANGENT[c]:
+                    b_first += b_weight * tl.load(p_firsts[j] + o, mask=m, other=0.0).to(ACC)
+                    b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
+                    b_s += b_part * tl.load(p_first_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                    b_u += b_part * tl.load(p_tangent_sums[j] + 2 * size + o_sum, mask=m_c, other=0.0)
+        if NORMS[c]:
+            b_mean, b_r = load_normalizer(p_means[c], p_rs[c], 1, o_c, m_c, ACC)
+            b_h = (tl.load(p_tensors[c] + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
+            b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
+            if TANGENT and HAS_TANGENT[c]:
+                p_sum = p_tangent_sums[0] + PLACES[c] * C + o_c  # the same for all readers
+                b_md = tl.load(p_sum, mask=m_c, other=0.0) / positions
+                b_t = tl.load(p_sum + CANDIDATES[0] * C, mask=m_c, other=0.0) / positions
+                b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
+                b_yd = tl.load(p_tangents[c] + o, mask=m, other=0.0).to(ACC)
+                b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
+                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
+                b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
+            b_found = b_found * b_r[None, :]
         p_c = p_out + tl.cast(positions, tl.int64) * C * c
-        tl.store(p_c + o, b_total.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_c + o, b_found.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -340,15 +383,15 @@ def mix_backward(
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; the sums of g h_k:
+    """The adjoint of every candidate, p_k B_k(g), or g where it has a link; the sums of g h_k:
     [candidates, C]; and dL/dp, their sums over channels."""
     gained = _gains(p, candidates[0])
     sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained)
-    for link in _links(spread):
-        link.first = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1], _over_blocks(gained)
+    for link in filter(None, links):
+        link.sums = sums
+    return _of_candidates(candidates, normalizers, p, g, sums, links), sums[1], _over_blocks(gained)
 
 
 def _gains(p: Tensor, y: Tensor) -> Tensor:
@@ -360,21 +403,17 @@ def _over_blocks(gained: Tensor) -> Tensor:
     return gained[0] if len(gained) == 1 else gained.sum(0)
 
 
-def _links(spread: Sequence[bool | Link]) -> list[Link]:
-    return [link for link in spread if isinstance(link, Link)]
-
-
 def _of_candidates(
     candidates: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
     sums: Tensor,
-    spread: Sequence[bool | Link],
+    links: Sequence[Link | None],
     left: "_Left | None" = None,
 ) -> list[Tensor]:
     """The adjoint of every candidate, or with `left` the second one."""
-    own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    own = [k for k in range(len(candidates)) if not (links and links[k])]
     if not own:
         return [g] * len(candidates)
     found = norm_backward(
@@ -409,7 +448,7 @@ def mix_tangent_forward(
     g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[Tensor, _Left]:
     """od, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent that is None is
     zero."""
@@ -429,8 +468,8 @@ def mix_tangent_forward(
         if not has[k]:
             gained[:, k].zero_()
     left = _Left(g, sums, tangents, tangent_sums, gained)
-    for link in _links(spread):
-        link.tangent = tangent_sums
+    for link in filter(None, links):
+        link.tangent_sums = tangent_sums
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -456,96 +495,82 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _Left,
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate (or g where it is `spread`), and that of p, with what it gains in
+    """The second adjoint of every candidate (or g where it has a link), and that of p, with what it gains in
     the tangent sweep; g is the node's."""
     gained = torch.empty_like(left.gained)
     sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained, before=left.gained)
-    for link in _links(spread):
-        link.second = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), _over_blocks(gained)
+    for link in filter(None, links):
+        link.sums = sums
+    return _of_candidates(candidates, normalizers, p, g, sums, links, left), _over_blocks(gained)
 
 
 def spread_backward(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` G
-    [tensors, N, C, H, W] and the sums of G and G h [2, normalised tensors, C].
-
-    `places` and `adjoints` are by reader, then by tensor."""
-    total = _launch_spread(weights, places, adjoints, len(tensors))
-    found, sums = _through_norms(tensors, normalizers, total)
-    return found, total, total if sums is None else sums
+    tensors: Sequence[Tensor], normalizers: Sequence[Normalizer | None], readers: Sequence[Reader]
+) -> list[Tensor]:
+    """B_c of the sum over readers j of p_jc G_j, for every tensor."""
+    return _launch_spread(tensors, normalizers, readers, readers, [None] * len(tensors), readers)
 
 
 def spread_second(
     tensors: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-    first: Tensor,
-    first_sums: Tensor,
+    seconds: Sequence[Reader],
+    firsts: Sequence[Reader],
     tangents: Sequence[Tensor | None],
+    tangent_sums: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
-    total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total, first, first_sums, tangents)[0]
+    """The second adjoint of every tensor, from its tangent; `tangent_sums` are each reader's."""
+    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
+    given = [first._replace(sums=sums) for first, sums in zip(firsts, tangent_sums, strict=True)]
+    return _launch_spread(tensors, normalizers, seconds, firsts, tangents, given)
 
 
 def _launch_spread(
-    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
-) -> Tensor:
-    g = adjoints[0]
-    out = images(tensors, g.shape, g.dtype, g.device)
-    sizes, grid = _sizes(g, 512)
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    readers: Sequence[Reader],
+    firsts: Sequence[Reader],
+    tangents: Sequence[Tensor | None],
+    tangent_readers: Sequence[Reader],
+) -> list[Tensor]:
+    """`firsts` and `tangent_readers` are `readers` in the first sweep, where they are not read."""
+    y = tensors[0]
+    table = Table.of(normalizers, tensors)
+    out = images(len(tensors), y.shape, y.dtype, y.device)
+    sizes, grid = _sizes(y, 512)
     launch(
         spread_kernel,
         grid,
         {
-            "p_adjoints": tuple(adjoints),
-            "p_weights": weights.contiguous(),
+            "p_adjoints": tuple(reader.adjoint for reader in readers),
+            "p_sums": tuple(reader.sums for reader in readers),
+            "p_weights": tuple(reader.weights for reader in readers),
+            # Of a tensor without batch norm nothing is read.
+            "p_tensors": _where(table.norms, tensors, [readers[0].adjoint] * len(tensors)),
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_firsts": tuple(reader.adjoint for reader in firsts),
+            "p_first_sums": tuple(reader.sums for reader in firsts),
+            "p_tangents": tuple(
+                yd if yd is not None and norm else readers[0].adjoint
+                for yd, norm in zip(tangents, table.norms, strict=True)
+            ),
+            "p_tangent_sums": tuple(reader.sums for reader in tangent_readers),
             "p_out": out,
-            "positions": _positions(g),
+            "positions": _positions(y),
         },
-        {"PLACES": tuple(places), "TENSORS": tensors, **sizes},
+        {
+            "PLACES": tuple(place for reader in readers for place in reader.places),
+            "CANDIDATES": tuple(reader.sums.shape[1] for reader in readers),
+            "NORMS": table.norms,
+            "HAS_TANGENT": tuple(int(yd is not None) for yd in tangents),
+            "TANGENT": firsts is not readers,
+            **sizes,
+        },
     )
-    return out
-
-
-def _through_norms(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    total: Tensor,
-    first: Tensor | None = None,
-    first_sums: Tensor | None = None,
-    tangents: Sequence[Tensor | None] = (),
-) -> tuple[list[Tensor], Tensor | None]:
-    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there. And the
-    sums of total and total h, if any has."""
-    found = list(total.unbind())
-    normed = [c for c, norm in enumerate(normalizers) if norm is not None]
-    if not normed:
-        return found, None
-    gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
-    norms = [normalizers[c] for c in normed]
-    sums = norm_sums(gs, ys, norms)
-    if first is None:
-        adjoints = norm_backward(gs, ys, norms, sums)
-    else:
-        firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
-        yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
-        given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
-        yd_sums = norm_sums(given, ys, norms, firsts)
-        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums[1]))
-    for c, adjoint in zip(normed, adjoints, strict=True):
-        found[c] = adjoint
-    return found, sums
+    return list(out.unbind())
 
 
 def norm_sums(

@@ -22,6 +22,7 @@ def sepconv(
     batch_statistics: bool = True,
     links: Sequence[Link | None] = (),
     join: int = 1,
+    source_links: Sequence[Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """y_t = P_t (D_t * relu(h)) for every task t; h is source number `task.source`, or its batch norm.
 
@@ -38,10 +39,12 @@ def sepconv(
             it by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
         batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
             batch norm's in training; else they are constants.
-        links: for each output, by which link a mix reads its output, normalised by the statistics returned
-            here; None: it is read as any tensor is. (): none has one. Only where
+        links: for each output, by which link a mix, or another call, reads it, normalised by the statistics
+            returned here; None: it is read as any tensor is. (): none has one. Only where
             `backends.second_backward_in_one` says so.
         join: this many tasks, neighbours, give one output: their channels side by side.
+        source_links: by which links the sources come from another call, which is then given the adjoints of
+            their batch norms; where the statistics are theirs. (): the sources are any tensors.
 
     Returns:
         y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype,
@@ -61,7 +64,7 @@ def sepconv(
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
     given = None if statistics is None else tuple(statistics)
     *outputs, found, _ = _SepConv.apply(
-        tuple(tasks), batch_statistics, given, tuple(links), join, *sources, *weights
+        tuple(tasks), batch_statistics, given, tuple(links), join, tuple(source_links), *sources, *weights
     )
     return outputs, found
 
@@ -90,9 +93,12 @@ class _SepConv(torch.autograd.Function):
         statistics: tuple[Tensor, ...] | None,
         links: tuple[Link | None, ...],
         join: int,
+        source_links: tuple[Link, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.tasks, ctx.batch, ctx.join, ctx.handover = tasks, batch, join, Handover()
+        for i, link in enumerate(source_links):
+            link.weights, link.index = None, i
         ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
         token = tensors[0].new_empty(0)
         arguments = _arguments(tasks, batch, statistics, tensors)
@@ -104,7 +110,7 @@ class _SepConv(torch.autograd.Function):
             found = found.unflatten(0, (-1, join)).transpose(1, 2).flatten(2)
         ctx.mark_non_differentiable(found)
         ctx.statistics, ctx.links, ctx.shape = statistics, links, outputs[0].shape
-        ctx.found = found if links else None
+        ctx.found, ctx.source_links = found if links else None, source_links
         ctx.save_for_backward(*tensors, token, *(outputs if links else ()))
         return *outputs, found, token
 
@@ -117,11 +123,11 @@ class _SepConv(torch.autograd.Function):
         adjoints, left = adjoints[:-2], ctx.handover.take()
         if not left:
             if any(link and y is None for link, y in zip(ctx.links, adjoints, strict=bool(ctx.links))):
-                raise RuntimeError("an output with a link has no adjoint: no mix was given it")
+                raise RuntimeError("an output with a link has no adjoint: nothing was given it")
             owns = [
                 own
                 for link, y, found in zip(ctx.links, outputs, ctx.found if ctx.links else (), strict=True)
-                for own in _owns(link, y.detach(), found, join)
+                for own in owns_of(link, y.detach(), found, join)
             ]
             adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints]
             found = _SepConvBackward.apply(
@@ -132,20 +138,21 @@ class _SepConv(torch.autograd.Function):
                 ctx.statistics,
                 owns,
                 join,
+                ctx.source_links,
                 token,
                 *tensors,
                 *adjoints,
             )
-            return None, None, None, None, None, *found
+            return None, None, None, None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
             arguments = _arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors)
-            sources = backend(tensors[0]).sepconv_second(*arguments, _parts(adjoints, join), left[0])
+            sources = backend(tensors[0]).sepconv_second(*arguments, parts(adjoints, join), left[0])
             return *sources, *[None] * (2 * len(ctx.tasks))
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
-        return None, None, None, None, None, *Last.apply(second, *tensors, *adjoints)
+        return None, None, None, None, None, None, *Last.apply(second, *tensors, *adjoints)
 
 
 class _SepConvBackward(torch.autograd.Function):
@@ -161,21 +168,22 @@ class _SepConvBackward(torch.autograd.Function):
         statistics: tuple[Tensor, ...] | None,
         owns: list[Own | None],
         join: int,
+        source_links: tuple[Link, ...],
         token: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.tasks, ctx.batch, ctx.join, ctx.handover = tasks, batch, join, handover
         ctx.set_materialize_grads(False)
-        ctx.statistics, ctx.owns = statistics, owns
-        ctx.save_for_backward(*tensors)
-        count = len(tasks) // join
+        ctx.statistics, ctx.owns, ctx.source_links = statistics, owns, source_links
+        count, given = len(tasks) // join, tensors
         tensors, adjoints = tensors[:-count], tensors[-count:]
         sources, d, p = backend(adjoints[0]).sepconv_backward(
             *_arguments(tasks, batch, statistics, tensors),
-            _parts(adjoints, join),
+            parts(adjoints, join),
             weight_gradients,
-            *([owns] if owns else []),
+            *([owns, source_links] if owns else []),
         )
+        ctx.save_for_backward(*given, *(sources if source_links else ()))
         return *sources, *d, *p
 
     @staticmethod
@@ -183,24 +191,26 @@ class _SepConvBackward(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if weights_wanted(ctx):
             refuse_second_derivative("its weights")
-        n, join = len(ctx.tasks), ctx.join
-        count = n // join
-        tensors, adjoints = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        n, join, saved = len(ctx.tasks), ctx.join, ctx.saved_tensors
+        end, count = len(saved) - len(ctx.source_links), n // join
+        tensors, adjoints, firsts = saved[: end - count], saved[end - count : end], saved[end:]
         given = (
             *_arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors),
-            _parts(adjoints, join),
+            parts(adjoints, join),
             tangents[: -2 * n],
             tangents[-2 * n : -n],
             tangents[-n:],
         )
         if second_backward_in_one(adjoints[0]):
-            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given, ctx.owns, join)
+            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(
+                *given, ctx.owns, join, ctx.source_links, firsts
+            )
             ctx.handover.leave(left)
             token, sources = adjoints[0].new_empty(0), [None] * (len(tensors) - 2 * n)
         else:
             outputs, sources = backend(adjoints[0]).sepconv_tangent(*given)
             outputs, token = _side_by_side(outputs, join), None
-        return None, None, None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
+        return *[None] * 8, token, *sources, *[None] * (2 * n), *outputs
 
 
 def _side_by_side(outputs: list[Tensor], join: int) -> list[Tensor]:
@@ -211,18 +221,18 @@ def _side_by_side(outputs: list[Tensor], join: int) -> list[Tensor]:
     return [torch.cat(group, dim=1).contiguous(memory_format=torch.channels_last) for group in groups]
 
 
-def _parts(adjoints: Sequence[Tensor | None], join: int) -> list[Tensor | None]:
+def parts(adjoints: Sequence[Tensor | None], join: int) -> list[Tensor | None]:
     """Of every task, views of its output's."""
     return [part for y in adjoints for part in ([None] * join if y is None else y.chunk(join, dim=1))]
 
 
-def _owns(link: Link | None, y: Tensor, found: Tensor, join: int) -> list[Own | None]:
+def owns_of(link: Link | None, y: Tensor, found: Tensor, join: int) -> list[Own | None]:
     """Of the tasks of one output; `found` are its statistics."""
     if link is None:
         return [None] * join
     k = y.shape[1] // join
     parts = [slice(i, i + k) for i in range(0, y.shape[1], k)]
-    return [Own(y[:, c], *found[:, c].unbind(), link, link.first[..., c], c) for c in parts]
+    return [Own(y[:, c], *found[:, c].unbind(), link, link.sums[..., c], c) for c in parts]
 
 
 def _arguments(

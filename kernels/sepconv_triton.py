@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix_triton import norm_backward, norm_sums
 from darts_fast.kernels.sepconv import Own
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -209,9 +210,10 @@ def sepconv_bwd_pointwise_kernel(
     HAS_D: tl.constexpr,
     HAS_PD: tl.constexpr,
     HAS_YD: tl.constexpr,
-    LINKED: tl.constexpr,  # which tasks' outputs a mix reads by a link; empty: none
-    PLACES: tl.constexpr,  # where among the mix's candidates
-    CANDIDATES: tl.constexpr,  # how many it has
+    LINKED: tl.constexpr,  # which tasks' outputs are read by a link; empty: none
+    PLACES: tl.constexpr,  # its row in the sums, and the place of its p
+    CANDIDATES: tl.constexpr,  # how many rows there are
+    WEIGHED: tl.constexpr,  # whether it has a p
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
@@ -260,7 +262,8 @@ def sepconv_bwd_pointwise_kernel(
         o_sum = i_place * OWN_ROW + o_k
         b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_link, other=0.0)
         b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_link, other=1.0)
-        b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_link, other=1.0)
+        m_weighed = m_link & (pick(WEIGHED, i_task) > 0)
+        b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_weighed, other=1.0)
         b_scale = b_weight * b_own_r  # p r, [BLOCK_K]
         p_sums_1 = pick(p_first_sums, i_task)
         b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_link, other=0.0) / positions
@@ -364,8 +367,8 @@ def sepconv_bwd_kernel(
     p_depthwise,
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
     p_found,  # [sources, N, H, W, C]
-    p_partials,  # [2, or 4 if TANGENT, sources, tiles, C]; written if SUMS, as the next
-    p_sums,  # [2 or 4, sources, C]: of H, H h, and if TANGENT of first h, first hd
+    p_partials,  # [2, or 4 if TANGENT and not LINKED, sources, tiles, C]; written if SUMS, as the next
+    p_sums,  # [2 or 4, sources, C]: of H, H h, and if 4 of first h, first hd
     p_counters,
     pixels,  # N * H * W
     positions,  # N * HO * WO
@@ -379,7 +382,8 @@ def sepconv_bwd_kernel(
     HAS_DD: tl.constexpr,
     TANGENT: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    SUMS: tl.constexpr,  # batch norm moves with x: write H and its sums, for `norm_backward`
+    SUMS: tl.constexpr,  # batch norm moves with x: write H and its sums, for `norm_backward` or a link
+    LINKED: tl.constexpr,  # the sources have links
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -416,7 +420,8 @@ def sepconv_bwd_kernel(
                 o_d = o_c * (KERNELS[t] * KERNELS[t]) + i_tap
                 b_d = tl.load(p_depthwise[t] + o_d, mask=m_c & (HAS_D[t] > 0), other=1.0).to(ACC)
                 b_z = tl.load(p_task + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-                b_first += b_z * b_d[None, :]
+                if not (TANGENT and LINKED):
+                    b_first += b_z * b_d[None, :]
                 if TANGENT:
                     m_dd = m_c & (HAS_DD[t] > 0)
                     b_dd = tl.load(p_depthwise_d[t] + o_d, mask=m_dd, other=0.0).to(ACC)
@@ -439,7 +444,7 @@ def sepconv_bwd_kernel(
     p_tile = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
-        if TANGENT:
+        if TANGENT and not LINKED:
             # Of B(first) only its product with -r t is wanted: it joins what B is taken of next.
             m_xd = m_c & (pick(HAS_XD, i_source) > 0)
             p_sum = p_xd_sums + i_source * C + o_c
@@ -458,7 +463,7 @@ def sepconv_bwd_kernel(
     tl.store(p_out + o, b_found.to(p_found.dtype.element_ty), mask=m)
     if SUMS:
         if last_program(p_counters + i_source * tl.num_programs(2) + i_c, tiles):
-            for i_sum in tl.static_range(4 if TANGENT else 2):
+            for i_sum in tl.static_range(4 if TANGENT and not LINKED else 2):
                 p_rows = p_partials + i_sum * stride + tl.cast(i_source * tiles, tl.int64) * C
                 b_sum = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
                 tl.store(p_sums + (i_sum * entries + i_source) * C + o_c, b_sum, mask=m_c)
@@ -598,11 +603,13 @@ def sepconv_backward(
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
     owns: Sequence[Own | None] = (),
+    source_links: Sequence[Link] = (),
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """The adjoint of every source, and the gradients of the weights: None where they are not asked for."""
+    """The adjoint of every source (with links, of its batch norm), and the gradients of the weights: None
+    where they are not asked for."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     z, sums = _launch_pointwise(call, adjoints, weight_gradients, owns)
-    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z)
+    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z, source_links)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     if sums is not None:
@@ -620,6 +627,7 @@ class _Left(NamedTuple):
     tangents: "_Tangents"
     outputs: Sequence[Tensor]  # yd of every task
     owns: Sequence[Own | None]
+    source_links: Sequence[Link]
 
 
 def sepconv_tangent_forward(
@@ -634,15 +642,19 @@ def sepconv_tangent_forward(
     pointwise_tangents: Sequence[Tensor | None],
     owns: Sequence[Own | None] = (),
     join: int = 1,
+    source_links: Sequence[Link] = (),
+    firsts: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], _Left]:
     """yd of every task, joined as the outputs are, and what `sepconv_second` needs. A tangent that is None
-    is zero."""
+    is zero. `firsts` are the sources' adjoints that `sepconv_backward` gave, where they have links."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents)
+    tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents, firsts)
+    for link in source_links:
+        link.tangent_sums = tangents.sums
     y = call.outputs(join)
     _launch_forward(call, y, None, tangents)
     by_task = [part for output in y for part in output.chunk(join, dim=1)]
-    return list(y.unbind()), _Left(adjoints, tangents, by_task, owns)
+    return list(y.unbind()), _Left(adjoints, tangents, by_task, owns, source_links)
 
 
 def sepconv_second(
@@ -657,7 +669,9 @@ def sepconv_second(
     """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero)."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     z, _ = _launch_pointwise(call, left.adjoints, False, left.owns, left, adjoints)
-    return list(z[0].unbind()) if call.direct() else _launch_backward(call, z, left.tangents)
+    if call.direct():
+        return list(z[0].unbind())
+    return _launch_backward(call, z, left.source_links, left.tangents)
 
 
 class _Tangents(NamedTuple):
@@ -669,7 +683,9 @@ class _Tangents(NamedTuple):
     has_sources: tuple[int, ...]
     has_depthwise: tuple[int, ...]
     has_pointwise: tuple[int, ...]
-    sums: Tensor | None  # [2, sources, C]: of xd, xd h, where batch norm moves with x
+    sums: (
+        Tensor | None
+    )  # [2, sources, C]: of xd, xd h, where batch norm moves with x; with links 4, as theirs
 
     @classmethod
     def of(
@@ -678,6 +694,7 @@ class _Tangents(NamedTuple):
         sources: Sequence[Tensor | None],
         depthwise: Sequence[Tensor | None],
         pointwise: Sequence[Tensor | None],
+        firsts: Sequence[Tensor],
     ) -> "_Tangents":
         has_sources = tuple(int(xd is not None) for xd in sources)
         given = tuple(
@@ -696,7 +713,9 @@ class _Tangents(NamedTuple):
             has_sources,
             tuple(int(dd is not None) for dd in depthwise),
             tuple(int(pd is not None) for pd in pointwise),
-            norm_sums(given, call.sources, call.normalizers) if batch and any(has_sources) else None,
+            norm_sums(given, call.sources, call.normalizers, firsts or None)
+            if batch and any(has_sources)
+            else None,
         )
 
 
@@ -821,6 +840,7 @@ def _launch_pointwise(
             "LINKED": tuple(int(own is not None) for own in owns),
             "PLACES": tuple(own.link.index if own else 0 for own in owns),
             "CANDIDATES": tuple(own.first.shape[1] if own else 0 for own in owns),
+            "WEIGHED": tuple(int(own is not None and own.link.weights is not None) for own in owns),
             "WEIGHTS": weight_gradients,
             "TANGENT": tangents is not None,
             "DIRECT": direct,
@@ -858,18 +878,22 @@ def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left:
         "p_own": tuple(y if own is None else own.y for own, y in zip(owns, adjoints, strict=True)),
         "p_own_means": tuple(own.mean for own in filled),
         "p_own_rs": tuple(own.r for own in filled),
-        "p_mix_weights": tuple(own.link.weights for own in filled),
+        "p_mix_weights": tuple(own.r if own.link.weights is None else own.link.weights for own in filled),
         "p_first_sums": tuple(own.first for own in filled),
         "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
         if left
         else adjoints,
-        "p_own_d_sums": tuple(own.link.tangent[..., own.channels] if left else own.first for own in filled),
-        "p_second_sums": tuple(own.link.second[..., own.channels] if left else own.first for own in filled),
+        "p_own_d_sums": tuple(
+            own.link.tangent_sums[..., own.channels] if left else own.first for own in filled
+        ),
+        "p_second_sums": tuple(own.link.sums[..., own.channels] if left else own.first for own in filled),
     }
 
 
-def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) -> list[Tensor]:
-    """The adjoints of the sources; with tangents, their second adjoints."""
+def _launch_backward(
+    call: _Call, z: Tensor, links: Sequence[Link], tangents: _Tangents | None = None
+) -> list[Tensor]:
+    """The adjoints of the sources, or with links of their batch norms; with tangents, the second adjoints."""
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
@@ -878,7 +902,7 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None
     if table.batch:
-        layers, dtype = 2 if tangents is None else 4, accumulator(x.dtype)
+        layers, dtype = 2 if tangents is None or links else 4, accumulator(x.dtype)
         partials = x.new_empty(layers, count, tiles, c, dtype=dtype)
         sums, counts = (
             x.new_empty(layers, count, c, dtype=dtype),
@@ -893,7 +917,7 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "p_x": call.sources,
             "p_means": table.means,
             "p_rs": table.rs,
-            "p_xd": tangents.sources if tangents else call.sources,
+            "p_xd": tangents.sources if tangents and not links else call.sources,
             "p_xd_sums": z if xd_sums is None else xd_sums,
             "p_depthwise_d": tangents.depthwise if tangents else call.depthwise,
             "p_depthwise": call.depthwise,
@@ -914,13 +938,16 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "TANGENT": tangents is not None,
             "NORMALIZE": any(table.norms),
             "SUMS": table.batch,
+            "LINKED": bool(links),
             **call.sizes(),
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
         },
     )
     found = list(found.unbind())
-    if sums is None:
+    for link in links:
+        link.sums = sums
+    if links or sums is None:
         return found
     if tangents is None:
         return norm_backward(found, call.sources, call.normalizers, sums)

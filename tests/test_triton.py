@@ -268,29 +268,40 @@ def test_mix(shape, count, batch, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
-    """One mix of two convolutions with links, two pools and a skip that are spread: the four sweeps, against
-    the same without links and spread, by ATen in float64."""
+    """A 1x1 convolution with its batch norm, and of that a mix of a dilated and a separable convolution with
+    links, two pools and a skip that are spread: the four sweeps, against the same without links and spread,
+    by ATen in float64."""
     shape, v_seed = (2, 6, 5, 4), 40
     x = images(shape, dtype, 0)
-    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 6, 1, 1), (6, 6, 1, 1)]
+    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 1, 3, 3), *[(6, 6, 1, 1)] * 4]
     weights = [weight(s, dtype, 10 + i) for i, s in enumerate(shapes)]
     p, g = weight((5,), dtype, 20), images(shape, dtype, 21)
 
     def sweeps(module, x, weights, p, joined):
         x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
         with using(module):
-            links = [kernels.Link(), kernels.Link()] if joined else []
+            one = [kernels.Link()] if joined else ()
+            (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:], links=one)
+            for_convolutions, for_pools, skip = kernels.share(
+                kernels.mix([y], [found], p.new_ones(1), True, one), 3
+            )
+            links = [kernels.Link(), kernels.Link()] if joined else ()
             tasks = [Task(), Task(dilation=2)]
-            y, found = kernels.sepconv([x], tasks, weights[:2], weights[2:], links=links)
-            *pools, statistics = kernels.pool(x, 1)
-            others, norms = [*pools, x], [*statistics, None]
+            y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=links)
+            halves, links = links[1:], [*links[:1], kernels.Link()] if joined else ()
+            second, last = kernels.sepconv(
+                y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, links[1:], source_links=halves
+            )
+            y, found = [y[0], *second], [found[0], *last]
+            *pools, statistics = kernels.pool(for_pools, 1)
+            others, norms = [*pools, skip], [*statistics, None]
             if joined:
-                ((*others,),) = kernels.spread(others, norms, p, [[0, 1, 2]])
-            joins = [True] * 3 + links if joined else ()
-            o = kernels.mix([*others, *y], [*norms, *found], p, True, joins)
+                links = [*(kernels.Link() for _ in others), *links]
+                ((*others,),) = kernels.spread(others, norms, [links[:3]])
+            o = kernels.mix([*others, *y], [*norms, *found], p, True, links)
             first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
             v = [weight(w.shape, dtype, v_seed + i).to(w.dtype) for i, w in enumerate(weights)]
-            return [o, *first, *torch.autograd.grad(first[:4], [p, x], v)]
+            return [o, *first, *torch.autograd.grad(first[: len(weights)], [p, x], v)]
 
     found = sweeps(triton_backend, x, weights, p, True)
     expected = sweeps(torch_backend, *widened((x, weights, p)), False)
