@@ -133,7 +133,7 @@ class _SepConv(torch.autograd.Function):
             found = _SepConvBackward.apply(
                 ctx.tasks,
                 ctx.batch,
-                weights_wanted(ctx),
+                weights_wanted(ctx.next_functions[len(tensors) - 2 * count :]),
                 ctx.handover,
                 ctx.statistics,
                 owns,
@@ -189,11 +189,12 @@ class _SepConvBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if weights_wanted(ctx):
-            refuse_second_derivative("its weights")
         n, join, saved = len(ctx.tasks), ctx.join, ctx.saved_tensors
         end, count = len(saved) - len(ctx.source_links), n // join
         tensors, adjoints, firsts = saved[: end - count], saved[end - count : end], saved[end:]
+        first = 1 + len(tensors) - 2 * n  # after the token and the sources
+        if weights_wanted(ctx.next_functions[first:-count]):
+            refuse_second_derivative("its weights")
         given = (
             *_arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors),
             parts(adjoints, join),
