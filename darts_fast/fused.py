@@ -225,6 +225,20 @@ class FusedCell(MixedCell):
         return batch
 
 
+def stem_on_kernels(stem: nn.Sequential, images: Tensor) -> Tensor:
+    """What a convolution and an affine batch norm give for images [N, C, H, W], as the modules' own forward.
+    Differentiable twice as far as the exact architecture gradient needs it."""
+    convolution, norm = stem
+    y = convolution(images)
+    if not norm.training:
+        return norm(y)
+    running = (None, None)
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        running = norm.running_mean, norm.running_var
+    return kernels.normalize_stem(y, norm.weight, norm.bias, *running, norm.momentum)
+
+
 def operation_on_kernels(module: nn.Module, x: Tensor) -> Tensor:
     """What an operation of a derived cell (a module of `reference`, affine) gives for x, its 1x1, separable
     and dilated convolutions computed by the kernels. Differentiable once.

@@ -7,7 +7,8 @@
     concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat
     spread    a state's pools and skip for the mixes that read them, whose adjoints then take one batch norm
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
-    normalize batch norm with affine parameters, for derived networks: differentiated once
+    normalize batch norm with affine parameters, for derived networks: differentiated once; normalize_stem
+              the stem's, whose tangent it has
 
 The others can be differentiated twice, as far as the exact second-order architecture gradient needs it, and
 raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent
@@ -18,7 +19,7 @@ from darts_fast.kernels.backends import pools_normalized_once, second_backward_i
 from darts_fast.kernels.concatenate import concatenate
 from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix import mix
-from darts_fast.kernels.normalize import normalize
+from darts_fast.kernels.normalize import normalize, normalize_stem
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.share import share
@@ -31,6 +32,7 @@ __all__ = [
     "concatenate",
     "mix",
     "normalize",
+    "normalize_stem",
     "pool",
     "pools_normalized_once",
     "second_backward_in_one",

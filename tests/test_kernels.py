@@ -387,3 +387,31 @@ def test_the_variance_is_stable_at_a_large_offset():
     _, statistics = kernels.sepconv([x], [Task()], [None], [torch.eye(3)[:, :, None, None]])
     expected = x.detach().double().var((0, 2, 3), correction=0)
     assert relative_error(statistics[0, 1], expected) < 1e-4
+
+
+def test_the_stems_batch_norm():
+    """Forward, running statistics, gradients, and the product with the alphas behind it, against
+    nn.BatchNorm2d by automatic differentiation."""
+    torch.manual_seed(0)
+    x, g = torch.randn(3, 2, 5, 4).double(), torch.randn(3, 6, 5, 4).double()
+    norms = [torch.nn.BatchNorm2d(6).double() for _ in range(2)]
+    given = [torch.randn(6, 2, 3, 3), torch.randn(6), torch.randn(6), torch.randn(6, 1, 1)]
+
+    def by_kernel(y, weight, bias):
+        return kernels.normalize_stem(y, weight, bias, norms[0].running_mean, norms[0].running_var, 0.1)
+
+    def by_torch(y, weight, bias):
+        return torch.func.functional_call(norms[1], {"weight": weight, "bias": bias}, y)
+
+    def sweeps(batch_norm):
+        w, weight, bias, p = (t.double().requires_grad_() for t in given)
+        o = batch_norm(torch.nn.functional.conv2d(x, w, padding=1), weight, bias)
+        gradients = torch.autograd.grad((p * o**2 * g).sum(), [w, weight, bias], create_graph=True)
+        v = [torch.ones_like(t) + t.detach() for t in gradients]
+        return [o, *gradients, *torch.autograd.grad(gradients, [p], v, retain_graph=True)], gradients, w
+
+    found, gradients, w = sweeps(by_kernel)
+    assert_same(found, sweeps(by_torch)[0])
+    assert_same([norms[0].running_mean, norms[0].running_var], [norms[1].running_mean, norms[1].running_var])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradients[0].sum(), [w])
