@@ -282,9 +282,15 @@ def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
         with using(module):
             one = [kernels.Link()] if joined else ()
             (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:], links=one)
-            for_convolutions, for_pools, skip = kernels.share(
-                kernels.mix([y], [found], p.new_ones(1), True, one), 3
-            )
+            state = kernels.mix([y], [found], p.new_ones(1), True, one)
+            if joined:
+                links = [kernels.Link() for _ in range(3)]
+                ((*others,),), statistics, (for_convolutions,) = kernels.spread(state, 1, [links], 1)
+            else:
+                for_convolutions, for_pools, skip = kernels.share(state, 3)
+                *pools, statistics = kernels.pool(for_pools, 1)
+                others, links = [*pools, skip], ()
+            spread = links
             links = [kernels.Link(), kernels.Link()] if joined else ()
             tasks = [Task(), Task(dilation=2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=links)
@@ -293,12 +299,8 @@ def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
                 y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, links[1:], source_links=halves
             )
             y, found = [y[0], *second], [found[0], *last]
-            *pools, statistics = kernels.pool(for_pools, 1)
-            others, norms = [*pools, skip], [*statistics, None]
-            if joined:
-                links = [*(kernels.Link() for _ in others), *links]
-                ((*others,),) = kernels.spread(others, norms, [links[:3]])
-            o = kernels.mix([*others, *y], [*norms, *found], p, True, links)
+            norms = [*statistics, None, *found]
+            o = kernels.mix([*others, *y], norms, p, True, [*spread, *links])
             first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
             v = [weight(w.shape, dtype, v_seed + i).to(w.dtype) for i, w in enumerate(weights)]
             return [o, *first, *torch.autograd.grad(first[: len(weights)], [p, x], v)]
