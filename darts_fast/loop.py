@@ -47,7 +47,6 @@ class Loop(ABC):
     program: str  # the command that resumes it
     function: str  # the function that resumes it on a user's own tensors
     remedy: str  # what to try where a number is not finite
-    captured = False  # whether a step is replayed as one CUDA graph
     profiler: Profiler | None = None  # until its report is written
 
     def __init__(self, config: Config, dataset: Dataset, train_images: int, *augmentation_seed: int):
@@ -63,6 +62,8 @@ class Loop(ABC):
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
+        # Whether a step is replayed as one CUDA graph.
+        self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
         self.augmentation = seeded(self.device, *augmentation_seed)
         self.statistics = channel_statistics(dataset.images)
         self.fingerprint = fingerprint(dataset)
@@ -114,6 +115,10 @@ class Loop(ABC):
     def announcement(self) -> str:
         """One line on what is about to run."""
 
+    @abstractmethod
+    def engine(self) -> dict[str, str]:
+        """What computes a step, and how: the lines of a block, by what they are about."""
+
     # The loop
 
     def run(self) -> Any:
@@ -144,6 +149,14 @@ class Loop(ABC):
                     f"--batch_size, --init_channels or --layers ({first_line(error)})"
                 ) from error
         return self.result()
+
+    def buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """For a captured step: zeros of so many images (uint8) and labels, on the device."""
+        images, labels = self.dataset.images, self.dataset.labels
+        return (
+            torch.zeros(size, *images.shape[1:], dtype=images.dtype, device=self.device),
+            torch.zeros(size, dtype=labels.dtype, device=self.device),
+        )
 
     @property
     def steps_done(self) -> int:
@@ -297,12 +310,14 @@ class Loop(ABC):
     # What a person sees
 
     def announce(self) -> None:
-        """Every setting in force, and what is about to run."""
+        """Every setting in force, what is about to run, and in a block: what computes a step, and how."""
         settings = dataclasses.asdict(self.config)
         self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
         for name, value in settings.items():
             self.folder.log(f"{name} = {value}")
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
+        for what, value in self.engine().items():
+            self.folder.log(f"    {what}: {value}")
 
     def _read_metrics(self) -> None:
         """Brings the steps since the last call from the device and records them.

@@ -14,12 +14,12 @@ def normalize(y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Te
     once, with respect to y, weight and bias.
 
     Args:
-        y: [N, C, H, W], float64 or float32, channels-last.
+        y: [N, C, H, W], float64, float32, bfloat16 or float16, channels-last.
         statistics: [3, C], those of y: mean, biased variance and 1 / sqrt(variance + 1e-5).
-        weight, bias: [C], of y's dtype.
+        weight, bias: [C]. They and the statistics are float64 for float64 y, else float32.
 
     Returns:
-        [N, C, H, W], channels-last.
+        [N, C, H, W], channels-last, in y's dtype.
     """
     return _Normalize.apply(y, statistics, weight, bias)
 
