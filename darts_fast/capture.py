@@ -1,6 +1,7 @@
 """A function of tensors, captured as a CUDA graph and replayed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,33 +51,29 @@ class Captured:
         self.graph.replay()
         return self.output.clone()
 
+    def trial(self, use: Callable[[Callable[[], Tensor]], Any]) -> Any:
+        """`use` of an uncaptured call on the buffers, of which no trace is left; what it returns."""
+        before = [tensor.detach().clone() for tensor in self.state()]
+        drawn = [generator.get_state() for generator in self.generators]
+        found = use(lambda: self.function(**self.inputs))
+        with torch.no_grad():
+            for tensor, kept in zip(self.state(), before, strict=True):
+                tensor.copy_(kept)
+        for generator, kept in zip(self.generators, drawn, strict=True):
+            generator.set_state(kept)
+        return found
+
     def _capture(self) -> None:
         device = next(iter(self.inputs.values())).device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            leaving_no_trace(
-                lambda: [self.function(**self.inputs) for _ in range(WARM_UPS)], self.state(), self.generators
-            )
+            self.trial(lambda step: [step() for _ in range(WARM_UPS)])
         torch.cuda.current_stream(device).wait_stream(stream)
         for generator in self.generators:
             self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):  # records, and computes nothing
             self.output = self.function(**self.inputs)
-
-
-def leaving_no_trace(
-    function: Callable[[], object], state: Sequence[Tensor], generators: Sequence[torch.Generator] = ()
-) -> None:
-    """Calls the function, then puts back what it changed in the tensors of `state` and in the generators."""
-    before = [tensor.detach().clone() for tensor in state]
-    drawn = [generator.get_state() for generator in generators]
-    function()
-    with torch.no_grad():
-        for tensor, kept in zip(state, before, strict=True):
-            tensor.copy_(kept)
-    for generator, kept in zip(generators, drawn, strict=True):
-        generator.set_state(kept)
 
 
 def in_words(captured: bool) -> str:

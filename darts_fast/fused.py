@@ -4,6 +4,8 @@ operations of a derived cell.
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from darts_fast import kernels
 from darts_fast.kernels import Task
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+from darts_fast.traffic import Count, Traffic
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_conv", "dil_conv"))
@@ -26,6 +29,18 @@ class Candidate(NamedTuple):
     y: Tensor
     statistics: Tensor | None
     spread: bool | kernels.Link = False
+
+
+def counted(step: Callable[[], object], device: torch.device) -> Count:
+    """Launches and bytes of a step on this device, which is taken; those of C++ kernels are not seen."""
+    with ExitStack() as within:
+        traffic = within.enter_context(Traffic())
+        if device.type == "cuda":
+            from darts_fast.kernels import triton_launch
+
+            within.enter_context(triton_launch.observed(traffic.launched))
+        step()
+    return traffic.total
 
 
 def kernels_on(like: Tensor) -> str:

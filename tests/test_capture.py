@@ -8,13 +8,14 @@ from conftest import same
 from test_derived import every_operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from darts_fast.capture import Captured, leaving_no_trace
+from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig, TrainConfig
 from darts_fast.data import from_tensors
 from darts_fast.kernels import torch_backend
 from darts_fast.kernels.backends import using
 from darts_fast.search import Search, SearchStep
 from darts_fast.supernet import Supernet
+from darts_fast.traffic import Traffic
 from darts_fast.train import Training
 
 aten = torch.ops.aten
@@ -108,14 +109,6 @@ def test_nothing_that_a_step_changes_moves(settings):
     assert same(step.state_dict(), stepper(**settings).state_dict())
 
 
-def test_calls_that_leave_no_trace():
-    step, other = stepper(), stepper()
-    leaving_no_trace(lambda: [step.take(**batches(1)) for _ in range(2)], step.tensors())
-    for seed in (2, 3):
-        assert torch.equal(step.take(**batches(seed)), other.take(**batches(seed)))
-    assert same(step.state_dict(), other.state_dict())
-
-
 def test_buffers_stay_and_each_call_sees_new_data():
     step, plain = stepper(), stepper()
     buffers = {name: torch.zeros_like(tensor) for name, tensor in batches(0).items()}
@@ -140,16 +133,17 @@ def test_buffers_stay_and_each_call_sees_new_data():
 # Whole steps of both programs, from images as they are stored
 
 
-def images(seed, size=4, device="cpu"):
+def images(kind, seed, size=4, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    found = torch.randint(256, (size, 3, 24, 24), generator=generator, dtype=torch.uint8)
+    side = 8 if kind == "search" else 24  # which the auxiliary head needs
+    found = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
     return found.to(device), torch.randint(5, (size,), generator=generator).to(device)
 
 
 def loop(kind, device="cpu", **settings):
     """A search or a training in its second epoch: with crop, flip and cutout; a training also with every
     operation, auxiliary head and drop path."""
-    pixels, labels = images(0, 16)
+    pixels, labels = images(kind, 0, 16)
     labels[0] = 4  # so that there are five classes
     common = {"init_channels": 2, "layers": 3, "batch_size": 4, "epochs": 2, "cutout_length": 6}
     common |= {"device": device, "fused": True, **settings}
@@ -166,7 +160,7 @@ def loop(kind, device="cpu", **settings):
 
 def inputs(kind, seed, size=4, device="cpu"):
     names = ("train_", "validation_") if kind == "search" else ("",)
-    pairs = [images(seed + i, size, device) for i in range(len(names))]
+    pairs = [images(kind, seed + i, size, device) for i in range(len(names))]
     return {
         n + what: t
         for n, pair in zip(names, pairs, strict=True)
@@ -214,13 +208,32 @@ def test_nothing_that_a_whole_step_changes_moves(kind, settings):
     before = [t.clone() for t in tensors]
     state = found.state()
     state = {**copy.deepcopy(state), "augmentation": found.augmentation.get_state()}
-    leaving_no_trace(
-        lambda: [found.take(**inputs(kind, seed)) for seed in range(3)], found.take.state(), generators
-    )
+    found.take.trial(lambda _: [found.take(**inputs(kind, seed)) for seed in range(3)])
     assert addresses == [t.data_ptr() for t in changed(found)[0]]
     assert any(not torch.equal(t, b) for t, b in zip(tensors, before, strict=True))  # the gradients
     assert same({**found.state(), "augmentation": found.augmentation.get_state()}, state)
     assert list(found.take.generators) == generators
+
+
+@pytest.mark.parametrize(("kind", "settings"), WHOLE[1:3], ids=str)
+def test_a_trial_leaves_no_trace(kind, settings):
+    found, other = loop(kind, **settings), loop(kind, **settings)
+    found.take.trial(lambda step: [step() for _ in range(2)])
+    for seed in (2, 3):
+        assert torch.equal(*(f.take(**inputs(kind, seed)) for f in (found, other)))
+    assert same(found.state(), other.state())
+
+
+@pytest.mark.parametrize("kind", ["search", "training"])
+def test_the_traffic_of_a_step_is_said(kind):
+    """On a CPU, where what the C++ kernels do is not seen, by ATen's."""
+    found = loop(kind)
+    with using(torch_backend):
+        with Traffic() as counted:
+            found._take(**inputs(kind, 1))
+        launches, moved = counted.total
+        assert found.traffic() == f"{launches:,} launches, {moved / 1e9:.3g} GB read and written"
+    assert launches > 1000 and moved > 1e6
 
 
 @pytest.mark.parametrize(("kind", "settings"), WHOLE[:3], ids=str)
