@@ -71,6 +71,29 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], full: float, width:
     return _figure(width, 50 + 24 * len(rows), parts)
 
 
+def lanes(title: str, rows: dict[str, Sequence[tuple[float, float]]], width: int = 960) -> str:
+    """A lane a name, in which a rectangle stands for each (start, length)."""
+    start, end = 300, max((a + b for row in rows.values() for a, b in row), default=1.0) or 1.0
+    scale = (width - start - 30) / end
+    parts = [_text(10, 22, title, "font-weight='bold'")]
+    for index, (name, row) in enumerate(rows.items()):
+        y = 40 + 24 * index
+        parts.append(
+            _text(start - 8, y + 13, name if len(name) < 44 else name[:42] + "…", "text-anchor='end'")
+        )
+        path = "".join(
+            f"M{start + scale * a:.2f} {y}h{max(0.3, scale * b):.2f}v17H{start + scale * a:.2f}z"
+            for a, b in row
+        )
+        parts.append(f"<path d='{path}' fill='{COLOURS[index % 6]}'/>")
+    below = 40 + 24 * len(rows)
+    for tick in range(5):
+        x = start + (width - start - 30) * tick / 4
+        parts.append(f"<path d='M{x:.1f} 36V{below}' stroke='#d8d8d8'/>")
+        parts.append(_text(x, below + 16, f"{end * tick / 4:.3g}", "text-anchor='middle'"))
+    return _figure(width, below + 26, parts)
+
+
 def _text(x: float, y: float, text: str, more: str = "") -> str:
     return f"<text x='{x:.1f}' y='{y:.1f}' {more}>{html.escape(text)}</text>"
 
