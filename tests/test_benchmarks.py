@@ -61,13 +61,23 @@ def test_the_race_checks_its_results_first(monkeypatch):
 
 
 def test_a_step_costs_what_the_committed_baseline_says():
-    before = json.loads(baseline.FILE.read_text())
-    # Counts are of PyTorch's operations, too, and each version composes its own of others.
-    if before["torch"] != baseline.VERSION:
-        pytest.skip(f"counted with torch {before['torch']}, whose operations are others than this one's")
-    assert before["setting"] == baseline.SETTING
-    lines = baseline.differences(baseline.counted(), before["counts"])
-    assert not lines, "python benchmarks/baseline.py --update takes these over:\n" + "\n".join(lines)
+    # On its own: Triton's kernels are not compiled where they were imported for the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, baseline.__file__], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nbaseline.py --update takes these over"
+    # Figures are of PyTorch's operations and of Triton's compiler, too: other versions are not compared.
+    if "not compared" in done.stdout:
+        pytest.skip(done.stdout)
+    assert "nothing differs" in done.stdout
+
+
+def test_saved_bytes_are_those_of_what_backward_reads():
+    """The textbook keeps each candidate's activations; the fused cells keep what edges share once."""
+    textbook, aten = (baseline.saved(fused) for fused in (False, True))
+    assert 0 < aten < textbook
+    assert baseline.saved(True, triton=True, dtype=torch.bfloat16) < 0.6 * baseline.saved(True, triton=True)
 
 
 def test_what_differs_from_the_baseline_is_named():
@@ -92,7 +102,7 @@ def test_a_dry_run_of_the_gpu_report(tmp_path):
         str(tmp_path),
     ]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: part["state"] for name, part in report.items()} == dict.fromkeys(
         gpu_report.SECTIONS, "done"
