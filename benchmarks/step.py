@@ -295,13 +295,13 @@ def time_limit(seconds: int) -> Iterator[None]:
         raise late
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again: what is raised may be swallowed
     try:
         yield
     except Exception as error:  # the compiler wraps what is raised within
         raise late if str(late) in str(error) or late is error.__cause__ else error from None
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 

@@ -4,6 +4,7 @@ The position in the epoch is state: a loop that is stopped or killed anywhere go
 """
 
 import dataclasses
+import gc
 import math
 import shlex
 import time
@@ -121,6 +122,7 @@ class Loop(ABC):
         total = self.config.epochs * self.steps_per_epoch
         with (
             strict_float32(),
+            nothing_old_collected(),
             StopSignal() as self.stop,
             tqdm(
                 total=total, initial=self.steps_done, unit="step", disable=None, dynamic_ncols=True
@@ -409,6 +411,18 @@ def evaluated(
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def nothing_old_collected() -> Iterator[None]:
+    """Within, Python's garbage collector leaves alone what is there at the start: to walk the 400,000 objects
+    of torch's modules took 0.15 s every seventh step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

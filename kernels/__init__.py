@@ -7,11 +7,12 @@
     concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat
     spread    a state's pools and skip for the mixes that read them, whose adjoints then take one batch norm
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
-    normalize batch norm with affine parameters, for derived networks: differentiated once
+    normalize batch norm with affine parameters, of stems and of derived networks
+    statistics_of   mean, variance and 1 / sqrt(variance) of each channel
 
-The others can be differentiated twice, as far as the exact second-order architecture gradient needs it, and
-raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent
-forward and the second backward sweep of docs/mathematics.md, without weight gradients.
+All but the last can be differentiated twice, as far as the exact second-order architecture gradient needs
+it, and raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the
+tangent forward and the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
 from darts_fast.kernels.backends import pools_normalized_once, second_backward_in_one, used
@@ -23,7 +24,7 @@ from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.share import share
 from darts_fast.kernels.spread import spread
-from darts_fast.kernels.torch_backend import Task
+from darts_fast.kernels.torch_backend import Task, statistics_of
 
 __all__ = [
     "Link",
@@ -37,5 +38,6 @@ __all__ = [
     "sepconv",
     "share",
     "spread",
+    "statistics_of",
     "used",
 ]

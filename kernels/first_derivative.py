@@ -1,8 +1,11 @@
 """Weights that are differentiated once: what the Hessian-vector product of the architecture step needs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import Node
 
 
 class _Weights(torch.autograd.Function):
@@ -20,14 +23,19 @@ class _Weights(torch.autograd.Function):
 
 
 def differentiable_once(weights: list[Tensor | None]) -> list[Tensor | None]:
-    """The weights (None stays None), for a function whose backward asks `weights_wanted`."""
-    found = iter(_Weights.apply(*(w for w in weights if w is not None)))
-    return [None if w is None else next(found) for w in weights]
+    """The weights (None stays None), for a function whose backward asks `weights_wanted`: leaves get a node
+    of their own, others (parts of one tensor that holds all weights) have one."""
+    leaves = [w for w in weights if w is not None and w.is_leaf and w.requires_grad]
+    if not leaves:
+        return weights
+    found = dict(zip(map(id, leaves), _Weights.apply(*leaves), strict=True))
+    return [found.get(id(w), w) for w in weights]
 
 
-def weights_wanted(ctx: FunctionCtx) -> bool:
-    """Whether the backward pass under way goes on from this node to the weights it was given."""
-    nodes = {node for node, _ in ctx.next_functions if isinstance(node, _Weights._backward_cls)}
+def weights_wanted(next_functions: Sequence[tuple[Node | None, int]]) -> bool:
+    """Whether the backward pass under way goes on to one of these `ctx.next_functions`, those of the weights
+    a function was given."""
+    nodes = {node for node, _ in next_functions if node is not None}
     return any(torch._C._will_engine_execute_node(node) for node in nodes)
 
 

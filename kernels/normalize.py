@@ -1,9 +1,10 @@
-"""Batch norm with affine parameters, for networks that are differentiated once."""
+"""Batch norm with affine parameters."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from darts_fast.kernels.first_derivative import refuse_second_derivative, weights_wanted
 from darts_fast.kernels.torch_backend import EPSILON, aten
 
 
@@ -11,15 +12,19 @@ def normalize(y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Te
     """weight h + bias, h the batch norm of y: `nn.BatchNorm2d` in training whose statistics are known.
 
     ATen's own passes, on every backend; what is saved is the one that finds the statistics. Differentiable
-    once, with respect to y, weight and bias.
+    once with respect to y, weight and bias, and the gradients once more with respect to the adjoint that they
+    came from: what a Hessian-vector product needs of a layer below which there are weights alone.
 
     Args:
-        y: [N, C, H, W], float64 or float32, channels-last.
+        y: [N, C, H, W], float64 or float32, in any memory layout.
         statistics: [3, C], those of y: mean, biased variance and 1 / sqrt(variance + 1e-5).
         weight, bias: [C], of y's dtype.
 
     Returns:
-        [N, C, H, W], channels-last.
+        [N, C, H, W], in y's memory layout.
+
+    Raises:
+        RuntimeError: when a second derivative with respect to y or weight is asked for.
     """
     return _Normalize.apply(y, statistics, weight, bias)
 
@@ -32,12 +37,41 @@ class _Normalize(torch.autograd.Function):
         return torch.batch_norm(y, weight, bias, mean, variance, False, 0.0, EPSILON, False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         y, statistics, weight = ctx.saved_tensors
-        mean, variance, r = statistics.unbind()
+        found, *gradients = _NormalizeBackward.apply(y, statistics, weight, g)
+        return found, None, *gradients
+
+
+class _NormalizeBackward(torch.autograd.Function):
+    """weight B(g), and the sums of g h and of g per channel; linear in g."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y: Tensor, statistics: Tensor, weight: Tensor, g: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(y, statistics, weight)
+        return _batch_norm_backward(y, statistics, weight, g, [True, True, True])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """weight B(tangent) + weight_tangent h + bias_tangent: B is its own transpose."""
+        if weights_wanted(ctx.next_functions[:-1]):
+            refuse_second_derivative("the input or the weight of an affine batch norm")
+        y, statistics, weight = ctx.saved_tensors
+        mean, variance, _ = statistics.unbind()
+        found, _, _ = _batch_norm_backward(y, statistics, weight, tangent, [True, False, False])
+        h = torch.batch_norm(y, weight_tangent, bias_tangent, mean, variance, False, 0.0, EPSILON, False)
+        return None, None, None, found.add_(h)
+
+
+def _batch_norm_backward(
+    y: Tensor, statistics: Tensor, weight: Tensor, g: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, variance, r = statistics.unbind()
+    if y.is_contiguous(memory_format=torch.channels_last):  # else ATen mixes layouts slowly
         g = g.contiguous(memory_format=torch.channels_last)
-        found, weight_gradient, bias_gradient = aten.native_batch_norm_backward(
-            g, y, weight, mean, variance, mean, r, True, EPSILON, [True, True, True]
-        )
-        return found, None, weight_gradient, bias_gradient
+    return aten.native_batch_norm_backward(g, y, weight, mean, variance, mean, r, True, EPSILON, wanted)

@@ -113,7 +113,7 @@ class _SepConv(torch.autograd.Function):
             found = _SepConvBackward.apply(
                 ctx.tasks,
                 ctx.batch,
-                weights_wanted(ctx),
+                weights_wanted(ctx.next_functions[len(tensors) - 2 * count :]),
                 ctx.handover,
                 ctx.statistics,
                 owns,
@@ -164,11 +164,12 @@ class _SepConvBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if weights_wanted(ctx):
-            refuse_second_derivative("its weights")
         n = len(ctx.tasks)
         tensors = ctx.saved_tensors
         tensors, adjoints = tensors[:-n], tensors[-n:]
+        first = 1 + len(tensors) - 2 * n  # after the token and the sources
+        if weights_wanted(ctx.next_functions[first:-n]):
+            refuse_second_derivative("its weights")
         given = (
             *_arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors),
             adjoints,

@@ -387,3 +387,37 @@ def test_the_variance_is_stable_at_a_large_offset():
     _, statistics = kernels.sepconv([x], [Task()], [None], [torch.eye(3)[:, :, None, None]])
     expected = x.detach().double().var((0, 2, 3), correction=0)
     assert relative_error(statistics[0, 1], expected) < 1e-4
+
+
+# Affine batch norm
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_normalize(layout):
+    """The four sweeps of a network whose first layers are a convolution and an affine batch norm: what the
+    gradients' own derivative needs of it is the one with respect to the adjoint, here through p."""
+    images = torch.randn(3, 2, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    convolution, weight, bias, p = randn(4, 2, 3, 3), randn(4), randn(4), randn(4)
+
+    def networks(norm):
+        y = F.conv2d(images, convolution, padding=1)
+        return [norm(y) * p[:, None, None]]
+
+    found = networks(lambda y: kernels.normalize(y, kernels.statistics_of([y.detach()])[0], weight, bias))
+    expected = networks(lambda y: plain_norm(y) * weight[:, None, None] + bias[:, None, None])
+    weights = [convolution, weight, bias]
+    assert_same(four_sweeps(found, weights, [p]), four_sweeps(expected, weights, [p]))
+
+
+def test_normalize_refuses_a_second_derivative_it_does_not_have():
+    images, convolution, weight, bias = (
+        torch.randn(3, 2, 5, 7).double(),
+        randn(4, 2, 1, 1),
+        randn(4),
+        randn(4),
+    )
+    y = F.conv2d(images, convolution)
+    z = kernels.normalize(y, kernels.statistics_of([y.detach()])[0], weight, bias)
+    (gradient,) = torch.autograd.grad(z.pow(3).sum(), convolution, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative with respect to the input"):
+        torch.autograd.grad(gradient.sum(), convolution)
