@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from darts_fast.fused import FusedCell, stem_on_kernels
+from darts_fast.fused import FusedCell, fused_stem
 from darts_fast.reference import MixedCell
 from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
 
@@ -103,7 +103,7 @@ class Supernet(nn.Module):
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and float32
         # gradients crossed kinks that the reference's do not (tests/test_float32.py).
-        stem = stem_on_kernels(self.stem, images) if self.fused else self.stem(images)
+        stem = fused_stem(self.stem, images) if self.fused else self.stem(images)
         before_previous = previous = stem if activations is None else stem.to(activations)
         for cell in self.cells:
             output = cell(before_previous, previous, reduce if cell.reduction else normal)

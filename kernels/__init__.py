@@ -8,24 +8,24 @@
     spread    a state for all that read it: its pools and skip for mixes, and itself, whose adjoints then take
               one pass
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
-    normalize batch norm with affine parameters, for derived networks: differentiated once; normalize_stem
-              the stem's, whose tangent it has
+    normalize batch norm with affine parameters, of stems and of derived networks
+    statistics_of   mean, variance and 1 / sqrt(variance) of each channel
 
-The others can be differentiated twice, as far as the exact second-order architecture gradient needs it, and
-raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the tangent
-forward and the second backward sweep of docs/mathematics.md, without weight gradients.
+All but the last can be differentiated twice, as far as the exact second-order architecture gradient needs
+it, and raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` runs the
+tangent forward and the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
 from darts_fast.kernels.backends import pools_normalized_once, second_backward_in_one, used
 from darts_fast.kernels.concatenate import concatenate
 from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix import mix
-from darts_fast.kernels.normalize import normalize, normalize_stem
+from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.pool import pool
 from darts_fast.kernels.sepconv import sepconv
 from darts_fast.kernels.share import share
 from darts_fast.kernels.spread import spread
-from darts_fast.kernels.torch_backend import Task
+from darts_fast.kernels.torch_backend import Task, statistics_of
 
 __all__ = [
     "Link",
@@ -33,12 +33,12 @@ __all__ = [
     "concatenate",
     "mix",
     "normalize",
-    "normalize_stem",
     "pool",
     "pools_normalized_once",
     "second_backward_in_one",
     "sepconv",
     "share",
     "spread",
+    "statistics_of",
     "used",
 ]

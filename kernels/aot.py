@@ -179,11 +179,12 @@ def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> No
         )
         for k in nodes
     ]
-    position = torch.empty_like(pools[0], dtype=torch.int8)
-    given = x, pools, norms, position, stride, readers, terms
-    triton_backend.spread_backward(*given)
+    tensors, norms = [*pools, x][: 2 + skip], [*norms, None][: 2 + skip]
+    found = triton_backend.spread_backward(tensors, norms, readers)
     sums = [torch.empty(4, k, c, dtype=wide) for k in nodes]
-    triton_backend.spread_second(*given, readers[:], pools, sums)
+    triton_backend.spread_second(tensors, norms, readers, readers[:], found, sums)
+    position = torch.empty_like(pools[0], dtype=torch.int8)
+    triton_backend.pool_backward(x, position, stride, *found[:2], [*found[2:], *terms])
 
 
 # Compilation

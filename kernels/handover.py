@@ -17,13 +17,15 @@ from darts_fast.kernels.first_derivative import refuse_second_derivative
 
 
 class Handover:
-    """Of one call. What a pass left and did not take (it ended before) is not given to another."""
+    """Of one call. What a pass left and did not take (it ended before) is not given to another, nor kept: it
+    holds the graph that holds this, a cycle through C++ that Python's collector does not see."""
 
     def __init__(self):
         self._left: list[tuple[int, Any]] = []
 
     def leave(self, what: Any) -> None:
         self._left = [(torch._C._current_graph_task_id(), what), *self._of_this_pass()]
+        torch.autograd.Variable._execution_engine.queue_callback(self._left.clear)
 
     def take(self) -> list[Any]:
         """What this pass left: one thing, or more where a graph has several backwards of one call."""

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from darts_fast.kernels.handover import Link, Reader
-from darts_fast.kernels.pool_triton import pool_backward
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -508,51 +507,24 @@ def mix_second(
 
 
 def spread_backward(
-    x: Tensor,
-    pools: Sequence[Tensor],
-    normalizers: Sequence[Normalizer],
-    position: Tensor,
-    stride: int,
-    readers: Sequence[Reader],
-    terms: Sequence[Tensor],
-) -> Tensor:
-    """The adjoint of x: of c, a pool or x itself if the readers have it, B_c of the sum over readers j of
-    p_jc G_j; and the sum of `terms`. Of x only the shape and dtype are used."""
-    sweep = readers, readers, [None] * len(readers[0].places), readers
-    return _through_pools(x, pools, normalizers, position, stride, terms, sweep)
+    tensors: Sequence[Tensor], normalizers: Sequence[Normalizer | None], readers: Sequence[Reader]
+) -> list[Tensor]:
+    """B_c of the sum over readers j of p_jc G_j, for every tensor."""
+    return _launch_spread(tensors, normalizers, readers, readers, [None] * len(tensors), readers)
 
 
 def spread_second(
-    x: Tensor,
-    pools: Sequence[Tensor],
-    normalizers: Sequence[Normalizer],
-    position: Tensor,
-    stride: int,
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
     seconds: Sequence[Reader],
-    terms: Sequence[Tensor],
     firsts: Sequence[Reader],
-    tangents: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
     tangent_sums: Sequence[Tensor],
-) -> Tensor:
-    """The second adjoint of x; `tangents` are the pools', `tangent_sums` each reader's."""
+) -> list[Tensor]:
+    """The second adjoint of every tensor, from its tangent; `tangent_sums` are each reader's."""
+    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
     given = [first._replace(sums=sums) for first, sums in zip(firsts, tangent_sums, strict=True)]
-    tangents = [*tangents, None][: len(firsts[0].places)]  # x itself has no batch norm, and needs none
-    return _through_pools(x, pools, normalizers, position, stride, terms, (seconds, firsts, tangents, given))
-
-
-def _through_pools(
-    x: Tensor,
-    pools: Sequence[Tensor],
-    normalizers: Sequence[Normalizer],
-    position: Tensor,
-    stride: int,
-    terms: Sequence[Tensor],
-    sweep: tuple,
-) -> Tensor:
-    itself = len(sweep[2]) - len(pools)  # whether the readers have x
-    tensors, norms = [*pools, *pools[:itself]], [*normalizers, *[None] * itself]
-    maximum, average, *skip = _launch_spread(tensors, norms, *sweep)
-    return pool_backward(x, position, stride, maximum, average, [*skip, *terms])
+    return _launch_spread(tensors, normalizers, seconds, firsts, tangents, given)
 
 
 def _launch_spread(

@@ -87,13 +87,13 @@ class _Spread(torch.autograd.Function):
             )
 
         def second() -> tuple[Tensor]:
-            readers = _readers(ctx.links, given, [row[0].sums for row in ctx.links])
+            seconds = _readers(ctx.links, given, [row[0].sums for row in ctx.links])
+            firsts, pool_tangents = left[0]
+            tensors, norms = _tensors(x, pools, statistics, ctx.stride)
+            tangents = [*pool_tangents, None][: len(tensors)]  # x itself has no batch norm, and needs none
             sums = [row[0].tangent_sums for row in ctx.links]
-            return (
-                backend(x).spread_second(
-                    x, pools, _normalizers(statistics), position, ctx.stride, readers, terms, *left[0], sums
-                ),
-            )
+            found = backend(x).spread_second(tensors, norms, seconds, firsts, tangents, sums)
+            return (_through_pools(x, position, ctx.stride, found, terms),)
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
@@ -122,15 +122,9 @@ class _SpreadBackward(torch.autograd.Function):
         ctx.stride, ctx.links, ctx.handover, ctx.terms = stride, links, handover, len(terms)
         ctx.sums = [row[0].sums for row in links]
         ctx.save_for_backward(position, *given)
-        return backend(x).spread_backward(
-            x,
-            (maximum, average),
-            _normalizers(statistics),
-            position,
-            stride,
-            _readers(links, given, ctx.sums),
-            terms,
-        )
+        tensors, norms = _tensors(x, [maximum, average], statistics, stride)
+        found = backend(x).spread_backward(tensors, norms, _readers(links, given, ctx.sums))
+        return _through_pools(x, position, stride, found, terms)
 
     @staticmethod
     @once_differentiable
@@ -157,5 +151,17 @@ def _readers(links: Rows, adjoints: Sequence[Tensor], sums: Sequence[Tensor]) ->
     ]
 
 
-def _normalizers(statistics: Tensor) -> list[Normalizer]:
-    return [Normalizer(*of_one.unbind(), True) for of_one in statistics]
+def _tensors(
+    x: Tensor, pools: Sequence[Tensor], statistics: Tensor, stride: int
+) -> tuple[list[Tensor], list[Normalizer | None]]:
+    """What a mix reads, and what it normalises each by."""
+    norms = [Normalizer(*of_one.unbind(), True) for of_one in statistics]
+    return ([*pools, x], [*norms, None]) if stride == 1 else ([*pools], norms)
+
+
+def _through_pools(
+    x: Tensor, position: Tensor, stride: int, found: Sequence[Tensor], terms: Sequence[Tensor]
+) -> Tensor:
+    """The adjoint of x, from those of what a mix reads and from `terms`."""
+    maximum, average, *itself = found
+    return backend(x).pool_backward(x, position, stride, maximum, average, [*itself, *terms])

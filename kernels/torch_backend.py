@@ -155,8 +155,14 @@ def depthwise_adjoint(
     """total + D' * z, of the shape of `like`; `total` (None: zero) is overwritten.
 
     A forward convolution with the flipped kernel: ATen's own backward of a dilated depthwise convolution
-    took 1438 us where this took 174 us (3x3, batch 16, 16 channels, 32x32, one CPU core).
+    took 1438 us where this took 174 us (3x3, batch 16, 16 channels, 32x32, one CPU core). With a stride and
+    no dilation it is ATen's own, which took 110 us where zeros between the pixels took 160 us (3x3, batch
+    16, 32 channels, to 32x32); dilated it took 4.9 ms.
     """
+    if weight is not None and task.stride > 1 and task.dilation == 1:
+        rest = [(size - 1) % task.stride for size in like.shape[2:]]
+        z = F.conv_transpose2d(z, weight, None, task.stride, weight.shape[-1] // 2, rest, z.shape[1])
+        return z if total is None else total.add_(z)
     if task.stride > 1:
         spread = total
         if weight is not None or total is None:

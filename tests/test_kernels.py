@@ -389,29 +389,35 @@ def test_the_variance_is_stable_at_a_large_offset():
     assert relative_error(statistics[0, 1], expected) < 1e-4
 
 
-def test_the_stems_batch_norm():
-    """Forward, running statistics, gradients, and the product with the alphas behind it, against
-    nn.BatchNorm2d by automatic differentiation."""
-    torch.manual_seed(0)
-    x, g = torch.randn(3, 2, 5, 4).double(), torch.randn(3, 6, 5, 4).double()
-    norms = [torch.nn.BatchNorm2d(6).double() for _ in range(2)]
-    given = [torch.randn(6, 2, 3, 3), torch.randn(6), torch.randn(6), torch.randn(6, 1, 1)]
+# Affine batch norm
 
-    def by_kernel(y, weight, bias):
-        return kernels.normalize_stem(y, weight, bias, norms[0].running_mean, norms[0].running_var, 0.1)
 
-    def by_torch(y, weight, bias):
-        return torch.func.functional_call(norms[1], {"weight": weight, "bias": bias}, y)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_normalize(layout):
+    """The four sweeps of a network whose first layers are a convolution and an affine batch norm: what the
+    gradients' own derivative needs of it is the one with respect to the adjoint, here through p."""
+    images = torch.randn(3, 2, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    convolution, weight, bias, p = randn(4, 2, 3, 3), randn(4), randn(4), randn(4)
 
-    def sweeps(batch_norm):
-        w, weight, bias, p = (t.double().requires_grad_() for t in given)
-        o = batch_norm(torch.nn.functional.conv2d(x, w, padding=1), weight, bias)
-        gradients = torch.autograd.grad((p * o**2 * g).sum(), [w, weight, bias], create_graph=True)
-        v = [torch.ones_like(t) + t.detach() for t in gradients]
-        return [o, *gradients, *torch.autograd.grad(gradients, [p], v, retain_graph=True)], gradients, w
+    def networks(norm):
+        y = F.conv2d(images, convolution, padding=1)
+        return [norm(y) * p[:, None, None]]
 
-    found, gradients, w = sweeps(by_kernel)
-    assert_same(found, sweeps(by_torch)[0])
-    assert_same([norms[0].running_mean, norms[0].running_var], [norms[1].running_mean, norms[1].running_var])
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(gradients[0].sum(), [w])
+    found = networks(lambda y: kernels.normalize(y, kernels.statistics_of([y.detach()])[0], weight, bias))
+    expected = networks(lambda y: plain_norm(y) * weight[:, None, None] + bias[:, None, None])
+    weights = [convolution, weight, bias]
+    assert_same(four_sweeps(found, weights, [p]), four_sweeps(expected, weights, [p]))
+
+
+def test_normalize_refuses_a_second_derivative_it_does_not_have():
+    images, convolution, weight, bias = (
+        torch.randn(3, 2, 5, 7).double(),
+        randn(4, 2, 1, 1),
+        randn(4),
+        randn(4),
+    )
+    y = F.conv2d(images, convolution)
+    z = kernels.normalize(y, kernels.statistics_of([y.detach()])[0], weight, bias)
+    (gradient,) = torch.autograd.grad(z.pow(3).sum(), convolution, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative with respect to the input"):
+        torch.autograd.grad(gradient.sum(), convolution)
