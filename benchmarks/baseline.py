@@ -1,14 +1,18 @@
-"""Launches, bytes and memory of a step against the committed ones: what a change costs, on any machine.
+"""What a step costs against the committed figures, on any machine: launches, bytes, saved and live memory,
+and registers and spills of the compiled kernels.
 
     python benchmarks/baseline.py [--update]
 
 Prints what differs from benchmarks/baseline.json and exits with 1 if anything does; `--update` writes the
-counts of now there. Counted on meta tensors, at the paper's channels, on 3 layers (traffic.py).
+figures of now there. Counted on meta tensors, at the paper's channels, on 3 layers (traffic.py); one launch
+of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/aot.py). Figures of other versions of
+PyTorch or Triton are not compared, which it says.
 """
 
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,11 +20,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import traffic  # noqa: E402
 
-VERSION = torch.__version__.split("+")[0]  # PyTorch's own operations differ between versions
+from darts_fast.kernels import torch_backend  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.supernet import Supernet  # noqa: E402
+
 FILE = Path(__file__).with_name("baseline.json")
 SETTING = {"batch_size": 4, "channels": 16, "layers": 3, "size": 16}
 
-Counts = dict[str, dict[str, int]]  # by "variant: phase", then by what is counted
+Counts = dict[str, dict[str, int]]  # by "variant: phase" or kernel, then by what is counted
 
 
 def counted() -> Counts:
@@ -30,8 +37,56 @@ def counted() -> Counts:
         step = traffic.count(**SETTING, **options)
         for phase, (launches, moved) in step["phases"].items():
             found[f"{variant}: {phase}"] = {"launches": launches, "bytes": moved}
-        found[f"{variant}: whole step"] = {"peak live bytes": step["peak"]}
+        found[f"{variant}: whole step"] = {"peak live bytes": step["peak"], "saved bytes": saved(**options)}
     return found
+
+
+def saved(fused: bool, triton: bool = False, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that one forward pass keeps for its backward pass, weights and images left out."""
+    batch_size, channels, layers, size = SETTING.values()
+    with torch.device("meta"):
+        network = Supernet(channels, 10, layers, fused=fused)
+        images = torch.zeros(batch_size, 3, size, size)
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+    given = {t.untyped_storage()._cdata for t in (network.flat_weights, images, labels)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in given:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    if triton:
+        from darts_fast.kernels import triton_backend
+    backend = using(triton_backend if triton else torch_backend) if fused else nullcontext()
+    with backend, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = network(images, None if dtype == torch.float32 else dtype)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert loss.requires_grad  # the graph, and so what it keeps, was alive until here
+    return sum(kept.values())
+
+
+def compiled() -> Counts:
+    """Of the first launch of every kernel at 16 channels."""
+    from darts_fast.kernels import aot
+
+    first = {}
+    for planned in aot.supernet_launches(torch.bfloat16, quick=True):
+        first.setdefault(planned.kernel.fn.__name__, planned)
+    found = {}
+    for planned in first.values():
+        report = aot.compiled(planned, 90)
+        name = f"{report.kernel} {report.setting}, {report.arch}"
+        found[name] = {"registers": report.registers, "spills": report.spills, "shared bytes": report.shared}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """PyTorch composes its operations of others in each version, and Triton's compiler allots otherwise."""
+    import triton
+
+    return {"counts": f"torch {torch.__version__.split('+')[0]}", "compiled": f"triton {triton.__version__}"}
 
 
 def differences(now: Counts, before: Counts) -> list[str]:
@@ -54,12 +109,19 @@ def main() -> int:
     )
     parser.add_argument("--update", action="store_true", help="write the counts of now")
     args = parser.parse_args()
-    now = counted()
-    before = json.loads(FILE.read_text())["counts"] if FILE.exists() else {}
-    lines = differences(now, before)
-    print("\n".join(lines) or f"{len(now)} phases count what {FILE.name} says")
+    before = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found, lines = {"versions": versions(), "setting": SETTING}, []
+    for part, figures in (("counts", counted), ("compiled", compiled)):
+        version, then = found["versions"][part], before.get("versions", {}).get(part)
+        if then not in (version, None) and not args.update:
+            print(f"{part}: not compared, {FILE.name} is of {then}, here is {version}")
+            continue
+        found[part] = figures()
+        lines += differences(found[part], before.get(part, {}))
+        print(f"{part}: {len(found[part])} lines compared, {version}")
+    print("\n".join(lines) or "nothing differs")
     if args.update:
-        FILE.write_text(json.dumps({"torch": VERSION, "setting": SETTING, "counts": now}, indent=1) + "\n")
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     return 1 if lines else 0
 

@@ -1,179 +1,840 @@
-"""One command for a machine with a GPU: writes report.md and report.json into a folder.
+"""One command for a machine with a GPU: everything that is to be known of it, in so many minutes.
 
-    python benchmarks/gpu_report.py --out DIR [--batch_size 64 --init_channels 16 --layers 8] [--repeats 5]
+    python benchmarks/gpu_report.py --minutes 8 --out DIR [--data_path P]
+    python benchmarks/gpu_report.py --device cpu --quick --out DIR     (a dry run of every section)
 
-Most important first: the environment, the GPU tests, one second-order step (textbook and fused, interleaved),
-and every kernel of that step against the bandwidth of a copy. A section that fails leaves its error in the
-report, and the next one runs. Exits with 1 if any failed, as all but the first do without a GPU.
+Sections, most important first: the environment and the measured ceilings (copy, matrix products, launches);
+the Triton kernels compiled on all processors at once; fused against the reference in float32, TF32, bfloat16
+and float16, captured against uncaptured, determinism; one second-order step, every variant (step.py); every
+kernel against its roofline; the captured step's time line; the CIFAR-10 search and the training of DARTS_V2,
+projected from timed steps and then, in what time is left, whole epochs; the GPU tests; torch.compile. Real
+images from `--data_path`, without it random ones of the same size.
+
+DIR gets report.md, report.json, three pictures and profile/ (8 files). Each section runs in a process of its
+own with a limit: what fails, hangs or crashes leaves its error and what it had measured in the report, which
+is written anew every few seconds, and the next section runs. Exits with 1 if any failed.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
-import platform
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import draw  # noqa: E402
 import step as race  # noqa: E402
 from fused_step import FusedStep  # noqa: E402
-from textbook import TextbookStep  # noqa: E402
 
-from darts_fast.config import SearchConfig  # noqa: E402
-from darts_fast.precision import strict_float32  # noqa: E402
+from darts_fast import profiling  # noqa: E402
+from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
+from darts_fast.data import Dataset  # noqa: E402
+from darts_fast.precision import FIRST_LOSS_SCALE, TYPES, strict_float32  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+# Nothing here asks for CUDA when it is imported: each section is a fork of this process.
+
+Part = dict[str, Any]  # what a section has found so far; it is written by `save`
 
 
-def environment(args: argparse.Namespace) -> dict:
-    found = {
-        "commit": race.commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "setting": {name: value for name, value in vars(args).items() if name != "out"},
-    }
-    if torch.cuda.is_available():
+class Bench:
+    """What a section is given: the arguments, the device, the setting, and its part of the report."""
+
+    def __init__(self, args: argparse.Namespace, path: Path, seconds: float):
+        self.args, self.path, self.end = args, path, time.monotonic() + seconds
+        self.device, self.quick = torch.device(args.device), args.quick
+        self.cuda = self.device.type == "cuda"
+        self.setting = race.Setting(2, 4, 3, 8, 1) if args.quick else race.Setting(64, 16, 8, 32, 1)
+        self.part: Part = {}
+
+    def left(self) -> float:
+        """Seconds until the section is stopped."""
+        return self.end - time.monotonic()
+
+    def save(self) -> None:
+        """Whole or not at all: the section may be killed while it writes."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.part))
+        part.replace(self.path)
+
+    def table(self, name: str, header: list[str], rows: list[list[str]]) -> None:
+        self.part.setdefault("tables", {})[name] = [header, rows]
+        self.save()
+
+    def fact(self, name: str, value: object) -> None:
+        self.part.setdefault("facts", {})[name] = value
+        self.save()
+
+    def results(self, section: str) -> Part:
+        """What an earlier section found: {} where it found nothing."""
+        path = self.path.with_name(f"{section}.json")
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+# Sections
+
+
+def environment(bench: Bench) -> None:
+    """Device, versions, and the ceilings that everything is measured against."""
+    for name, value in race.environment(bench.device).items():
+        bench.fact(name, value)
+    if bench.cuda:
         import triton
 
         properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "triton": triton.__version__,
-            "device": properties.name,
-            "capability": f"sm_{properties.major}{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory, GiB": round(properties.total_memory / 2**30, 1),
-        }
+        bench.fact("triton", triton.__version__)
+        bench.fact("cuda", torch.version.cuda)
+        bench.fact("capability", f"sm_{properties.major}{properties.minor}")
+        bench.fact("multiprocessors", properties.multi_processor_count)
+        bench.fact("memory, GiB", round(properties.total_memory / 2**30, 1))
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = "driver_version,clocks.sm,clocks.mem,power.limit,utilization.gpu,memory.used"
+            command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            bench.fact(f"nvidia-smi ({asked})", found.stdout.strip().replace("\n", "; "))
+    bench.fact("processors", os.cpu_count())
+    from darts_fast import kernels
+
+    bench.fact("kernels of float32", kernels.used(torch.empty(0, device=bench.device)))
+    bench.part["copy"] = profiling.copy_rate(bench.device)
+    bench.fact("copy, GB/s read and written", f"{bench.part['copy'] / 1e9:.1f}")
+    bench.part["matmul"] = {}
+    side = 128 if bench.quick else 8192 if bench.cuda else 1024
+    for name, dtype, tf32 in (
+        ("float32", torch.float32, False),
+        ("TF32", torch.float32, True),
+        ("float16", torch.float16, False),
+        ("bfloat16", torch.bfloat16, False),
+    ):
+        if (tf32 or dtype != torch.float32) and not bench.cuda:
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+        seconds = timed(lambda a=a, b=b: a @ b, bench.cuda, repeats=5, inner=2)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        bench.part["matmul"][name] = 2 * side**3 / seconds
+        bench.fact(f"matrix product {side}^3, {name}, TFLOP/s", f"{2 * side**3 / seconds / 1e12:.3g}")
+    x = torch.zeros(1, device=bench.device)
+    start, count = time.perf_counter(), 2000
+    for _ in range(count):
+        x.add_(1)
+    float(x)
+    bench.fact(
+        "a small operation launched by PyTorch, us", f"{1e6 * (time.perf_counter() - start) / count:.1f}"
+    )
+
+
+def compilation(bench: Bench) -> None:
+    """Every Triton kernel of the steps below, compiled on all processors at once into Triton's cache: a step
+    alone would compile some 400 kernels one after the other."""
+    if not bench.cuda:
+        os.environ.pop("TRITON_INTERPRET", None)
+    workers = 1 if bench.quick else max(1, min(32, os.cpu_count() or 2))
+    bench.part["facts"] = facts = {"workers": workers}
+    started, context = time.monotonic(), multiprocessing.get_context("fork")
+    crew: list = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def wait() -> None:
+            while True:
+                lines = [line for path in Path(folder).iterdir() for line in path.read_text().splitlines()]
+                facts["kernels compiled"] = sum(line.startswith("compiled") for line in lines)
+                facts["failed"] = [line for line in lines if not line.startswith("compiled")][:5]
+                bench.save()
+                if not any(process.is_alive() for process in crew):
+                    return
+                time.sleep(0.2)
+
+        for dtype in ["float16"] if bench.quick else ["float16", "float32", "bfloat16"]:
+            planned = launches_to_compile(bench, dtype)  # while the type before is still being compiled
+            wait()
+            if crew:
+                facts["seconds so far"] = round(time.monotonic() - started, 1)
+            facts[f"{dtype}: kernels"] = len(planned)
+            crew = [
+                context.Process(
+                    target=_compile, args=(bench, planned[i::workers], Path(folder) / f"{dtype}{i}")
+                )
+                for i in range(workers)
+            ]
+            for process in crew:
+                process.start()
+        wait()
+    facts["seconds"] = round(time.monotonic() - started, 1)
+    if facts["failed"] or any(process.exitcode for process in crew):
+        raise RuntimeError(f"exit codes {[p.exitcode for p in crew]}; {facts['failed']}")
+
+
+def launches_to_compile(bench: Bench, dtype: str) -> list:
+    """Those that differ for the compiler, of the race, of an epoch's last batch, and of the agreement."""
+    from darts_fast.kernels import aot
+
+    found = {}
+    settings = [bench.setting]
+    if not bench.quick:
+        settings += [bench.setting._replace(batch_size=16, layers=3), bench.setting._replace(batch_size=40)]
+    for setting in settings:
+        for planned in launches_of_a_step(setting, dtype):
+            divisible = [v % 16 == 0 for v in planned.arguments.values() if isinstance(v, int)]
+            name = planned.kernel.fn.__name__
+            key = name, str(aot.signature(planned)), str(planned.constants), str(divisible)
+            found.setdefault(key, planned)
+    return list(found.values())[: 2 if bench.quick else None]
+
+
+def _compile(bench: Bench, launches: list, log: Path) -> None:
+    torch.set_num_threads(1)
+    if not bench.cuda:
+        stand_in_for_a_gpu()
+    with log.open("a") as file:
+        for planned in launches:
+            name = planned.kernel.fn.__name__
+            try:
+                planned.kernel.warmup(
+                    grid=planned.grid, **planned.arguments, **planned.constants, num_warps=planned.warps
+                )
+                print("compiled", name, file=file, flush=True)
+            except Exception as error:  # the others are compiled all the same
+                print(name, repr(error).replace("\n", " ")[:500], file=file, flush=True)
+
+
+def launches_of_a_step(setting: race.Setting, dtype: str) -> list:
+    """The Triton launches of virtual step, validation pass and exact product, recorded without a GPU."""
+    from darts_fast.kernels import triton_backend
+    from darts_fast.kernels.backends import using
+    from darts_fast.kernels.triton_launch import observed
+
+    with torch.device("meta"):
+        network = race.Supernet(setting.init_channels, 10, setting.layers, fused=True)
+        images = torch.zeros(setting.batch_size, 3, setting.size, setting.size)
+        batch = images, torch.zeros(setting.batch_size, dtype=torch.int64)
+    config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
+    found: list = []
+    with using(triton_backend), observed(found.append):
+        phases = FusedStep(network, config).phases(batch, batch, race.LR)
+        for _ in itertools.islice(phases, 3):
+            pass
     return found
 
 
-def tests(args: argparse.Namespace) -> dict:
-    _need_gpu()
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-ra", "--tb=short"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    tail = done.stdout.strip().splitlines()[-40:]
-    if done.returncode:
-        raise RuntimeError("\n".join(tail))
-    return {"pytest tests/gpu": tail[-1]}
+def stand_in_for_a_gpu() -> None:
+    """Lets Triton's own path compile for sm_90 where there is no driver to ask."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    driver.set_active(Driver())
 
 
-def step(args: argparse.Namespace) -> dict:
-    """Milliseconds of one float32 step by phase, p20, p50 and p80, after the two were seen to agree."""
-    _need_gpu()
+def agreement(bench: Bench) -> None:
+    """The same gradients as the reference in float64 on this device, in each precision."""
+    device = bench.device
+    layers, channels, size = 3, bench.setting.init_channels, bench.setting.size
+    batch_size = 4 if bench.quick else 16
+    pair = [(x.to(device), y.to(device)) for x, y in race.batches(batch_size, size, torch.float64)]
+    narrow = [(x.float(), y) for x, y in pair]
+    reference = race.supernet(channels, layers, False, torch.float32)
+
+    def network(fused: bool) -> race.Supernet:
+        return race.supernet(channels, layers, fused, torch.float32).to(device)
+
     with strict_float32():
-        race.check()
-        batches = race.batches(args.batch_size, 32, torch.float32)
-        train, validation = (tuple(t.cuda() for t in batch) for batch in batches)
-        steps, rows = {}, {"textbook": [], "fused": []}
-        for name, kind in (("textbook", TextbookStep), ("fused", FusedStep)):
-            network = race.supernet(args.init_channels, args.layers, name == "fused", torch.float32).cuda()
-            steps[name] = kind(network, SearchConfig())
-            _timed(steps[name], train, validation)  # compiles and warms up
-        for _ in range(args.repeats):
-            for name in steps:
-                rows[name].append(_timed(steps[name], train, validation))
-    found = {name: race.summary(times) for name, times in rows.items()}
-    table = {
-        phase: {
-            name: " / ".join(f"{1e3 * seconds:.1f}" for seconds in found[name][phase]) for name in found
-        } | {"ratio of p50": f"{found['textbook'][phase][1] / found['fused'][phase][1]:.2f}"}
-        for phase in found["textbook"]
-    }  # fmt: skip
-    table["peak memory, GiB"] = {"both": f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"}
-    return table
+        exact = race.quantities(reference.double().to(device), *pair)
+        rows, header = [], ["precision", *(f"{name}: error, cosine" for name in exact)]
+
+        def add(name: str, found: dict[str, torch.Tensor]) -> None:
+            cells = [name]
+            for key, expected in exact.items():
+                value = found[key].double()
+                cosine = torch.nn.functional.cosine_similarity(value, expected, dim=0)
+                relative = (value - expected).norm() / expected.norm()
+                cells.append(f"{float(relative):.2g}, {float(cosine):.5f}")
+            rows.append(cells)
+            bench.table("against the reference in float64", header, rows)
+
+        add("fused, float32", race.quantities(network(True), *narrow))
+        again = [race.quantities(network(True), *narrow) for _ in range(2)]
+        same = all(torch.equal(again[0][name], again[1][name]) for name in exact)
+        bench.fact("fused, float32: twice the same bits", same)
+        types = {"bfloat16": torch.bfloat16} if bench.quick else TYPES
+        for name, dtype in types.items():
+            scale = FIRST_LOSS_SCALE if dtype == torch.float16 else None
+            add(f"fused, {name}", race.quantities(network(True), *narrow, dtype, scale))
+        add("reference, float32", race.quantities(network(False), *narrow))
+        for name, dtype in types.items():
+            scale = FIRST_LOSS_SCALE if dtype == torch.float16 else None
+            with torch.autocast(device.type, dtype=dtype):
+                add(f"reference, {name}, autocast", race.quantities(network(False), *narrow, None, scale))
+        if bench.cuda:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            add("reference, TF32", race.quantities(network(False), *narrow))
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            for amp in (None, "float16", "bfloat16"):
+                bench.fact(f"captured as uncaptured, {amp or 'float32'}", _captured_alike(bench, amp))
+        found = race.check_on(device, channels, layers, size, 1 if bench.quick else 8)
+        for name, (value, allowed) in found.items():
+            bench.fact(f"{name}, float32", f"error {value:.2g}, allowed {allowed:.2g}")
+    if not same or any(str(v).startswith("no") for v in bench.part["facts"].values()):
+        raise RuntimeError("two runs, or captured and uncaptured, differ")
 
 
-def kernels(args: argparse.Namespace) -> dict:
-    """Each launch of a fused step that differs from the others, alone: microseconds (p50), and its bytes a
-    second over those of a copy; the kernel with most time in a step first."""
-    _need_gpu()
-    from darts_fast.kernels import triton_launch
+def _captured_alike(bench: Bench, amp_dtype: str | None) -> str:
+    """Whether three captured steps end in the bits of three uncaptured ones."""
+    from darts_fast.capture import Captured
+    from darts_fast.search import SearchStep
+
+    setting, ends = bench.setting, []
+    names = ("train_images", "train_labels", "validation_images", "validation_labels")
+    pair = race.batches(16, setting.size, torch.float32)
+    inputs = dict(zip(names, [t.to(bench.device) for batch in pair for t in batch], strict=True))
+    for graph in (False, True):
+        module = race.supernet(setting.init_channels, 3, True, torch.float32).to(bench.device)
+        step = SearchStep(module, SearchConfig(fused=True, amp_dtype=amp_dtype))
+        buffers = {name: t.clone() for name, t in inputs.items()}
+        take = Captured(step.take, buffers, step.tensors, graph)
+        values = [take(**inputs) for _ in range(3)]
+        ends.append([*values, *step.tensors()])
+    differ = sum(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    return "the same bits" if not differ else f"no: {differ} of {len(ends[0])} tensors differ"
+
+
+def one_step(bench: Bench) -> None:
+    """benchmarks/step.py's race, all variants, and what each costs."""
+    setting, rate = (
+        bench.setting,
+        bench.results("environment").get("copy") or profiling.copy_rate(bench.device),
+    )
+    bench.fact("setting", ", ".join(f"{name} {value}" for name, value in setting._asdict().items()))
+    names = [name for name, variant in race.VARIANTS.items() if not variant.compiled]
+    if bench.quick:
+        names = ["textbook", "fused, ATen", "fused, C++"]
+    if bench.cuda:  # captured last: the riskiest
+        names.sort(key=lambda name: (race.VARIANTS[name].captured, race.VARIANTS[name].kernels == "torch"))
+    entrants: list[race.Runner] = []
+    with strict_float32():
+        for name in names:
+            started = time.monotonic()
+            more, reasons = race.runners([name], setting, bench.device)
+            bench.part.setdefault("left out", {}).update(reasons)
+            entrants += more
+            if more:
+                seconds = f"{time.monotonic() - started:.1f} s to be ready"
+                alone = [f"{1e3 * more[0].take()['step']:.4g} ms" for _ in range(1 if bench.quick else 3)]
+                bench.fact(f"{name}, alone", f"{seconds}; {', '.join(alone)}")
+
+        rows: dict[str, list[dict[str, float]]] = {runner.name: [] for runner in entrants}
+        last = time.monotonic()
+        for turn in range(1 if bench.quick else 30):
+            for runner in list(entrants):
+                try:
+                    rows[runner.name].append(runner.take())
+                except Exception as error:  # the others go on
+                    bench.part["left out"][runner.name] = f"in turn {turn}: {error!r}"
+                    entrants.remove(runner)
+            times = [rows[runner.name] for runner in entrants]
+            bench.part["records"] = race.records(entrants, times, rate, count=False)
+            bench.part["facts"]["turns"] = turn + 1
+            _show_records(bench)
+            took, last = time.monotonic() - last, time.monotonic()
+            if turn and bench.left() < 2 * took + 25:
+                break
+    # Counting takes the host some seconds a variant; the times are in the report already.
+    for record, runner in zip(bench.part["records"], entrants, strict=True):
+        if bench.left() > 15 and not (bench.quick and runner.variant.kernels is None):
+            (own,) = race.records([runner], [rows[runner.name]], rate)
+            record.update({key: value for key, value in own.items() if key != "ratio"})
+            _show_records(bench)
+
+
+def _show_records(bench: Bench) -> None:
+    found = bench.part["records"]
+    bench.part["tables"] = {
+        "milliseconds, ratio to the textbook": [race.COLUMNS, race.table(found)],
+        "phases": list(race.phase_table(found)),
+    }
+    bench.save()
+
+
+def kernels(bench: Bench) -> None:
+    """Each launch of a fused step that differs from the others, alone, against its roofline."""
+    ceilings = bench.results("environment")
+    copy = ceilings.get("copy") or profiling.copy_rate(bench.device)
+    if not bench.cuda:
+        os.environ["TRITON_INTERPRET"] = "1"  # the interpreter's times say nothing: a dry run
+    for dtype in ("float32",) if bench.quick else ("float16", "float32"):
+        found = _observed(bench, dtype)
+        dot, fma = (ceilings.get("matmul", {}).get(name) for name in (dtype, "float32"))
+        rows = []
+        for planned, count in found:
+            if bench.left() < 8:
+                bench.fact(f"{dtype}: not timed for want of time", len(found) - len(rows))
+                break
+            seconds = timed(
+                lambda p=planned: _again(p),
+                bench.cuda,
+                repeats=5 if bench.cuda else 1,
+                inner=10 if bench.cuda else 1,
+            )
+            depthwise, pointwise = operations(planned)
+            least = {"bytes": planned.bytes() / copy}
+            if dot and fma:
+                least["operations"] = depthwise / fma + pointwise / dot
+            bound = max(least, key=least.get)
+            rows.append((planned, count, seconds, least[bound] / seconds, bound))
+        rows.sort(key=lambda row: row[1] * row[2], reverse=True)
+        bench.part.setdefault("rooflines", {})[dtype] = [
+            (p.kernel.fn.__name__, count * seconds, share) for p, count, seconds, share, _ in rows
+        ]
+        bench.fact(
+            f"{dtype}: launches that differ", f"{len(found)}, in all {sum(n for _, n in found)} a step"
+        )
+        bench.fact(f"{dtype}: ms a step, each alone", f"{1e3 * sum(n * s for _, n, s, *_ in rows):.2f}")
+        header = ["kernel", "ms a step", "launches", "us, of the slowest", "of its roofline", "bound by"]
+        by_kernel: dict[str, list] = {}
+        for row in rows:
+            by_kernel.setdefault(row[0].kernel.fn.__name__, []).append(row)
+        summed = []
+        for name, own in by_kernel.items():
+            total = sum(n * s for _, n, s, *_ in own)
+            share = sum(n * s * r for _, n, s, r, _ in own) / total
+            launches, slowest = sum(n for _, n, *_ in own), max(s for _, _, s, *_ in own)
+            bound = max(("bytes", "operations"), key=lambda b: sum(n * s for _, n, s, _, x in own if x == b))
+            summed.append(
+                [name, f"{1e3 * total:.3f}", str(launches), f"{1e6 * slowest:.1f}", f"{share:.0%}", bound]
+            )
+        bench.table(f"{dtype}, by kernel", header, summed)
+        header = ["launch", "grid", "a step", "us", "MB", "GB/s", "of its roofline", "bound by"]
+        shown = [
+            [
+                _label(p), "x".join(map(str, p.grid)), str(count), f"{1e6 * seconds:.1f}",
+                f"{p.bytes() / 1e6:.2f}", f"{p.bytes() / seconds / 1e9:.0f}", f"{share:.0%}", bound,
+            ]
+            for p, count, seconds, share, bound in rows[:30]
+        ]  # fmt: skip
+        bench.table(f"{dtype}, the 30 launches with most time in a step", header, shown)
+
+
+def _observed(bench: Bench, dtype: str) -> list[tuple[Any, int]]:
+    """(launch, how often) of the launches of a step that differ, on this device."""
+    from darts_fast.kernels import Task, mix, sepconv, triton_backend, triton_launch
+    from darts_fast.kernels.backends import using
 
     found: dict[tuple, list] = {}
 
     def seen(planned: triton_launch.Launch) -> None:
-        entry = found.setdefault(
-            (planned.kernel.fn.__name__, planned.grid, str(planned.constants)), [planned, 0]
+        key = planned.kernel.fn.__name__, planned.grid, str(planned.constants)
+        found.setdefault(key, [planned, 0])[1] += 1
+
+    setting = bench.setting
+    network = race.supernet(setting.init_channels, setting.layers, True, torch.float32).to(bench.device)
+    pair = race.batches(setting.batch_size, setting.size, torch.float32)
+    train, validation = (tuple(t.to(bench.device) for t in batch) for batch in pair)
+    config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
+    with strict_float32(), using(triton_backend), triton_launch.observed(seen):
+        if bench.quick:  # a cell's first two launches, under the interpreter
+            state = torch.randn(2, 3 * setting.init_channels, 8, 8).to(memory_format=torch.channels_last)
+            weight = network.cells[0].preprocess0[1].weight
+            outputs, statistics = sepconv([state], [Task()], [None], [weight])
+            mix(outputs, list(statistics), torch.ones(1))
+        else:
+            list(FusedStep(network, config).phases(train, validation, race.LR))
+    return [(planned, count) for planned, count in found.values()]
+
+
+def _again(planned: Any) -> None:
+    planned.kernel[planned.grid](**planned.arguments, **planned.constants, num_warps=planned.warps)
+
+
+def _label(planned: Any) -> str:
+    from darts_fast.kernels import aot
+
+    return f"{planned.kernel.fn.__name__} {aot.setting(planned)}"
+
+
+def operations(planned: Any) -> tuple[int, int]:
+    """Of the depthwise and of the pointwise parts of a launch, by the equations (a multiply-add is two);
+    (0, 0) for the kernels that only move and add."""
+    constants, name = planned.constants, planned.kernel.fn.__name__
+    if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
+        return 0, 0
+    per = 2 * planned.arguments["positions"] * constants["C"] * (1 + bool(constants.get("TANGENT")))
+    taps = sum(k * k for k, has in zip(constants["KERNELS"], constants["HAS_D"], strict=True) if has)
+    depthwise, pointwise = per * taps, per * constants.get("K", 0) * len(constants["KERNELS"])
+    if name == "sepconv_bwd_kernel":
+        return depthwise, 0
+    if name == "sepconv_bwd_pointwise_kernel":
+        weights = planned.arguments["p_partials"] is not planned.arguments["p_z"]  # their gradients, too
+        return 2 * depthwise * weights, pointwise * (1 + weights)
+    return depthwise, pointwise
+
+
+def time_line(bench: Bench) -> None:
+    """The captured step (on a CPU: the fused one) recorded by torch.profiler."""
+    name = "fused, Triton, float16, captured"
+    if not bench.cuda:
+        name = "fused, ATen" if race.missing(race.VARIANTS["fused, C++"], bench.device) else "fused, C++"
+    with strict_float32():
+        runner = race.Runner(name, bench.setting, bench.device)
+        profiler = profiling.Profiler(1 if bench.quick else 3, bench.device)
+        for _ in range(profiling.WARM_UP + profiler.steps):
+            with profiler.step():
+                runner.take()
+        folder = Path(bench.args.out) / "profile"
+        settings = {"variant": name, "fused": True, "amp": True, "hvp": "exact", **bench.setting._asdict()}
+        bench.fact("verdict", profiler.write(folder, settings, captured=True))
+    import gzip
+
+    events = json.loads(gzip.open(folder / "trace.json.gz").read())["traceEvents"]
+    found = profiling.read_trace(events)
+    bench.fact("variant", name)
+    bench.fact("ms a step, under the profiler", f"{1e3 * found.seconds / found.steps:.2f}")
+    bench.fact("the device computes for", f"{found.busy / found.seconds:.0%} of it")
+    bench.part["lanes"] = lanes(events, bench.cuda)
+    header = ["operation", "launches a step", "ms a step", "of all"]
+    total = sum(row.seconds for row in found.operations) or 1.0
+    rows = [
+        [
+            row.name[:80], f"{row.launches / found.steps:.0f}",
+            f"{1e3 * row.seconds / found.steps:.3f}", f"{row.seconds / total:.0%}",
+        ]
+        for row in found.operations[:20]
+    ]  # fmt: skip
+    bench.table("operations with most time", header, rows)
+
+
+def lanes(events: list[dict], cuda: bool) -> dict[str, list[tuple[float, float]]]:
+    """(start, length) in milliseconds of what ran in the last step, a lane each of the eight names with most
+    time and one for the rest."""
+    steps = [e for e in events if e.get("cat") == "user_annotation" and e.get("name") == profiling.STEP]
+    if not steps:
+        return {}
+    last = max(steps, key=lambda e: e["ts"])
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if cuda else ("cpu_op",)
+    inside = [e for e in events if e.get("cat") in kinds and last["ts"] <= e["ts"] < last["ts"] + last["dur"]]
+    totals: dict[str, float] = {}
+    for e in inside:
+        totals[e["name"]] = totals.get(e["name"], 0.0) + e["dur"]
+    first = sorted(totals, key=totals.get, reverse=True)[:8]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
+    for e in inside[:20000]:
+        lane = found.setdefault(e["name"] if e["name"] in first else "everything else", [])
+        lane.append((round((e["ts"] - last["ts"]) / 1e3, 4), round(e["dur"] / 1e3, 4)))
+    return found
+
+
+def dataset(bench: Bench) -> Dataset:
+    """CIFAR-10 from `--data_path`, or random images of its size (with --quick, of few)."""
+    if bench.args.data_path and not bench.quick:
+        from darts_fast.datasets import load
+
+        return load("cifar10", bench.args.data_path)
+    generator = torch.Generator().manual_seed(0)
+    train, test, side = (40, 8, 8) if bench.quick else (50000, 10000, 32)
+    parts = [
+        part
+        for n in (train, test)
+        for part in (
+            torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator),
+            torch.randint(10, (n,), generator=generator),
         )
-        entry[1] += 1
+    ]
+    return Dataset("random images", *parts, 10, 4, True)
 
-    network = race.supernet(args.init_channels, args.layers, True, torch.float32).cuda()
-    batches = race.batches(args.batch_size, 32, torch.float32)
-    train, validation = (tuple(t.cuda() for t in batch) for batch in batches)
-    with triton_launch.observed(seen):
-        list(FusedStep(network, SearchConfig()).phases(train, validation, race.LR))
-    copy = _copy_rate()
-    rows = []
-    for (name, grid, _), (planned, count) in found.items():
-        time = _microseconds(
-            lambda p=planned: p.kernel[p.grid](**p.arguments, **p.constants, num_warps=p.warps)
+
+def search(bench: Bench) -> None:
+    """Steps of the search as run.py takes them, images included; projected, then whole epochs."""
+    from darts_fast.search import Search
+
+    data = dataset(bench)
+    for amp in (True, False):
+        config = SearchConfig(
+            dataset="cifar10", fused=True, amp=amp, device=bench.args.device, epochs=50,
+            batch_size=bench.setting.batch_size, init_channels=bench.setting.init_channels,
+            layers=bench.setting.layers,
+        )  # fmt: skip
+        name = "--fused --amp" if amp else "--fused"
+        _epochs(bench, f"search on {data.name}, {name}", lambda c=config: Search(c, data), config.epochs, amp)
+
+
+def training(bench: Bench) -> None:
+    """Steps of run_from.py on DARTS_V2, images, auxiliary head and drop path included."""
+    from darts_fast.errors import InputError
+    from darts_fast.train import Training
+
+    data = dataset(bench)
+    small = {"init_channels": 4, "layers": 3, "batch_size": 8} if bench.quick else {}
+    flags = {"plain": {}, "--fused": {"fused": True}, "--fused --amp": {"fused": True, "amp": True}}
+    known = {field.name for field in TrainConfig.__dataclass_fields__.values()}
+    for name, given in flags.items():
+        if not given.keys() <= known:
+            bench.fact(f"training of DARTS_V2, {name}", "run_from.py has no such flag")
+            continue
+        config = TrainConfig(
+            genotype="DARTS_V2", dataset="cifar10", device=bench.args.device, epochs=600, **small, **given
         )
-        rows.append((time * count, name, grid, count, time, planned.bytes() / time / copy))
-    table = {"copy": {"GB/s": f"{copy / 1e3:.0f}"}}
-    for _, name, grid, count, time, share in sorted(rows, reverse=True):
-        table[f"{name} {grid}"] = {"in a step": count, "us": f"{time:.1f}", "of copy": f"{share:.0%}"}
-    return table
+        try:
+            whole = len(given) == len(flags["--fused --amp"])
+            _epochs(
+                bench, f"training of DARTS_V2 on {data.name}, {name}", lambda c=config: Training(c, data),
+                config.epochs, whole,
+            )  # fmt: skip
+        except InputError as error:
+            bench.fact(f"training of DARTS_V2, {name}", f"left out: {error}")
 
 
-def _need_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise RuntimeError("needs a CUDA GPU")
+def _epochs(bench: Bench, name: str, make: Callable, epochs: int, whole: bool) -> None:
+    """Times steps of a Loop, projects its epochs, and where there is time takes one."""
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with strict_float32():
+        loop = make()
+        loop.begin_epoch()
+        lr = loop.learning_rate()
+
+        def steps(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                if loop.step == loop.steps_per_epoch:
+                    loop.step = 0
+                loop.take_step(lr)
+                loop.step += 1
+            if bench.cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        first = steps(1)
+        bench.fact(f"{name}: first step, s", f"{first:.2f}")
+        steps(1 if bench.quick else 3)
+        seconds = min(steps(1), steps(1)) if bench.quick else median(steps(10) / 10 for _ in range(5))
+        epoch = seconds * loop.steps_per_epoch
+        bench.fact(f"{name}: ms a step", f"{1e3 * seconds:.2f}")
+        bench.fact(
+            f"{name}: projected", f"{epoch:.1f} s an epoch of {loop.steps_per_epoch} steps, "
+            f"{epoch * epochs / 60:.1f} min for {epochs} epochs, without evaluation",
+        )  # fmt: skip
+        if bench.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            bench.fact(f"{name}: peak memory, GiB", f"{peak:.2f}")
+        if whole and (bench.quick or bench.left() > 1.5 * epoch + 15):
+            loop.step = 0
+            loop.begin_epoch()
+            took = steps(loop.steps_per_epoch)
+            bench.fact(f"{name}: a whole epoch, s", f"{took:.2f}")
 
 
-def _timed(one: TextbookStep | FusedStep, train: race.Batch, validation: race.Batch) -> dict[str, float]:
-    """Seconds of each phase and of the step, on the device's own clock."""
-    events = [("", torch.cuda.Event(enable_timing=True))]
-    events[0][1].record()
-    for name in one.phases(train, validation, race.LR):
-        events.append((name, torch.cuda.Event(enable_timing=True)))
-        events[-1][1].record()
-    torch.cuda.synchronize()
-    found = {
-        name: before.elapsed_time(after) / 1e3
-        for (_, before), (name, after) in zip(events, events[1:], strict=False)
-    }
-    return {**found, "step": events[0][1].elapsed_time(events[-1][1]) / 1e3}
+def tests(bench: Bench) -> None:
+    """The tests that need a GPU (on a CPU they are skipped)."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"]
+    with contextlib.suppress(ImportError):
+        import xdist  # noqa: F401
+
+        command += ["-n", "0" if bench.quick else "8"]
+    command += ["tests/gpu"] + ([] if bench.quick else ["tests/test_capture.py"])
+    log = bench.path.with_suffix(".log")
+    words = ("passed", "failed", "skipped", "error")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            text = log.read_text(errors="replace")
+            for word in words:
+                bench.part.setdefault("facts", {})[word] = text.count(f"{word.upper()} ")
+            failed = [line for line in text.splitlines() if "FAILED" in line and "::" in line]
+            bench.fact("those that failed", sorted(set(failed))[:20])
+            if process.returncode is not None:
+                break
+    if process.returncode:
+        raise RuntimeError("\n".join(text.splitlines()[-60:]))
 
 
-def _copy_rate() -> float:
-    """Bytes a microsecond, read and written, of a copy of 1 GiB."""
-    x = torch.empty(2**28, dtype=torch.float32, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / _microseconds(lambda: y.copy_(x))
+def compiled(bench: Bench) -> None:
+    """The textbook's cells by torch.compile, against the textbook."""
+    seconds = 1 if bench.quick else max(1, int(bench.left() - 20))
+    names = ["textbook", "textbook, torch.compile"]
+    with strict_float32():
+        entrants, reasons = race.runners(names, bench.setting, bench.device, seconds)
+        bench.part["left out"] = reasons
+        bench.save()
+        if len(entrants) == 2:
+            rows = race.race(entrants, 5)
+            bench.part["records"] = race.records(entrants, rows, 1.0, count=False)
+            _show_records(bench)
 
 
-def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """p50 of a call, with the cache of the device as the call before left it."""
-    times = []
-    for _ in range(repeats + 3):
+# Seconds that each may take of 8 minutes; what one leaves over is the next one's.
+SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
+    "environment": (environment, 45),
+    "compilation": (compilation, 125),
+    "agreement": (agreement, 70),
+    "step": (one_step, 110),
+    "kernels": (kernels, 70),
+    "time line": (time_line, 45),
+    "search": (search, 60),
+    "training": (training, 60),
+    "tests": (tests, 120),
+    "torch.compile": (compiled, 120),
+}
+
+
+def timed(call: Callable[[], object], cuda: bool, repeats: int, inner: int) -> float:
+    """Seconds of a call, p50. On CUDA `inner` calls are captured as one graph, so that what is timed is the
+    device and not the host that launches; caches are as the call before left them."""
+    call()
+    if not cuda:
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            found.append((time.perf_counter() - start) / inner)
+        return median(found)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            call()
+    graph.replay()
+    found = []
+    for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return median(times[3:])
+        found.append(start.elapsed_time(end) / 1e3 / inner)
+    return median(found)
 
 
-SECTIONS = (environment, tests, step, kernels)
+# The report
 
 
-def markdown(sections: dict[str, dict]) -> str:
-    lines = ["# GPU report"]
-    for name, content in sections.items():
-        lines += ["", f"## {name}", ""]
-        if "error" in content:
-            lines += ["It failed:", "", "```", content["error"].strip(), "```"]
-            continue
-        for key, value in content.items():
-            cells = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            lines.append(f"- {key}: {cells}")
+def pictures(sections: dict[str, Part], out: Path) -> list[str]:
+    """Draws what there is; the files' names."""
+    found = {}
+    records = sections.get("step", {}).get("records", [])
+    rows = [
+        (r["variant"], 1e3 * r["seconds"]["step"][1], f"{1e3 * r['seconds']['step'][1]:.4g} ms")
+        for r in records
+    ]
+    if rows:
+        found["step.svg"] = draw.bars("One second-order step", rows, max(row[1] for row in rows))
+    for dtype, kernels_found in sections.get("kernels", {}).get("rooflines", {}).items():
+        by_name: dict[str, list[float]] = {}
+        for name, seconds, share in kernels_found:
+            entry = by_name.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + seconds, entry[1] + seconds * share
+        rows = [
+            (n, s / t if t else 0.0, f"{s / t:.0%}, {1e3 * t:.2f} ms a step")
+            for n, (t, s) in by_name.items()
+            if t
+        ]
+        if rows and "kernels.svg" not in found:
+            found["kernels.svg"] = draw.bars(f"Share of the roofline, {dtype}", rows, 1.0)
+    lanes_found = sections.get("time line", {}).get("lanes", {})
+    if lanes_found:
+        found["timeline.svg"] = draw.lanes("One step on the device, ms", lanes_found)
+    for name, text in found.items():
+        (out / name).write_text(text)
+    return list(found)
+
+
+def markdown(sections: dict[str, Part], files: list[str]) -> str:
+    lines = ["# GPU report", ""]
+    lines += [f"- {name}: {part.get('state', 'not begun')}" for name, part in sections.items()]
+    lines += [f"\n![{name}]({name})" for name in files]
+    for name, part in sections.items():
+        about = " ".join((SECTIONS[name][0].__doc__ or "").split())
+        lines += ["", f"## {name}", "", about, ""]
+        for key, value in part.get("facts", {}).items():
+            lines.append(f"- {key}: {value}")
+        for variant, reason in part.get("left out", {}).items():
+            lines.append(f"- left out: {variant} ({reason})")
+        for title, (header, rows) in part.get("tables", {}).items():
+            lines += ["", f"**{title}**", "", race.markdown(header, rows)]
+        if "error" in part:
+            lines += ["", "Where it ended:", "", "```", part["error"].strip()[-6000:], "```"]
     return "\n".join(lines) + "\n"
+
+
+def run_section(name: str, args: argparse.Namespace, path: Path, seconds: float) -> None:
+    """In a process of its own: fills its part, and says what went wrong."""
+    os.setsid()  # so that what it starts ends with it
+    log = os.open(path.with_suffix(".out"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
+    bench = Bench(args, path, seconds)
+    if bench.quick:
+        torch.set_num_threads(1)
+    try:
+        SECTIONS[name][0](bench)
+        bench.part["state"] = "done"
+    except BaseException as error:
+        bench.part["state"] = f"failed: {type(error).__name__}"
+        bench.part["error"] = traceback.format_exc()
+    bench.save()
+    os._exit(0)  # not through libraries' own clean-up, which may hang after an error of the device
+
+
+def supervised(name: str, args: argparse.Namespace, parts: Path, seconds: float) -> Iterator[Part]:
+    """What the section has found, every few seconds and at its end."""
+    path = parts / f"{name}.json"
+    process = multiprocessing.get_context("fork").Process(
+        target=run_section, args=(name, args, path, seconds)
+    )
+    process.start()
+    end, state = time.monotonic() + seconds, ""
+
+    def found() -> Part:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text())
+        return {}
+
+    try:
+        while process.is_alive() and time.monotonic() < end:
+            process.join(min(3.0, max(0.0, end - time.monotonic())))
+            yield {**found(), "state": "under way"}
+    finally:
+        if process.is_alive():
+            state = f"stopped after {seconds:.0f} s"
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            process.join(1)
+    part = found()
+    if state:
+        part["state"] = state
+    elif part.get("state") is None:
+        part["state"] = f"failed: exit code {process.exitcode}"
+        out = path.with_suffix(".out")
+        part["error"] = out.read_text(errors="replace")[-4000:] if out.exists() else "no output"
+    yield part
 
 
 def main() -> int:
@@ -181,23 +842,47 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--init_channels", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--data_path", metavar="P", help="folder of cifar-10-batches-py")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a dry run")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     args = parser.parse_args()
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu is for a dry run: give --quick, too")
+    deadline = time.monotonic() + 60 * args.minutes - 10
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for section in SECTIONS:
+    sections: dict[str, Part] = {name: {} for name in args.only}
+
+    def write() -> None:
+        files = pictures(sections, args.out)
+        (args.out / "report.json").write_text(json.dumps(sections, indent=1))
+        (args.out / "report.md").write_text(markdown(sections, files))
+
+    def asked_to_end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, asked_to_end)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as parts:
         try:
-            found[section.__name__] = section(args)
-        except Exception as error:  # the report says so, and the next section runs
-            traceback.print_exc()
-            found[section.__name__] = {"error": f"{type(error).__name__}: {error}"}
-        (args.out / "report.json").write_text(json.dumps(found, indent=1))
-        (args.out / "report.md").write_text(markdown(found))
+            for name in args.only:
+                left = deadline - time.monotonic()
+                if left < 8:
+                    sections[name] = {"state": "left out: no time was left"}
+                    continue
+                limit = min(left, SECTIONS[name][1] * max(1.0, args.minutes / 8))
+                for part in supervised(name, args, Path(parts), limit):
+                    sections[name] = part
+                    write()
+                took = f"{time.monotonic() - started:.0f} s"
+                print(f"{took:>6}  {name}: {sections[name]['state']}", flush=True)
+        except KeyboardInterrupt:
+            print("stopped; the report has what there is", flush=True)
+        write()
     print((args.out / "report.md").read_text())
-    return 1 if any("error" in content for content in found.values()) else 0
+    return 1 if any(str(part.get("state", "")).startswith("failed") for part in sections.values()) else 0
 
 
 if __name__ == "__main__":

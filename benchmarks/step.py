@@ -1,45 +1,103 @@
-"""Times one second-order step on the CPU, textbook against fused, interleaved in one process.
+"""Times one second-order step: the textbook's, and the ways to take it here, interleaved in one process.
 
-    python benchmarks/step.py [--batch_size 16 --init_channels 16 --layers 8 --size 32 --repeats 5] [--json F]
+    python benchmarks/step.py [--device cpu] [--batch_size 16 --init_channels 16 --layers 8 --size 32]
+        [--threads N] [--repeats 5] [--only VARIANT ...] [--compile_seconds 0] [--results DIR]
+    python benchmarks/step.py --sweep batch_size=8,16,32,64 ...
 
-Nothing is timed before the results agree: on a small network in float64 the fused step with finite
-differences must end where the textbook's does, its exact product must be automatic differentiation's on the
-reference cell, and its step by phases must be `SearchStep`'s to the bit.
+Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
+variant; the textbook's time over the variant's, pair by pair; peak memory, measured on CUDA and else counted;
+launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of the device's
+measured copy rate; the p50 of every phase. What cannot run here is named with the reason. `--sweep` races the
+variants at each value of batch_size, init_channels, layers, size or threads, all values in turns, and draws a
+plot. Every variant adds a line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
 """
 
 import argparse
 import json
 import platform
+import re
+import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from statistics import quantiles
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import draw  # noqa: E402
+import traffic  # noqa: E402
 from fused_step import Batch, FusedStep  # noqa: E402
 from textbook import TextbookStep  # noqa: E402
 
 from darts_fast import architect  # noqa: E402
+from darts_fast.capture import Captured  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.kernels import native, torch_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
+from darts_fast.profiling import copy_rate  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
-# The variants, the first of which the others are compared with: the step, and the kernels it runs on.
-VARIANTS = {
-    "textbook": (TextbookStep, torch_backend),
-    "fused, ATen": (FusedStep, torch_backend),
-    "fused, C++": (FusedStep, native),
-}
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64
+
+
+class Variant(NamedTuple):
+    """A way to take the step."""
+
+    kernels: str | None = None  # "torch", "native" or "triton"; None: the textbook's cells
+    amp_dtype: str | None = None
+    captured: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+
+
+# The first is what the others are compared with.
+VARIANTS = {
+    "textbook": Variant(),
+    "textbook, channels-last": Variant(channels_last=True),
+    "textbook, torch.compile": Variant(compiled=True),
+    "fused, ATen": Variant("torch"),
+    "fused, C++": Variant("native"),
+    "fused, Triton": Variant("triton"),
+    "fused, Triton, captured": Variant("triton", captured=True),
+    "fused, Triton, float16": Variant("triton", "float16"),
+    "fused, Triton, float16, captured": Variant("triton", "float16", captured=True),
+    "fused, Triton, bfloat16, captured": Variant("triton", "bfloat16", captured=True),
+}
+
+
+class Setting(NamedTuple):
+    """Of one race; `size` is the side of the images."""
+
+    batch_size: int = 16
+    init_channels: int = 16
+    layers: int = 8
+    size: int = 32
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        return "-".join(f"{letter}{value}" for letter, value in zip("bclst", self, strict=True))
+
+
+def missing(variant: Variant, device: torch.device) -> str | None:
+    """Why a variant cannot run here; None: it can."""
+    if variant.kernels == "triton" and device.type != "cuda":
+        return "the Triton kernels run on CUDA"
+    if variant.kernels == "native" and device.type != "cpu":
+        return "the C++ kernels run on the CPU"
+    if variant.kernels == "native" and native.level() is None:
+        return "the C++ kernels were not built"
+    return None
 
 
 def supernet(channels: int, layers: int, fused: bool, dtype: torch.dtype) -> Supernet:
@@ -52,13 +110,18 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
     return [(torch.randn(size, 3, side, side, dtype=dtype), torch.randint(10, (size,))) for _ in range(2)]
 
 
+# That the results agree
+
+
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     difference = sum(((found[name] - expected[name]) ** 2).sum() for name in expected)
     return float((difference / sum((t**2).sum() for t in expected.values())).sqrt().detach())
 
 
 def check() -> None:
-    """Raises AssertionError where the two disagree."""
+    """On the CPU, on a small network in float64: the fused step with finite differences must end where the
+    textbook's does, its exact product must be automatic differentiation's on the reference cell, and its step
+    by phases must be `SearchStep`'s to the bit. Raises AssertionError where they do not."""
     dtype, (train, validation) = torch.float64, batches(4, 8, torch.float64)
     networks = [supernet(4, 3, fused, dtype) for fused in (False, True)]
     differences = SearchConfig(hvp="finite-difference")
@@ -70,16 +133,10 @@ def check() -> None:
         found, expected = (getattr(network, kind)() for network in networks[::-1])
         assert error(found, expected) < TOLERANCE, f"{kind} after two steps: {error(found, expected):.3g}"
 
-    products = []
-    for fused in (False, True):
-        network = supernet(4, 3, fused, dtype)
-        weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
-        gradients = architect.gradients(network.loss(*train, weights, alphas), weights, create_graph=True)
-        _, v = architect._at_virtual_weights(
-            partial(network.loss, *validation), architect.detached(weights), alphas
-        )
-        products.append(architect.exact_hvp(gradients, alphas, v))
-    assert error(products[1], products[0]) < TOLERANCE, f"exact product: {error(*products[::-1]):.3g}"
+    products = [quantities(supernet(4, 3, fused, dtype), train, validation) for fused in (False, True)]
+    for name, expected in products[0].items():
+        found = error({name: products[1][name]}, {name: expected})
+        assert found < TOLERANCE, f"{name}: {found:.3g}"
 
     whole, phased = (supernet(4, 3, True, dtype) for _ in range(2))
     SearchStep(whole, SearchConfig())(train, validation, LR)
@@ -88,74 +145,417 @@ def check() -> None:
         assert torch.equal(tensor, phased.state_dict()[name]), f"by phases, {name} is not SearchStep's"
 
 
-def timed(step: TextbookStep | FusedStep, train: Batch, validation: Batch) -> dict[str, float]:
-    """Seconds of each phase of one step, and of the whole."""
-    start = before = time.perf_counter()
-    found = {}
-    for name in step.phases(train, validation, LR):
-        now = time.perf_counter()
-        found[name], before = now - before, now
-    return {**found, "step": before - start}
+def quantities(
+    network: Supernet,
+    train: Batch,
+    validation: Batch,
+    activations: torch.dtype | None = None,
+    scale: float | None = None,
+) -> dict[str, Tensor]:
+    """The virtual step's gradient, v, and the exact product, each as one tensor; `activations` and `scale`
+    (of the loss) as in `SearchStep`."""
+    loss = partial(network.loss, activations=activations)
+    factor = None if scale is None else torch.tensor(scale, device=train[0].device)
+    weights = architect.leaves({"weights": network.flat_weights})
+    alphas = architect.leaves(network.alphas())
+    step = architect.VirtualStep(LR, 0.9, 3e-4)
+    with network.frozen_statistics():
+        scaled = architect.times(loss(*train, weights, alphas), factor)
+        gradients = architect.gradients(scaled, weights, create_graph=True)
+        found = architect.divided(architect.detached(gradients), factor)
+        virtual = step(weights, found, {})
+        _, v = architect._at_virtual_weights(lambda w, a: loss(*validation, w, a), virtual, alphas, factor)
+        product = architect.exact_hvp(gradients, alphas, v, factor)
+    flat = torch.cat([t.flatten() for t in product.values()])
+    return {"gradient": found["weights"], "v": v["weights"], "exact product": flat}
+
+
+def check_on(
+    device: torch.device, channels: int, layers: int, size: int, copies: int = 8
+) -> dict[str, list[float]]:
+    """The fused network's `quantities` in float32 on a device against the reference's in float64 there, batch
+    16: their errors may be twice the reference's largest over eight copies of the weights moved by 6e-8
+    relative (kinks make float32 itself no better). Returns [error, that allowance]; raises AssertionError."""
+    pair = [(x.to(device), y.to(device)) for x, y in batches(16, size, torch.float64)]
+    narrow = [(x.float(), y) for x, y in pair]
+    # The same weights for all three: drawn in float32, then widened.
+    exact = quantities(supernet(channels, layers, False, torch.float32).double().to(device), *pair)
+
+    def errors(network: Supernet) -> dict[str, float]:
+        found = quantities(network, *narrow)
+        return {name: error({name: found[name].double()}, {name: t}) for name, t in exact.items()}
+
+    allowed = dict.fromkeys(exact, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(copies):
+        network = supernet(channels, layers, False, torch.float32)
+        with torch.no_grad():
+            network.flat_weights.mul_(1 + 6e-8 * torch.randn(network.flat_weights.shape, generator=generator))
+        for name, value in errors(network.to(device)).items():
+            allowed[name] = max(allowed[name], 2 * value)
+    found = errors(supernet(channels, layers, True, torch.float32).to(device))
+    for name, value in found.items():
+        assert value <= allowed[name], f"{name} on {device}: {value:.3g}, allowed {allowed[name]:.3g}"
+    return {name: [value, allowed[name]] for name, value in found.items()}
+
+
+# The race
+
+
+class Runner:
+    """A variant at a setting on a device, ready to take steps. `peak`: bytes at most allocated for it, on
+    CUDA."""
+
+    def __init__(self, name: str, setting: Setting, device: torch.device, compile_seconds: int = 0):
+        self.name, self.variant, self.setting, self.device = name, VARIANTS[name], setting, device
+        self.peak = None
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        fused = self.variant.kernels is not None
+        network = supernet(setting.init_channels, setting.layers, fused, torch.float32).to(device)
+        pair = batches(setting.batch_size, setting.size, torch.float32)
+        self.batches = [(x.to(device), y.to(device)) for x, y in pair]
+        if self.variant.channels_last:
+            self.batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in self.batches]
+        config = SearchConfig(fused=fused, amp_dtype=self.variant.amp_dtype)
+        limit = nullcontext()
+        if self.variant.compiled:
+            if not compile_seconds:
+                raise TimeoutError("compiling its cells takes minutes: --compile_seconds N allows it N")
+            torch._dynamo.config.recompile_limit = 64  # the cells differ in shape, and in mode
+            for cell in network.cells:
+                cell.compile()
+            limit = time_limit(compile_seconds)
+        if self.variant.captured:
+            self.phases = partial(_captured, SearchStep(network, config), self.batches)
+        else:
+            self.phases = (FusedStep if fused else TextbookStep)(network, config).phases
+        with limit:
+            self.take()
+        self.take()
+        if device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(device) - before
+
+    def take(self) -> dict[str, float]:
+        """Takes a step; seconds of each phase and of the whole."""
+        modules = {"torch": torch_backend, "native": native}
+        chosen = modules.get(self.variant.kernels)  # Triton is what CUDA has without being told
+        if self.device.type == "cpu" and torch.get_num_threads() != self.setting.threads:
+            torch.set_num_threads(self.setting.threads)
+        with using(chosen) if chosen else nullcontext():
+            return timed(self.phases(*self.batches, LR), self.device)
+
+
+def _captured(step: SearchStep, buffers: list[Batch], *_: Any) -> Iterator[str]:
+    """The step as one CUDA graph; captured when it is first taken."""
+    if not hasattr(step, "graph"):
+        names = ("train_images", "train_labels", "validation_images", "validation_labels")
+        tensors = [tensor for batch in buffers for tensor in batch]
+        inputs = dict(zip(names, map(torch.clone, tensors), strict=True))
+        step.graph = Captured(step.take, inputs, step.tensors, graph=True)
+        step.given = dict(zip(names, tensors, strict=True))
+        step.lr.fill_(LR)
+    step.graph(**step.given)
+    yield "step"
+
+
+def timed(phases: Iterator[str], device: torch.device) -> dict[str, float]:
+    """Seconds of each phase and of the whole step, on the device's own clock."""
+    names, marks = [], [_mark(device)]
+    for name in phases:
+        names.append(name)
+        marks.append(_mark(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    found = {
+        name: _between(a, b) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)
+    }  # fmt: skip
+    return {**found, "step": _between(marks[0], marks[-1])}
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(a: Any, b: Any) -> float:
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError within, after so many seconds (in the main thread, where there is SIGALRM)."""
+    late = TimeoutError(f"it took more than {seconds} s")
+
+    def over(*_: Any) -> None:
+        raise late
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again: what is raised may be swallowed
+    try:
+        yield
+    except Exception as error:  # the compiler wraps what is raised within
+        raise late if str(late) in str(error) or late is error.__cause__ else error from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def runners(
+    names: list[str], setting: Setting, device: torch.device, compile_seconds: int = 0
+) -> tuple[list[Runner], dict[str, str]]:
+    """Those that can run here, warmed up, and why the others are left out."""
+    found, left_out = [], {}
+    for name in names:
+        reason = missing(VARIANTS[name], device)
+        if reason is None:
+            try:
+                found.append(Runner(name, setting, device, compile_seconds))
+            except Exception as problem:  # the others are timed all the same, and the reason is told
+                if name == next(iter(VARIANTS)):
+                    raise
+                first = (str(problem).strip().splitlines() or [""])[0]
+                reason = first if isinstance(problem, TimeoutError) else f"{type(problem).__name__}: {first}"
+        if reason is not None:
+            left_out[name] = reason
+    return found, left_out
+
+
+def race(
+    entrants: list[Runner], repeats: int, after: Callable[[list[list[dict[str, float]]]], None] | None = None
+) -> list[list[dict[str, float]]]:
+    """So many steps of each, in turns; `after` is told of what there is after each turn."""
+    rows: list[list[dict[str, float]]] = [[] for _ in entrants]
+    for _ in range(repeats):
+        for runner, found in zip(entrants, rows, strict=True):
+            found.append(runner.take())
+        if after is not None:
+            after(rows)
+    return rows
+
+
+def percentiles(values: list[float]) -> list[float]:
+    """p20, p50 and p80."""
+    if len(values) == 1:
+        return values * 3
+    cuts = quantiles(values, n=10, method="inclusive")
+    return [cuts[1], cuts[4], cuts[7]]
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     """p20, p50 and p80 of each phase."""
-    found = {}
-    for name in rows[0]:
-        cuts = quantiles([row[name] for row in rows], n=10, method="inclusive")
-        found[name] = [cuts[1], cuts[4], cuts[7]]
+    return {name: percentiles([row[name] for row in rows]) for name in rows[0]}
+
+
+@cache
+def counted(setting: Setting, variant: Variant) -> dict[str, Any] | None:
+    """Launches, bytes and peak of live bytes, by traffic.py; None where it has no count of the variant."""
+    if variant.compiled or variant.channels_last or variant.kernels == "native":
+        return None
+    dtype = torch.float32 if variant.amp_dtype is None else torch.bfloat16  # as many bytes as float16
+    found = traffic.count(
+        variant.kernels is not None,
+        setting.batch_size,
+        setting.init_channels,
+        setting.layers,
+        setting.size,
+        triton=variant.kernels == "triton",
+        dtype=dtype,
+    )
+    return {"launches": found["total"].launches, "bytes": found["total"].bytes, "peak": found["peak"]}
+
+
+def records(
+    entrants: list[Runner], rows: list[list[dict[str, float]]], rate: float, count: bool = True
+) -> list[dict[str, Any]]:
+    """What is known of each variant, as it is written to the results; `rate` is the copy rate, bytes a
+    second. The ratio is of the textbook's step at the same setting, if it ran."""
+    found = []
+    for runner, own in zip(entrants, rows, strict=True):
+        base = [
+            r
+            for other, r in zip(entrants, rows, strict=True)
+            if other.setting == runner.setting and other.name == next(iter(VARIANTS))
+        ]
+        seconds = summary(own)
+        record = {"variant": runner.name, "setting": runner.setting._asdict(), "seconds": seconds}
+        if base:
+            record["ratio"] = percentiles([b["step"] / o["step"] for b, o in zip(base[0], own, strict=True)])
+        counts = counted(runner.setting, runner.variant) if count else None
+        if counts:
+            record |= {"launches": counts["launches"], "bytes": counts["bytes"]}
+            record["bandwidth"] = counts["bytes"] / seconds["step"][1]
+            record["of copy"] = record["bandwidth"] / rate
+            record["peak counted"] = counts["peak"]
+        if runner.peak is not None:
+            record["peak measured"] = runner.peak
+        found.append(record)
     return found
 
 
-def main() -> None:
+# How it is shown
+
+COLUMNS = [
+    "variant",
+    "ms p20",
+    "p50",
+    "p80",
+    "ratio",
+    "p20-p80",
+    "peak GB",
+    "launches",
+    "GB",
+    "GB/s",
+    "of copy",
+]
+
+
+def table(found: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a variant, below COLUMNS."""
+    rows = []
+    for record in found:
+        times = [f"{1e3 * t:.4g}" for t in record["seconds"]["step"]]
+        low, middle, high = record.get("ratio", [None] * 3)
+        ratio = ["", ""] if middle is None else [f"{middle:.2f}", f"{low:.2f}-{high:.2f}"]
+        peak = record.get("peak measured", record.get("peak counted"))
+        cells = [f"{peak / 1e9:.2f}" if peak else ""]
+        if "launches" in record:
+            cells += [f"{record['launches']:,}", f"{record['bytes'] / 1e9:.1f}"]
+            cells += [f"{record['bandwidth'] / 1e9:.1f}", f"{record['of copy']:.0%}"]
+        else:
+            cells += [""] * 4
+        rows.append([record["variant"], *times, *ratio, *cells])
+    return rows
+
+
+def phase_table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: p50 of each phase in milliseconds, a column a variant that has phases."""
+    phased = [record for record in found if len(record["seconds"]) > 1]
+    names = list(dict.fromkeys(name for record in phased for name in record["seconds"]))
+    rows = [
+        [name, *(f"{1e3 * r['seconds'][name][1]:.4g}" if name in r["seconds"] else "" for r in phased)]
+        for name in names
+    ]
+    return ["p50, ms", *(record["variant"] for record in phased)], rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def growth(found: list[dict[str, Any]], name: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep over `name`: p50 and ratio of each variant at each value."""
+    variants = list(dict.fromkeys(record["variant"] for record in found))
+    header = [name]
+    for variant in variants:
+        header += [f"{variant}, ms"] + ([] if variant == variants[0] else ["ratio"])
+    rows = []
+    for value in dict.fromkeys(record["setting"][name] for record in found):
+        row = [str(value)]
+        for variant in variants:
+            (record,) = (r for r in found if r["variant"] == variant and r["setting"][name] == value)
+            row.append(f"{1e3 * record['seconds']['step'][1]:.4g}")
+            if variant != variants[0]:
+                row.append(f"{record['ratio'][1]:.2f}" if "ratio" in record else "")
+        rows.append(row)
+    return header, rows
+
+
+def plot(found: list[dict[str, Any]], name: str, where: str) -> str:
+    """A sweep as SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in found:
+        point = record["setting"][name], 1e3 * record["seconds"]["step"][1]
+        series.setdefault(record["variant"], []).append(point)
+    return draw.lines(f"One second-order step, {where}", name, "ms a step (p50)", series)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--init_channels", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--size", type=int, default=32, help="side of the images")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after one not timed")
-    parser.add_argument("--json", metavar="F", help="write the times there too")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    for name, value in Setting._field_defaults.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=torch.get_num_threads() if name == "threads" else value
+        )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after two not timed")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--compile_seconds", type=int, default=0, help="what torch.compile may take; 0: it is left out"
+    )
+    parser.add_argument("--sweep", type=_sweep, metavar="NAME=A,B,...")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
+    device = torch.device(args.device)
+    base = Setting(**{name: getattr(args, name) for name in Setting._fields})
+    name, values = args.sweep or ("batch_size", [base.batch_size])
     with strict_float32():
         check()
-        conditions = {
-            "setting": vars(args),
-            "cpu": processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "commit": commit(),
-        }
-        print("results agree; one second-order step, float32, " + str(conditions), flush=True)
-        train, validation = batches(args.batch_size, args.size, torch.float32)
-        steps, rows = {}, {}
-        variants = [name for name in VARIANTS if name != "fused, C++" or native.level() is not None]
-        for name in variants:
-            step, kernels = VARIANTS[name]
-            network = supernet(args.init_channels, args.layers, step is FusedStep, torch.float32)
-            steps[name], rows[name] = step(network, SearchConfig()), []
-            with using(kernels):
-                timed(steps[name], train, validation)
-        for _ in range(args.repeats):
-            for name, step in steps.items():
-                with using(VARIANTS[name][1]):
-                    rows[name].append(timed(step, train, validation))
-    results = {name: summary(found) for name, found in rows.items()}
-    print(f"{'ms: p20, p50, p80':<24}" + "".join(f"{name:>24}{'ratio':>8}" for name in results))
-    textbook = results["textbook"]
-    for phase in textbook:
-        cells = ""
-        for found in results.values():
-            times = "".join(f"{value * 1e3:>8.0f}" for value in found[phase])
-            cells += f"{times}{textbook[phase][1] / found[phase][1]:>8.2f}"
-        print(f"{phase:<24}{cells}")
-    print("(the ratio is the textbook's p50 over the variant's)")
-    if args.json:
-        Path(args.json).write_text(json.dumps({**conditions, "seconds": results}))
+        if device.type == "cuda":
+            check_on(device, base.init_channels, 3, base.size)
+        conditions = environment(device)
+        print(f"results agree; one second-order step, float32 where it says nothing else; {base}")
+        print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
+        entrants, left_out = [], {}
+        for value in values:
+            more, reasons = runners(args.only, base._replace(**{name: value}), device, args.compile_seconds)
+            entrants, left_out = entrants + more, left_out | reasons
+        rows = race(entrants, args.repeats)
+        rate = copy_rate(device)
+    for variant, reason in left_out.items():
+        print(f"left out: {variant} ({reason})")
+    found = records(entrants, rows, rate)
+    if args.sweep:
+        print(markdown(*growth(found, name)))
+    else:
+        print(markdown(COLUMNS, table(found)), markdown(*phase_table(found)), sep="\n\n")
+        print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{file_name(args.sweep and name, base, conditions['device'])}.jsonl"
+    with path.open("a") as file:
+        for record in found:
+            file.write(json.dumps({**record, **conditions, "repeats": args.repeats, "copy": rate}) + "\n")
+    print(f"added to {path}")
+    if args.sweep:
+        fixed = ", ".join(f"{key} {value}" for key, value in base._asdict().items() if key != name)
+        path.with_suffix(".svg").write_text(plot(found, name, fixed))
+        print(f"drawn: {path.with_suffix('.svg')}")
+    return 0
+
+
+def _sweep(text: str) -> tuple[str, list[int]]:
+    name, _, values = text.partition("=")
+    if name not in Setting._fields or not re.fullmatch(r"\d+(,\d+)*", values):
+        raise argparse.ArgumentTypeError(f"NAME=A,B,... with NAME one of {', '.join(Setting._fields)}")
+    return name, [int(value) for value in values.split(",")]
+
+
+def file_name(swept: str | None, base: Setting, device: str) -> str:
+    """The conditions, as a file may be named."""
+    machine = re.sub(r"\W+", "_", device).strip("_")
+    return f"sweep-{swept}-{machine}-{base.label}" if swept else f"step-{machine}-{base.label}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
 
 
 def processor() -> str:
@@ -176,4 +576,4 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,54 +1,89 @@
-"""Steps of a search and of a training, and the images they consume, at a setting that takes a CPU seconds.
+"""Steps of a search, whole and by phases, of a training, and the images they consume.
 
-    pytest benchmarks/ --benchmark-only [--benchmark-json F]
+    pytest benchmarks/ --benchmark-only [--device cuda] [--benchmark-json F]
 
-benchmarks/step.py races the search step at the paper's width, phase by phase.
+The sizes take a CPU seconds; benchmarks/step.py races the search step at the paper's width.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from step import LR, VARIANTS, batches, check, supernet
+from step import LR, VARIANTS, Runner, Setting, batches, check, check_on, missing
 
 from darts_fast import load_genotype, network
-from darts_fast.config import SearchConfig
 from darts_fast.data import Batches
-from darts_fast.kernels import native
-from darts_fast.kernels.backends import using
 
-BATCH, CHANNELS, LAYERS, SIZE = 16, 16, 3, 32
-SETTING = f"batch {BATCH}, {CHANNELS} channels, {LAYERS} layers, {SIZE}x{SIZE}"
+CPU, GPU = Setting(16, 16, 3, 16), Setting(64, 16, 8, 32)
+PHASES = ["virtual step", "validation pass", "hessian-vector product", "alpha optimizer", "weight step"]
+
+
+def words(setting):
+    batch, channels, layers, size, _ = setting
+    return f"batch {batch}, {channels} channels, {layers} layers, {size}x{size}"
 
 
 @pytest.fixture(scope="module")
-def checked():
+def setting(device):
+    return (CPU if device.type == "cpu" else GPU)._replace(threads=torch.get_num_threads())
+
+
+@pytest.fixture(scope="module")
+def checked(device):
     """Nothing is timed before the results agree."""
     check()
+    if device.type == "cuda":
+        check_on(device, 16, 3, 32)
 
 
-@pytest.mark.benchmark(group=f"second-order search step, {SETTING}")
+def runner(name, setting, device):
+    reason = missing(VARIANTS[name], device)
+    if reason:
+        pytest.skip(reason)
+    if VARIANTS[name].compiled and device.type == "cpu":
+        pytest.skip("compiling its cells takes minutes on a CPU")
+    return Runner(name, setting, device, compile_seconds=120)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_search_step(benchmark, checked, name):
-    step, kernels = VARIANTS[name]
-    # Without a compiler the install succeeds and has no C++ kernels to time.
-    if kernels is native and native.level() is None:
-        pytest.skip("the C++ kernels were not built")
-    taken = step(supernet(CHANNELS, LAYERS, name != "textbook", torch.float32), SearchConfig())
-    pair = batches(BATCH, SIZE, torch.float32)
-    with using(kernels):
-        benchmark.pedantic(lambda: list(taken.phases(*pair, LR)), rounds=5, warmup_rounds=1)
+def test_search_step(benchmark, timed, checked, setting, device, name):
+    benchmark.group = f"second-order search step: {words(setting)}"
+    taken = runner(name, setting, device)
+    timed(taken.take, rounds=3 if device.type == "cpu" else 20)
+    if taken.peak is not None:
+        benchmark.extra_info["peak bytes"] = taken.peak
 
 
-@pytest.mark.benchmark(group=f"training step of DARTS_V2, {SETTING}")
+@pytest.mark.parametrize("name", ["textbook", "fused, C++", "fused, Triton"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_phase(benchmark, timed, checked, setting, device, phase, name):
+    benchmark.group = f"{phase}: {words(setting)}"
+    taken, under_way = runner(name, setting, device), [iter(())]
+
+    def begin():
+        """Ends the step before, and takes the phases that come before this one."""
+        list(under_way[0])
+        under_way[0] = taken.phases(*taken.batches, LR)
+        for _ in range(PHASES.index(phase)):
+            next(under_way[0])
+
+    def run():
+        assert next(under_way[0]) == phase
+
+    timed(run, setup=begin, rounds=3 if device.type == "cpu" else 20)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_training_step(benchmark, fused):
+def test_training_step(benchmark, timed, setting, device, fused):
+    benchmark.group = f"training step of DARTS_V2: {words(setting)}"
+    if fused and device.type != "cpu":
+        pytest.skip("run_from.py --fused trains on the CPU")
     torch.manual_seed(0)
     modules = [
-        network(load_genotype("DARTS_V2"), 10, CHANNELS, LAYERS, fused=f)
+        network(load_genotype("DARTS_V2"), 10, setting.init_channels, setting.layers, fused=f).to(device)
         for f in dict.fromkeys([False, fused])
     ]
     modules[-1].load_state_dict(modules[0].state_dict())
-    images, labels = batches(BATCH, SIZE, torch.float32)[0]
+    images, labels = (t.to(device) for t in batches(setting.batch_size, setting.size, torch.float32)[0])
     outputs = [module(images).detach() for module in modules]
     assert (outputs[-1] - outputs[0]).norm() <= 1e-4 * outputs[0].norm()
     optimizer = torch.optim.SGD(modules[-1].parameters(), 0.025, 0.9)
@@ -58,18 +93,25 @@ def test_training_step(benchmark, fused):
         F.cross_entropy(modules[-1](images), labels).backward()
         optimizer.step()
 
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    timed(step, rounds=10, warmup_rounds=2)
 
 
-@pytest.mark.benchmark(group=f"a search step's two batches, cropped, flipped and cut out, batch {BATCH}")
-def test_images(benchmark):
-    images = torch.randint(256, (2048, 3, SIZE, SIZE), dtype=torch.uint8)
+def test_images(benchmark, timed, setting, device):
+    """A search step's two batches, cropped, flipped and cut out; and what of a step that takes."""
+    benchmark.group = f"two batches of {setting.batch_size} images, augmented"
+    size, count = setting.size, setting.batch_size
+    images = torch.randint(256, (2048, 3, size, size), dtype=torch.uint8)
     statistics = torch.full((3,), 128.0), torch.full((3,), 64.0)
-    generator = torch.Generator().manual_seed(0)
-    data = Batches(
-        images, torch.zeros(2048, dtype=torch.int64), torch.device("cpu"), statistics, generator, 4, True, 16
-    )
-    found, _ = data.cut(torch.arange(BATCH), augment=False)
-    assert torch.allclose(found, (images[:BATCH].float() - 128) / 64)
-    orders = torch.randperm(2048, generator=generator).split(BATCH)
-    benchmark.pedantic(lambda: [data.cut(order, augment=True) for order in orders[:2]], rounds=50)
+    generator = torch.Generator(device).manual_seed(0)
+    labels = torch.zeros(2048, dtype=torch.int64)
+    data = Batches(images, labels, device, statistics, generator, 4, True, size // 2)
+    found, _ = data.cut(torch.arange(count), augment=False)
+    assert torch.allclose(found.cpu(), (images[:count].float() - 128) / 64)
+    orders = torch.randperm(2048).split(count)
+    timed(lambda: [data.cut(order, augment=True) for order in orders[:2]], rounds=50, warmup_rounds=2)
+    fastest = "fused, Triton, float16, captured" if device.type == "cuda" else "fused, C++"
+    if benchmark.stats and not missing(VARIANTS[fastest], device):
+        step = Runner(fastest, setting, device).take()["step"]
+        mean = benchmark.stats.stats.median
+        benchmark.extra_info["images a second"] = 2 * count / mean
+        benchmark.extra_info["images a second that the step consumes"] = 2 * count / step

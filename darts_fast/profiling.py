@@ -8,7 +8,7 @@ import html
 import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,7 @@ WARM_UP = 3  # steps before the first one that is recorded: libraries set themse
 FOLDER = "profile"
 STEP = "step"
 REST = "rest of the step"
+UNCAPTURED = "a step, uncaptured"  # recorded once beside a captured one, see `Profiler`
 
 _recording: list[torch.device] = []  # the device, while steps are recorded
 
@@ -39,10 +40,16 @@ def _range(name: str) -> Iterator[None]:
 
 
 class Profiler:
-    """Records steps number WARM_UP + 1 to WARM_UP + `steps` of those that run within `step()`."""
+    """Records steps number WARM_UP + 1 to WARM_UP + `steps` of those that run within `step()`.
 
-    def __init__(self, steps: int, device: torch.device):
-        self.steps, self.device, self.taken = steps, device, 0
+    Args:
+        trial: for a step that is replayed as one CUDA graph: `Captured.trial`, which calls its argument with
+            the uncaptured step and leaves no trace of it. That step is recorded first: a replay launches the
+            same kernels in the same order, and only there it is seen which phase they belong to.
+    """
+
+    def __init__(self, steps: int, device: torch.device, trial: Callable[[Callable], Any] | None = None):
+        self.steps, self.device, self.trial, self.taken = steps, device, trial, 0
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -60,6 +67,8 @@ class Profiler:
             self._profile.start()
             _recording.append(self.device)
         try:
+            if self.taken == WARM_UP and self.trial is not None:
+                self.trial(self._uncaptured)
             with phase(STEP):
                 yield
                 if self.recorded == self.steps - 1 and self.taken >= WARM_UP:
@@ -70,6 +79,12 @@ class Profiler:
             raise
         if self.recorded == self.steps:
             self.stop()
+
+    def _uncaptured(self, take: Callable[[], Any]) -> None:
+        self._wait()
+        with phase(UNCAPTURED):
+            take()
+            self._wait()
 
     def stop(self) -> None:
         """Ends the recording, if it was under way."""
@@ -162,7 +177,9 @@ def argument_bytes(arguments: dict[str, Any]) -> int:
 
 
 def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
-    """What a Chrome trace of `Profiler` says. On CUDA a kernel belongs to the phase that launched it."""
+    """What a Chrome trace of `Profiler` says. On CUDA a kernel belongs to the phase that launched it; one of
+    a graph to that of its counterpart in the uncaptured step, if that was recorded with as many kernels.
+    """
     events = [e for e in events if e.get("ph") in ("X", "i")]
     ranges = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"])
@@ -170,15 +187,16 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
         if e.get("cat") == "user_annotation" and "#" not in e["name"]  # an optimizer's own range
     )
     steps = [r for r in ranges if r[2] == STEP]
-    phases = [r for r in ranges if r[2] != STEP]
+    trials = [r for r in ranges if r[2] == UNCAPTURED]
+    phases = [r for r in ranges if r[2] not in (STEP, UNCAPTURED)]
     starts = [r[0] for r in phases]
 
-    def phase_at(time: float) -> str | None:
-        """None: outside of all steps."""
+    def phase_at(time: float, within: list[tuple[float, float, str]] = steps) -> str | None:
+        """None: outside of all of `within`."""
+        if not any(start <= time < end for start, end, _ in within):
+            return None
         index = bisect_right(starts, time) - 1
-        if index >= 0 and time < phases[index][1]:
-            return phases[index][2]
-        return REST if any(start <= time < end for start, end, _ in steps) else None
+        return phases[index][2] if index >= 0 and time < phases[index][1] else REST
 
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     operations = [e for e in events if e.get("cat") == "cpu_op"]
@@ -190,12 +208,25 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
             for e in events
             if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
         }
+        replays = {
+            e["args"]["correlation"]: [] for e in events if e["name"] == "cudaGraphLaunch" and "args" in e
+        }
         calls = {e["args"].get("External id"): e["args"] for e in operations}
-        for kernel in kernels:
+        order = []  # of the phases of the uncaptured step's kernels
+        for kernel in sorted(kernels, key=lambda e: e["ts"]):
             arguments = kernel.get("args", {})
             launch = launched.get(arguments.get("correlation"), kernel["ts"])
             moved = arguments.get("bytes") or argument_bytes(calls.get(arguments.get("External id"), {}))
+            if phase_at(launch, trials) is not None:
+                order.append(phase_at(launch, trials))
+            if arguments.get("correlation") in replays:
+                replays[arguments["correlation"]].append(len(found))
             found.append((kernel["name"], phase_at(launch), kernel["dur"], moved))
+        for places in replays.values():
+            if len(places) == len(order):
+                for place, name in zip(places, order, strict=True):
+                    if found[place][1] is not None:
+                        found[place] = (found[place][0], name, *found[place][2:])
         intervals = [(e["ts"], e["ts"] + e["dur"]) for e in kernels]
     else:
         for event, own in self_times(operations):
@@ -206,8 +237,8 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
     found = [entry for entry in found if entry[1] is not None]
 
     host: dict[str, float] = {}
-    for start, end, name in phases:
-        host[name] = host.get(name, 0.0) + (end - start) / 1e6
+    for start, end, name in phases:  # one of the uncaptured step alone takes a replay's host no time
+        host[name] = host.get(name, 0.0) + ((end - start) / 1e6 if phase_at(start) is not None else 0.0)
     total = sum(end - start for start, end, _ in steps) / 1e6
     host[REST] = max(0.0, total - sum(host.values()))
     by_phase, by_name = summed((p, t, b) for _, p, t, b in found), summed((n, t, b) for n, _, t, b in found)
@@ -234,7 +265,7 @@ def memory_of(events: list[dict[str, Any]], device: str, zero: float) -> list[tu
     return sorted(
         ((e["ts"] - zero) / 1e6, e["args"]["Total Allocated"])
         for e in events
-        if e["name"] == "[memory]" and e["args"]["Device Type"] == kind
+        if e["name"] == "[memory]" and e["args"]["Device Type"] == kind and e["ts"] >= zero
     )
 
 
@@ -284,6 +315,12 @@ def is_arithmetic(name: str) -> bool:
     return any(word in name.lower() for word in words)
 
 
+def is_small(row: Row) -> bool:
+    """Whether an operation on a CPU costs what any call costs, whatever it computes: it takes less than
+    10 us, or its operands, 64 KiB at most, are read in 2 us and multiplied with each other in some 20 us."""
+    return row.seconds / row.launches < 10e-6 or 0 < row.bytes / row.launches < 64 * 2**10
+
+
 def verdict(profile: Profile, settings: dict[str, Any], captured: bool) -> str:
     """What bounds the run, and which flag would help: one sentence."""
     if not profile.steps:
@@ -307,12 +344,12 @@ def verdict(profile: Profile, settings: dict[str, Any], captured: bool) -> str:
             f"rest of the time; {advice}."
         )
     total = sum(row.seconds for row in profile.operations) or 1.0
-    short = sum(row.seconds for row in profile.operations if row.seconds / row.launches < 10e-6) / total
+    small = sum(row.seconds for row in profile.operations if is_small(row)) / total
     idle = 1 - busy
-    if not cuda and short * busy + idle > 0.5:
+    if not cuda and small * busy + idle > 0.5:
         return (
-            f"Bound by dispatch: {short * busy + idle:.0%} of a step goes into operations of less than 10 us "
-            f"and the Python between them; {larger if fused else use_fused}."
+            f"Bound by dispatch: {small * busy + idle:.0%} of a step goes into operations so small that the "
+            f"call is their cost, and into the Python between them; {larger if fused else use_fused}."
         )
     arithmetic = sum(row.seconds for row in profile.operations if is_arithmetic(row.name)) / total
     what = (

@@ -109,6 +109,55 @@ def test_a_kernel_belongs_to_the_phase_that_launched_it():
     )
 
 
+def replayed(kernels):
+    """An uncaptured step of four kernels in two phases and a rest, then a step that replays `kernels`."""
+    launches = [(21, 1), (22, 2), (45, 3), (55, 4)]
+    return [
+        event("user_annotation", profiling.UNCAPTURED, 0, 60),
+        event("user_annotation", "virtual step", 20, 10),
+        event("user_annotation", "weight update", 40, 10),
+        *(event("cuda_runtime", "cudaLaunchKernel", ts, 1, correlation=c) for ts, c in launches),
+        *(event("kernel", f"k{c}", ts + 2, 1, correlation=c) for ts, c in launches),
+        event("user_annotation", "step", 100, 100),
+        event("user_annotation", "data", 100, 10),
+        event("cuda_runtime", "cudaGraphLaunch", 115, 2, correlation=9),
+        *(event("kernel", name, ts, 5, correlation=9) for name, ts in kernels),
+    ]
+
+
+def test_the_phases_of_a_captured_step_are_those_of_the_uncaptured_one():
+    # in the order of the device, whatever the order in the trace
+    found = read_trace(replayed([("k4", 160), ("k1", 120), ("k3", 140), ("k2", 130)]))
+    assert (found.steps, found.seconds) == (1, 100e-6)
+    assert {row.name: (row.launches, row.seconds) for row in found.phases} == {
+        "virtual step": (2, pytest.approx(10e-6)),
+        "weight update": (1, pytest.approx(5e-6)),
+        "data": (0, 0.0),
+        "rest of the step": (1, pytest.approx(5e-6)),
+    }
+    assert found.host["virtual step"] == 0.0 and found.host["data"] == pytest.approx(10e-6)
+    assert sum(row.launches for row in found.operations) == 4  # the uncaptured step's are not counted
+    # Another number of kernels is not told apart.
+    found = read_trace(replayed([("k1", 120), ("k2", 130)]))
+    assert {row.name: row.launches for row in found.phases}["rest of the step"] == 2
+
+
+def test_an_uncaptured_step_is_recorded_beside_a_captured_one():
+    calls = []
+
+    def trial(use):
+        use(lambda: calls.append("uncaptured"))
+
+    profiler = profiling.Profiler(2, torch.device("cpu"), trial)
+    for _ in range(profiling.WARM_UP + 2):
+        with profiler.step():
+            calls.append("step")
+            torch.ones(1)
+    assert calls == ["step"] * profiling.WARM_UP + ["uncaptured"] + ["step"] * 2
+    names = {event.key: event.count for event in profiler._profile.key_averages()}
+    assert (names[profiling.UNCAPTURED], names["step"]) == (1, 2)
+
+
 def test_self_time_leaves_out_what_an_operation_calls():
     events = [event("cpu_op", n, t, d) for n, t, d in (("a", 0, 10), ("b", 1, 4), ("c", 2, 1), ("d", 20, 3))]
     assert {e["name"]: own for e, own in self_times(events)} == {"a": 6, "b": 3, "c": 1, "d": 3}
@@ -126,6 +175,8 @@ def profile_of(operations, busy=0.9, device="cuda", data=0.0):
         (profile_of([], 0.2), {"fused": True, "no_graph": True}, "leave out --no_graph"),
         (profile_of([], 0.2, "cpu"), {}, "Bound by dispatch"),
         (profile_of([Row("sepconv_forward", 9, 0.9, 0)]), {}, "Bound by arithmetic"),
+        (profile_of([Row("conv2d", 9000, 0.9, 9000 * 60_000)], 0.9, "cpu"), {}, "Bound by dispatch"),
+        (profile_of([Row("conv2d", 9000, 0.9, 9000 * 70_000)], 0.9, "cpu"), {}, "Bound by arithmetic"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "hvp": "exact"}, "--amp halves"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": False}, "Bound by memory traffic"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "amp": True, "hvp": "exact"}, "every flag"),
