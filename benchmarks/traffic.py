@@ -4,21 +4,18 @@
 
 The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view,
 or one of a Triton kernel as its launcher makes it; its bytes are those of the distinct elements of its tensor
-arguments and results. tests/test_benchmarks.py holds both counts against real runs.
+arguments and results (darts_fast/traffic.py). tests/test_benchmarks.py holds both counts against real runs.
 """
 
 import argparse
 import json
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fused_step import FusedStep  # noqa: E402
@@ -29,64 +26,7 @@ from darts_fast.kernels import torch_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
-
-
-class Count(NamedTuple):
-    """Launches, and bytes read and written."""
-
-    launches: int = 0
-    bytes: int = 0
-
-    def plus(self, launches: int, moved: int) -> "Count":
-        return Count(self.launches + launches, self.bytes + moved)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what runs within. `live` and `peak` are bytes of storages made within and not yet freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.total, self.live, self.peak = Count(), 0, 0
-        self.by_name: dict[str, Count] = {}
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is aten.convolution.default and args[0].is_contiguous(memory_format=torch.channels_last):
-            # On real tensors its result is channels-last, too; on meta tensors PyTorch leaves that out.
-            found = found.contiguous(memory_format=torch.channels_last)
-        if not func.is_view and func not in NOTHING:
-            results = list(_tensors(found))
-            if results:
-                operands = {_place(t): t for t in [*_tensors(args), *_tensors(kwargs), *results]}
-                moved = sum(elements(t) * t.element_size() for t in operands.values())
-                self._add(func.name(), moved)
-        if not func.is_view:
-            for tensor in _tensors(found):
-                self._watch(tensor.untyped_storage())
-        return found
-
-    def launched(self, planned: Any) -> None:
-        """Counts one `triton_launch.Launch`."""
-        self._add(planned.kernel.fn.__name__, planned.bytes())
-
-    def _add(self, name: str, moved: int) -> None:
-        self.total = self.total.plus(1, moved)
-        self.by_name[name] = self.by_name.get(name, Count()).plus(1, moved)
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, storage.nbytes())
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
+from darts_fast.traffic import Count, Traffic  # noqa: E402
 
 # PyTorch gives this operation no shapes for meta tensors.
 library = torch.library.Library("aten", "IMPL")
@@ -95,41 +35,6 @@ library.impl(
     lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
     "Meta",
 )
-
-aten = torch.ops.aten
-# Allocations and metadata: they launch nothing.
-NOTHING = {
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.new_empty.default,
-    aten.empty_strided.default,
-    aten.new_empty_strided.default,
-    aten.detach.default,
-    aten._unsafe_view.default,
-    aten.is_same_size.default,
-}
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for part in tree:
-            yield from _tensors(part)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
-
-
-def _place(tensor: Tensor) -> tuple:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-def elements(tensor: Tensor) -> int:
-    """The distinct ones: an expanded dimension counts once."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride or not size else 1
-    return count
 
 
 def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:

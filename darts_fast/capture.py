@@ -1,6 +1,7 @@
 """A function of tensors, captured as a CUDA graph and replayed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Captured:
         inputs: the buffers by name, on the device.
         state: gives every tensor that the function changes, where calls before the capture leave no trace.
         graph: whether to capture (CUDA only). Otherwise `function` is called on the same buffers.
+        generators: of the device, all that `function` draws random numbers from. A replay draws what a call
+            would have drawn.
 
     Inputs of other shapes than the buffers' (the last batch of an epoch) are not copied: `function` is called
     on them as they are. What is changed must not be replaced by other tensors after the first call.
@@ -29,8 +32,9 @@ class Captured:
         inputs: dict[str, Tensor],
         state: Callable[[], Sequence[Tensor]],
         graph: bool,
+        generators: Sequence[torch.Generator] = (),
     ):
-        self.function, self.inputs, self.state = function, inputs, state
+        self.function, self.inputs, self.state, self.generators = function, inputs, state, generators
         self.graph = torch.cuda.CUDAGraph() if graph else None
         self.output: Tensor | None = None  # of the graph
 
@@ -47,21 +51,31 @@ class Captured:
         self.graph.replay()
         return self.output.clone()
 
+    def trial(self, use: Callable[[Callable[[], Tensor]], Any]) -> Any:
+        """`use` of an uncaptured call on the buffers, of which no trace is left; what it returns."""
+        before = [tensor.detach().clone() for tensor in self.state()]
+        drawn = [generator.get_state() for generator in self.generators]
+        found = use(lambda: self.function(**self.inputs))
+        with torch.no_grad():
+            for tensor, kept in zip(self.state(), before, strict=True):
+                tensor.copy_(kept)
+        for generator, kept in zip(self.generators, drawn, strict=True):
+            generator.set_state(kept)
+        return found
+
     def _capture(self) -> None:
         device = next(iter(self.inputs.values())).device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            leaving_no_trace(lambda: [self.function(**self.inputs) for _ in range(WARM_UPS)], self.state())
+            self.trial(lambda step: [step() for _ in range(WARM_UPS)])
         torch.cuda.current_stream(device).wait_stream(stream)
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):  # records, and computes nothing
             self.output = self.function(**self.inputs)
 
 
-def leaving_no_trace(function: Callable[[], object], state: Sequence[Tensor]) -> None:
-    """Calls the function, then puts back what it changed in the tensors of `state`."""
-    before = [tensor.detach().clone() for tensor in state]
-    function()
-    with torch.no_grad():
-        for tensor, kept in zip(state, before, strict=True):
-            tensor.copy_(kept)
+def in_words(captured: bool) -> str:
+    """For the log."""
+    return "captured as one CUDA graph, with the augmentation" if captured else "not captured"

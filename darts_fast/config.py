@@ -71,6 +71,16 @@ class Config:
         shown="folder 32, with the ImageNet stem 224; other data sets have their own",
     )
     device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
+    fused: bool = option(False, "compute the cells by kernels: the same run, faster")
+    amp: bool = option(False, "with fused: activations in 2 bytes (on a CPU, where that is slower: float32)")
+    amp_dtype: str | None = option(
+        None,
+        "2-byte type of the activations, on any device; implies amp",
+        None,
+        ("bfloat16", "float16"),
+        shown="float16 with amp",
+    )
+    no_graph: bool = option(False, "with fused on CUDA: do not capture the step as one CUDA graph")
     profile: int = option(
         0,
         "steps to record after a warm-up, into profile/ of the run folder: a trace, and a report of what "
@@ -103,6 +113,8 @@ class Config:
                 raise InputError(f"{field.name} must be {' or '.join(map(str, choices))}, not {value!r}")
             if check and not check[0](value):
                 raise InputError(f"{field.name} must be {check[1]}, not {value!r}")
+        if (self.amp or self.amp_dtype) and not self.fused:
+            raise InputError("amp is for the fused cells: give --fused, too")
         if self.image_size is not None and self.dataset.lower() != "folder":
             raise InputError(
                 f"image_size is for the data set folder only; images of {self.dataset} keep their size"
@@ -160,16 +172,6 @@ class SearchConfig(Config):
         None,
         ("exact", "finite-difference"),
     )
-    fused: bool = option(False, "compute the cells in a few calls: the same search, faster")
-    amp: bool = option(False, "with fused: activations in 2 bytes (on a CPU, where that is slower: float32)")
-    amp_dtype: str | None = option(
-        None,
-        "2-byte type of the activations, on any device; implies amp",
-        None,
-        ("bfloat16", "float16"),
-        shown="float16 with amp",
-    )
-    no_graph: bool = option(False, "with fused on CUDA: do not capture the step as one CUDA graph")
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts)",
@@ -187,8 +189,6 @@ class SearchConfig(Config):
         super().__post_init__()
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
-        if (self.amp or self.amp_dtype) and not self.fused:
-            raise InputError("amp is for the fused cells: give --fused, too")
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,6 @@ class TrainConfig(Config):
         None,
         ("cifar", "imagenet"),
     )
-    fused: bool = option(False, "compute the cells by kernels: the same training, faster on a CPU")
     print_freq: int = option(200, "steps between two lines of the log", AT_LEAST_1)
     seed: int = option(2, "seed of weights, data order, augmentation and drop path", SEED)
 

@@ -136,14 +136,25 @@ class Batches:
 
     def cut(self, indices: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
         """The images (float32, normalised) and labels of these indices (int64 [n], on the host)."""
+        images, labels = self.pick(indices)
+        return self.prepared(images, augment), labels
+
+    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images (uint8) and labels of these indices (int64 [n], on the host), on the device."""
         indices = indices.to(self.images.device)
-        images, labels = self._on_device(self.images[indices]), self._on_device(self.labels[indices])
+        return self._on_device(self.images[indices]), self._on_device(self.labels[indices])
+
+    def prepared(self, images: Tensor, augment: bool) -> Tensor:
+        """Images that were picked, normalised (float32), and augmented first if they are to be.
+
+        All of it is computed on the device, so that it can be captured.
+        """
         if augment:
             images = self._crop_and_flip(images)
         images = (images.float() - self.mean) / self.std
         if augment and self.cutout_length:
             images = images * self._cutout_mask(images)
-        return images, labels
+        return images
 
     def _on_device(self, batch: Tensor) -> Tensor:
         if batch.device.type == "cpu" and self.device.type == "cuda":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast.errors import InputError, first_line
-from darts_fast.fused import operation_on_kernels
+from darts_fast.fused import operation_on_kernels, update_running_statistics
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
@@ -45,8 +45,8 @@ def network(
         auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary
             logits); the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
         pool_batch_norm: a batch norm behind every pool, as in pt.darts; the official code has none.
-        fused: compute the cells' convolutions by `darts_fast.kernels`: the same function of the same
-            parameters, faster on a CPU. No part of a saved network.
+        fused: compute the cells' convolutions and pools by `darts_fast.kernels`: the same function of the
+            same parameters, faster. No part of a saved network.
 
     Raises:
         InputError: a size is other than that.
@@ -140,8 +140,9 @@ def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
 class DerivedNetwork(nn.Module):
     """Stem, cells, classifier, perhaps an auxiliary head: see `network`, which makes one.
 
-    In training mode `drop_path_prob` is the probability with which each path of each image is dropped, and
-    `drop_path_generator` (of the device; None: PyTorch's own) draws which.
+    In training mode `drop_path_prob` is the probability with which each path of each image is dropped (a
+    number; or a tensor, which may change under a captured step), and `drop_path_generator` (of the device;
+    None: PyTorch's own) draws which.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class DerivedNetwork(nn.Module):
             "image_channels": image_channels, "stem": stem, "auxiliary": auxiliary,
             "pool_batch_norm": pool_batch_norm,
         }  # fmt: skip
-        self.drop_path_prob = 0.0
+        self.drop_path_prob: float | Tensor = 0.0
         self.drop_path_generator: torch.Generator | None = None
         if stem == "cifar":
             width = STEM_MULTIPLIER * channels
@@ -199,25 +200,35 @@ class DerivedNetwork(nn.Module):
                 self.auxiliary_head = AuxiliaryHead(previous, classes, last_batch_norm=stem == "cifar")
         self.classifier = nn.Linear(previous, classes)
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        drop_path = None
-        if self.training and self.drop_path_prob > 0:
-            drop_path = partial(dropped, probability=self.drop_path_prob, generator=self.drop_path_generator)
-        compute = nn.Module.__call__
+    def forward(
+        self, images: Tensor, activations: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`activations` is the type of what the cells compute, where it is not that of the weights (fused
+        only); stem, heads and logits are of the weights' in any case."""
+        probability, drop_path = self.drop_path_prob, None
+        if self.training and (isinstance(probability, Tensor) or probability > 0):
+            drop_path = partial(dropped, probability=probability, generator=self.drop_path_generator)
+        compute, observed = nn.Module.__call__, []
         if self.fused:  # everything is channels-last, from the stem on
-            compute, images = operation_on_kernels, images.contiguous(memory_format=torch.channels_last)
+            compute = partial(operation_on_kernels, observed=observed)
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.arguments["stem"] == "cifar":
             before_previous = previous = self.stem(images)
         else:
             before_previous = self.stem0(images)
             previous = self.stem1(before_previous)
+        wide = previous.dtype
+        if activations is not None:
+            before_previous, previous = before_previous.to(activations), previous.to(activations)
         auxiliary_layer = reduction_layers(len(self.cells))[1]
         for layer, cell in enumerate(self.cells):
             output = cell(before_previous, previous, drop_path, compute)
             before_previous, previous = previous, output
             if self.training and self.arguments["auxiliary"] and layer == auxiliary_layer:
-                auxiliary_logits = self.auxiliary_head(output)
-        logits = self.classifier(previous.mean(dim=(2, 3)))
+                auxiliary_logits = self.auxiliary_head(output.to(wide))
+        if observed:
+            update_running_statistics(observed)
+        logits = self.classifier(previous.mean(dim=(2, 3), dtype=wide))
         return (logits, auxiliary_logits) if self.training and self.arguments["auxiliary"] else logits
 
 
@@ -305,8 +316,8 @@ class PoolTo2x2(nn.Module):
         return F.avg_pool2d(x, window, stride)
 
 
-def dropped(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+def dropped(x: Tensor, probability: float | Tensor, generator: torch.Generator | None) -> Tensor:
     """Drop path: x [N, C, H, W] with each image zeroed with this probability, the others scaled up for it."""
     keep = 1.0 - probability
-    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep, generator=generator)
-    return x / keep * mask
+    drawn = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=x.device)  # from 0 to below 1
+    return x / keep * (drawn < keep).to(x.dtype)

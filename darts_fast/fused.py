@@ -4,15 +4,19 @@ operations of a derived cell.
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast import kernels
 from darts_fast.kernels import Task
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+from darts_fast.traffic import Count, Traffic
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_conv", "dil_conv"))
@@ -20,11 +24,23 @@ CONVOLUTIONS = tuple(name for name, p in CANDIDATES.items() if p.kind in ("sep_c
 
 class Candidate(NamedTuple):
     """A candidate's output before its batch norm, the statistics [3, C] it is to be normalised by, if any,
-    and whether `kernels.spread` hands it out, or by which link `kernels.sepconv` does."""
+    and by which link `kernels.sepconv` or `kernels.spread` hands it out, if by one."""
 
     y: Tensor
     statistics: Tensor | None
-    spread: bool | kernels.Link = False
+    link: kernels.Link | None = None
+
+
+def counted(step: Callable[[], object], device: torch.device) -> Count:
+    """Launches and bytes of a step on this device, which is taken; those of C++ kernels are not seen."""
+    with ExitStack() as within:
+        traffic = within.enter_context(Traffic())
+        if device.type == "cuda":
+            from darts_fast.kernels import triton_launch
+
+            within.enter_context(triton_launch.observed(traffic.launched))
+        step()
+    return traffic.total
 
 
 def kernels_on(like: Tensor) -> str:
@@ -41,9 +57,14 @@ class FusedCell(MixedCell):
     and tracks them; in evaluation mode every edge is normalised by its own.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As the reference's."""
+        super().__init__(*args, **kwargs)
+        self.register_buffer("one", torch.ones(1), persistent=False)  # the weight of a mix of one candidate
+
     def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
         """As the reference's; the output is channels-last. Twice differentiable as far as `kernels` are."""
-        self._observed: list[tuple[nn.BatchNorm2d, Tensor, int]] = []
+        self._observed: list[Observed] = []
         states = [
             self._preprocess(self.preprocess0, before_previous),
             self._preprocess(self.preprocess1, previous),
@@ -60,42 +81,43 @@ class FusedCell(MixedCell):
             # What is not used of a state's readers has no adjoint, and costs nothing.
             output, *readers = kernels.share(states[source], 3 + len(edges))
             if edges:
-                candidates |= self._candidates(readers, edges, probabilities)
+                candidates |= self._candidates(readers, edges)
             if source >= INPUTS:
                 outputs.append(output)
         if self._observed:
-            _update_running_statistics(self._observed)
+            update_running_statistics(self._observed)
             self._observed = []
         return kernels.concatenate(outputs)
 
     def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
         """Equation 1: the sum over the node's edges of equation 2."""
         edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
-        tensors, statistics, spread = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
-        return kernels.mix(tensors, statistics, weights, self.training, spread)
+        tensors, statistics, links = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
+        return kernels.mix(tensors, statistics, weights, self.training, links)
 
-    def _candidates(
-        self, readers: list[Tensor], edges: list[int], probabilities: Tensor
-    ) -> dict[int, list[Candidate]]:
+    def _candidates(self, readers: list[Tensor], edges: list[int]) -> dict[int, list[Candidate]]:
         """Every candidate of the edges that leave a state, `readers` of which are to be read."""
         for_convolutions, for_pools, *for_skips = readers
         stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
         if self.training and kernels.second_backward_in_one(for_pools):
             skips = [] if stride == 2 else for_skips[:1]
-            found = self._spread_pools(for_pools, skips, edges, stride, probabilities)
+            found = self._spread_pools(for_pools, skips, edges, stride)
         else:
             found = self._pools(for_pools, edges, stride)
             if stride == 1:
                 for edge, skip in zip(edges, for_skips, strict=True):
                     found[edge].append(Candidate(skip, None))
         if stride == 2:
-            for edge, skip in zip(edges, for_skips, strict=True):
-                found[edge].append(self._factorized_reduce(self.edges[edge]["skip_connect"], skip))
+            skips = self._factorized_reduces(
+                [self.edges[edge]["skip_connect"] for edge in edges], for_skips[0]
+            )
+            for edge, skip in zip(edges, skips, strict=True):
+                found[edge].append(skip)
         convolutions = self._convolutions(for_convolutions, edges, stride)
         return {edge: [*found[edge], *convolutions[edge]] for edge in edges}
 
     def _spread_pools(
-        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int, probabilities: Tensor
+        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int
     ) -> dict[int, list[Candidate]]:
         """The pools, and the skip if it is the identity: the first columns after that of `none`."""
         *pools, statistics = kernels.pool(x, stride)
@@ -103,11 +125,11 @@ class FusedCell(MixedCell):
             for name, y, found in zip(POOLS, pools, statistics, strict=True):
                 self._statistics(self.edges[edge][name][1], y, found)
         tensors, given = [*pools, *skips], [*statistics, *[None] * len(skips)]
-        places = [[edge * len(CANDIDATES) + 1 + i for i in range(len(tensors))] for edge in edges]
-        handed = kernels.spread(tensors, given, probabilities, places)
+        links = [[kernels.Link() for _ in tensors] for _ in edges]
+        handed = kernels.spread(tensors, given, links)
         return {
-            edge: [Candidate(y, s, True) for y, s in zip(row, given, strict=True)]
-            for edge, row in zip(edges, handed, strict=True)
+            edge: [Candidate(*of_one) for of_one in zip(row, given, by_tensor, strict=True)]
+            for edge, row, by_tensor in zip(edges, handed, links, strict=True)
         }
 
     def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
@@ -123,8 +145,7 @@ class FusedCell(MixedCell):
             return {
                 edge: [Candidate(y, s) for y, s in zip(pools, found[edge], strict=True)] for edge in edges
             }
-        one = statistics.new_ones(1)
-        normalized = [kernels.mix([y], [s], one) for y, s in zip(pools, statistics, strict=True)]
+        normalized = [kernels.mix([y], [s], self.one) for y, s in zip(pools, statistics, strict=True)]
         shared = [kernels.share(y, len(edges)) for y in normalized]
         return {
             edge: [Candidate(y, None) for y in pair]
@@ -136,12 +157,7 @@ class FusedCell(MixedCell):
         keys = [(edge, name) for edge in edges for name in CONVOLUTIONS]
         modules = {key: list(self.edges[key[0]][key[1]]) for key in keys}
         tasks = [Task(0, stride, CANDIDATES[name].dilation) for _, name in keys]
-        # A node's adjoint takes the batch norm of a convolution where that loads it, if the kernels can.
-        linked = self.training and kernels.second_backward_in_one(x)
-        links = [
-            kernels.Link() if linked and CANDIDATES[name].kind == "dil_conv" else None for _, name in keys
-        ]
-        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()], links if linked else [])
+        first = self._halves([x], None, tasks, [m[:4] for m in modules.values()])
         found = dict(zip(keys, first, strict=True))
         twice = [key for key in keys if CANDIDATES[key[1]].kind == "sep_conv"]
         second = self._halves(
@@ -149,7 +165,7 @@ class FusedCell(MixedCell):
             [found[key].statistics for key in twice],
             [Task(source, 1, CANDIDATES[name].dilation) for source, (_, name) in enumerate(twice)],
             [modules[key][4:] for key in twice],
-            [kernels.Link() for _ in twice] if linked else [],
+            [found[key].link for key in twice if found[key].link],
         )
         found |= zip(twice, second, strict=True)
         return {edge: [found[edge, name] for name in CONVOLUTIONS] for edge in edges}
@@ -160,9 +176,10 @@ class FusedCell(MixedCell):
         statistics: list[Tensor] | None,
         tasks: list[Task],
         modules: list[list[nn.Module]],
-        links: list[kernels.Link | None],
+        source_links: Sequence[kernels.Link] = (),
     ) -> list[Candidate]:
         """Modules are ReLU, depthwise, pointwise, batch norm."""
+        links = self._links(sources[0], len(tasks))
         outputs, found = kernels.sepconv(
             sources,
             tasks,
@@ -171,30 +188,47 @@ class FusedCell(MixedCell):
             statistics,
             self.training,
             links,
+            source_links=source_links,
         )
-        return [
-            Candidate(y, self._statistics(m[3], y, s), link or False)
-            for y, s, m, link in zip(outputs, found, modules, links or [None] * len(modules), strict=True)
-        ]
+        return self._with_statistics(outputs, found, [m[3] for m in modules], links)
 
-    def _factorized_reduce(self, module: FactorizedReduce, x: Tensor) -> Candidate:
-        tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
-        outputs, statistics = kernels.sepconv(
-            [x], tasks, [None, None], [module.conv_1.weight, module.conv_2.weight]
-        )
-        y = kernels.concatenate(outputs)
-        return Candidate(y, self._statistics(module.bn, y, torch.cat(list(statistics), dim=1)))
+    def _factorized_reduces(self, modules: list[FactorizedReduce], x: Tensor) -> list[Candidate]:
+        links = self._links(x, len(modules))
+        tasks = [Task(stride=2, offset=offset) for _ in modules for offset in (0, 1)]
+        weights = [c.weight for module in modules for c in (module.conv_1, module.conv_2)]
+        outputs, found = kernels.sepconv([x], tasks, [None] * len(tasks), weights, links=links, join=2)
+        return self._with_statistics(outputs, found, [module.bn for module in modules], links)
 
     def _preprocess(self, module: nn.Module, x: Tensor) -> Tensor:
         if isinstance(module, FactorizedReduce):
-            y, statistics, _ = self._factorized_reduce(module, x)
+            (found,) = self._factorized_reduces([module], x)
         else:
-            _, convolution, norm = module
-            (y,), (found,) = kernels.sepconv([x], [Task()], [None], [convolution.weight])
-            statistics = self._statistics(norm, y, found)
-        return kernels.mix([y], [statistics], statistics.new_ones(1), self.training)
+            links, (_, convolution, norm) = self._links(x, 1), module
+            y, statistics = kernels.sepconv([x], [Task()], [None], [convolution.weight], links=links)
+            (found,) = self._with_statistics(y, statistics, [norm], links)
+        return kernels.mix([found.y], [found.statistics], self.one, self.training, [found.link])
+
+    def _links(self, x: Tensor, count: int) -> list[kernels.Link]:
+        """So many, if a node's adjoint is to take the batch norm of a convolution where that loads it."""
+        linked = self.training and kernels.second_backward_in_one(x)
+        return [kernels.Link() for _ in range(count)] if linked else []
 
     # Statistics
+
+    def _with_statistics(
+        self,
+        outputs: list[Tensor],
+        statistics: Tensor,
+        norms: list[nn.BatchNorm2d],
+        links: list[kernels.Link],
+    ) -> list[Candidate]:
+        """What `kernels.sepconv` returned, as candidates that `norms` normalise."""
+        return [
+            Candidate(y, self._statistics(norm, y, found), link)
+            for y, found, norm, link in zip(
+                outputs, statistics, norms, links or [None] * len(norms), strict=True
+            )
+        ]
 
     def _statistics(self, norm: nn.BatchNorm2d, y: Tensor, batch: Tensor) -> Tensor:
         """What y is normalised by, [3, C]: in training the statistics of the batch, which are noted."""
@@ -202,7 +236,7 @@ class FusedCell(MixedCell):
             mean, variance = norm.running_mean, norm.running_var
             return torch.stack([mean, variance, (variance + norm.eps).rsqrt()])
         if norm.track_running_stats:
-            self._observed.append((norm, batch, y.numel() // y.shape[1]))
+            self._observed.append(Observed(norm, batch, y.numel() // y.shape[1]))
         return batch
 
 
@@ -213,51 +247,79 @@ def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
     own took 23 (batch 16, 16 channels, 32x32, one CPU core).
     """
     convolution, norm = module
-    y = convolution(images)
-    return _batch_norm(norm, y, kernels.statistics_of([y.detach()])[0]) if norm.training else norm(y)
+    y, observed = convolution(images), []
+    if not norm.training:
+        return norm(y)
+    found = _batch_norm(norm, y, kernels.statistics_of([y.detach()])[0], observed)
+    if observed:
+        update_running_statistics(observed)
+    return found
 
 
-def operation_on_kernels(module: nn.Module, x: Tensor) -> Tensor:
+class Observed(NamedTuple):
+    """A batch norm, the statistics [3, C] of a batch that its running ones are to take up, and from how many
+    values a channel they are."""
+
+    norm: nn.BatchNorm2d
+    statistics: Tensor
+    count: int
+
+
+def operation_on_kernels(module: nn.Module, x: Tensor, observed: list[Observed]) -> Tensor:
     """What an operation of a derived cell (a module of `reference`, affine) gives for x, its 1x1, separable
-    and dilated convolutions computed by the kernels. Differentiable once.
+    and dilated convolutions and its pools computed by the kernels. Differentiable once.
 
-    Training, evaluation and running statistics as in the module's own forward. Pools, identities and the
-    1x7 convolutions are the module's own: ATen's are as fast.
+    Training and evaluation as in the module's own forward, but that running statistics are left to
+    `update_running_statistics` of what is added to `observed`. Affine batch norms and the 1x7 convolutions
+    are ATen's. With 2-byte x, the module's parameters are float32 and the result is of x's type.
     """
     if isinstance(module, FactorizedReduce):
         tasks = [Task(stride=2, offset=offset) for offset in (0, 1)]
         weights = [module.conv_1.weight, module.conv_2.weight]
-        outputs, statistics = kernels.sepconv([x], tasks, [None, None], weights)
-        return _batch_norm(module.bn, torch.cat(outputs, dim=1), torch.cat(list(statistics), dim=1))
-    parts = list(module.children())
+        (y,), (statistics,) = kernels.sepconv([x], tasks, [None, None], weights, join=2)
+        return _batch_norm(module.bn, y, statistics, observed)
+    parts = list(module) if isinstance(module, nn.Sequential) else [module]
+    if isinstance(parts[0], (nn.MaxPool2d, nn.AvgPool2d)):
+        *pools, statistics = kernels.pool(x, parts[0].stride)
+        which = int(isinstance(parts[0], nn.AvgPool2d))
+        y = pools[which]
+        return _batch_norm(parts[1], y, statistics[which], observed) if parts[1:] else y
     halves = [parts[i : i + 4] for i in range(0, len(parts), 4)] if len(parts) > 3 else [parts]
     for part in halves:
         convolutions = [layer for layer in part if isinstance(layer, nn.Conv2d)]
         if not convolutions or convolutions[-1].kernel_size != (1, 1):
-            return module(x)
+            return _by_aten(parts, x)
     for _, *convolutions, norm in halves:
         depthwise = convolutions[0] if len(convolutions) == 2 else None
         task = Task() if depthwise is None else Task(0, depthwise.stride[0], depthwise.dilation[0])
         (y,), (statistics,) = kernels.sepconv(
             [x], [task], [depthwise and depthwise.weight], [convolutions[-1].weight]
         )
-        x = _batch_norm(norm, y, statistics)
+        x = _batch_norm(norm, y, statistics, observed)
     return x
 
 
-def _batch_norm(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor) -> Tensor:
+def _by_aten(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):  # which takes no weights of another type
+            x = F.conv2d(x, layer.weight.to(x.dtype), None, layer.stride, layer.padding)
+        else:
+            x = layer(x)
+    return x
+
+
+def _batch_norm(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor, observed: list[Observed]) -> Tensor:
     """`norm` of y, whose statistics [3, C] are known."""
     if not norm.training:
         return norm(y)
     if norm.track_running_stats:
-        _update_running_statistics([(norm, statistics, y.numel() // y.shape[1])])
+        observed.append(Observed(norm, statistics, y.numel() // y.shape[1]))
     return kernels.normalize(y, statistics, norm.weight, norm.bias)
 
 
 @torch.no_grad()
-def _update_running_statistics(observed: list[tuple[nn.BatchNorm2d, Tensor, int]]) -> None:
-    """As `nn.BatchNorm2d`: each by the statistics [3, C] of its batch, from so many values a channel; the
-    variance that runs is the unbiased one."""
+def update_running_statistics(observed: list[Observed]) -> None:
+    """As `nn.BatchNorm2d`: each by the statistics of its batch; the variance that runs is unbiased."""
     norms, statistics, counts = zip(*observed, strict=True)
     means = [s[0] for s in statistics]
     variances = list(torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts]))

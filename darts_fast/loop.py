@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
 from darts_fast.errors import InputError, RunError, first_line
+from darts_fast.fused import counted
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
@@ -40,15 +42,15 @@ Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), o
 class Loop(ABC):
     """Epochs of steps on a data set, each epoch followed by an evaluation.
 
-    A subclass builds `network` and the optimizers, and says what a step is.
+    A subclass builds `network`, the optimizers and `take`, and says what a step is.
     """
 
     folder: RunFolder  # set before anything is run or loaded
     network: nn.Module
+    take: Captured  # a step, from images as they are stored
     program: str  # the command that resumes it
     function: str  # the function that resumes it on a user's own tensors
     remedy: str  # what to try where a number is not finite
-    captured = False  # whether a step is replayed as one CUDA graph
     profiler: Profiler | None = None  # until its report is written
 
     def __init__(self, config: Config, dataset: Dataset, train_images: int, *augmentation_seed: int):
@@ -64,6 +66,8 @@ class Loop(ABC):
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
+        # Whether a step is replayed as one CUDA graph.
+        self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
         self.augmentation = seeded(self.device, *augmentation_seed)
         self.statistics = channel_statistics(dataset.images)
         self.fingerprint = fingerprint(dataset)
@@ -115,6 +119,10 @@ class Loop(ABC):
     def announcement(self) -> str:
         """One line on what is about to run."""
 
+    @abstractmethod
+    def engine(self) -> dict[str, str]:
+        """What computes a step, and how: the lines of a block, by what they are about."""
+
     # The loop
 
     def run(self) -> Any:
@@ -128,12 +136,12 @@ class Loop(ABC):
                 total=total, initial=self.steps_done, unit="step", disable=None, dynamic_ncols=True
             ) as self.bar,
         ):
-            if not (self.folder.path / CHECKPOINT).exists():
-                self.announce()
-                self._save()
-            if self.config.profile and not (self.folder.path / FOLDER).exists():
-                self.profiler = Profiler(self.config.profile, self.device)
             try:
+                if not (self.folder.path / CHECKPOINT).exists():
+                    self.announce()
+                    self._save()
+                if self.config.profile and not (self.folder.path / FOLDER).exists():
+                    self.profiler = Profiler(self.config.profile, self.device)
                 while self.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())
@@ -146,6 +154,19 @@ class Loop(ABC):
                     f"--batch_size, --init_channels or --layers ({first_line(error)})"
                 ) from error
         return self.result()
+
+    def buffers(self, size: int) -> tuple[Tensor, Tensor]:
+        """For a captured step: zeros of so many images (uint8) and labels, on the device."""
+        images, labels = self.dataset.images, self.dataset.labels
+        return (
+            torch.zeros(size, *images.shape[1:], dtype=images.dtype, device=self.device),
+            torch.zeros(size, dtype=labels.dtype, device=self.device),
+        )
+
+    def traffic(self) -> str:
+        """Of a step on a GPU, in words; the step leaves no trace."""
+        found = self.take.trial(lambda step: counted(step, self.device))
+        return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
     @property
     def steps_done(self) -> int:
@@ -299,12 +320,17 @@ class Loop(ABC):
     # What a person sees
 
     def announce(self) -> None:
-        """Every setting in force, and what is about to run."""
+        """Every setting in force, what is about to run, and in a block: what computes a step, and how."""
         settings = dataclasses.asdict(self.config)
         self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
         for name, value in settings.items():
             self.folder.log(f"{name} = {value}")
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
+        lines = self.engine()
+        if self.config.fused and self.device.type == "cuda":
+            lines["traffic of a step"] = self.traffic()
+        for what, value in lines.items():
+            self.folder.log(f"    {what}: {value}")
 
     def _read_metrics(self) -> None:
         """Brings the steps since the last call from the device and records them.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast import architect, plot, precision
+from darts_fast import architect, capture, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
@@ -253,17 +253,15 @@ class Search(Loop):
             )
             self.network = network.to(self.device)
         self.search_step = SearchStep(self.network, config)
-        size = min(config.batch_size, split)
-        images = torch.zeros(size, *dataset.images.shape[1:], device=self.device)
-        labels = torch.zeros(size, dtype=dataset.labels.dtype, device=self.device)
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
-        buffers = (images, labels, images.clone(), labels.clone())
-        self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
+        size = min(config.batch_size, split)
+        buffers = (*self.buffers(size), *self.buffers(size))
         self.take = Captured(
-            self.search_step.take,
+            self._take,
             dict(zip(names, buffers, strict=True)),
             self.search_step.tensors,
             self.captured,
+            [self.augmentation],
         )
 
     def begin_epoch(self) -> None:
@@ -276,8 +274,8 @@ class Search(Loop):
         start = self.step * self.config.batch_size
         positions = torch.arange(start, start + len(train_indices)) % len(self.validation_order)
         with phase("data"):
-            train = self.batches.cut(train_indices, augment=True)
-            validation = self.batches.cut(self.validation_order[positions], augment=True)
+            train = self.batches.pick(train_indices)
+            validation = self.batches.pick(self.validation_order[positions])
         self.search_step.lr.fill_(lr)
         values = self.take(
             train_images=train[0],
@@ -286,6 +284,12 @@ class Search(Loop):
             validation_labels=validation[1],
         )
         return values, len(train_indices)
+
+    def _take(self, train_images: Tensor, validation_images: Tensor, **labels: Tensor) -> Tensor:
+        """`SearchStep.take` of images (uint8) as they were picked."""
+        with phase("data"):
+            train, validation = (self.batches.prepared(x, True) for x in (train_images, validation_images))
+        return self.search_step.take(train_images=train, validation_images=validation, **labels)
 
     def evaluate(self) -> Means:
         return self.measured(self.batches, self.validation_half)
@@ -328,15 +332,8 @@ class Search(Loop):
             f"{self.steps_per_epoch} steps"
         )
 
-    def announce(self) -> None:
-        """And in a block: what computes a step, and how."""
-        super().announce()
+    def engine(self) -> dict[str, str]:
         config, activations = self.config, self.search_step.activations
-        kind = "float32"
-        if activations is not None:
-            kind = f"{precision.type_name(activations)} activations in the cells, all else float32"
-        elif config.amp:
-            kind += ": in 2 bytes a step is slower on a CPU; --amp_dtype takes it all the same"
         form = "first order"
         if config.order == 2:
             form = f"second order, {config.hvp} Hessian-vector product"
@@ -346,15 +343,13 @@ class Search(Loop):
         if config.fused:
             like = torch.empty(0, dtype=activations or torch.float32, device=self.device)
             cells = f"fused cells, kernels: {kernels_on(like)}"
-        captured = "captured as one CUDA graph, but for reading and augmenting images"
-        for what, value in {
+        return {
             "device": environment(config.device)["device"],
             "cells": cells,
-            "precision": kind,
+            "precision": precision.in_words(config.amp, activations),
             "architecture gradient": form,
-            "step": captured if self.captured else "not captured",
-        }.items():
-            self.folder.log(f"    {what}: {value}")
+            "step": capture.in_words(self.captured),
+        }
 
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]

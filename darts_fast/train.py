@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast import plot
+from darts_fast import capture, plot, precision
+from darts_fast.capture import Captured
 from darts_fast.config import TrainConfig, available_device
 from darts_fast.data import Batches, Dataset, check_for_network, fingerprint, permutation, seeded
 from darts_fast.datasets import read_data
@@ -27,9 +28,9 @@ from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
-from darts_fast.precision import strict_float32
+from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
-from darts_fast.runs import RunFolder, read_config
+from darts_fast.runs import RunFolder, environment, read_config
 
 # Streams of random numbers, told apart by the second number of a seed.
 TRAIN_ORDER, AUGMENTATION, DROP_PATH = range(3)
@@ -127,6 +128,81 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     return found
 
 
+class TrainStep:
+    """One step of the training of a network: the loss of its heads, the gradient, clipped, and SGD.
+
+    Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
+    rate and the drop-path probability are on the device, and weights, their gradients and momenta stay where
+    they are.
+
+    Args:
+        network: in training mode, of any floating dtype; its drop-path probability becomes a tensor where
+            the settings have one.
+        config: learning rate, weights of the losses, precision.
+    """
+
+    def __init__(self, network: DerivedNetwork, config: TrainConfig):
+        self.network, self.config = network, config
+        self.parameters = list(network.parameters())
+        like = self.parameters[0]
+        self.activations = precision.activations(config.amp, config.amp_dtype, like.device)
+        self.loss_scale = LossScale(like.device) if self.activations == torch.float16 else None
+        if config.drop_path_prob:
+            network.drop_path_prob = torch.zeros((), device=like.device)
+        self.lr = torch.tensor(config.lr, dtype=like.dtype, device=like.device)
+        self.optimizer = torch.optim.SGD(
+            self.parameters, self.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+            # The optimizer would make it in its first step.
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def take(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
+        with phase("forward"):
+            outputs = self.network(images, self.activations)
+            logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = F.cross_entropy(logits, labels)
+            for other in auxiliary:
+                loss = loss + self.config.aux_weight * F.cross_entropy(other, labels)
+        with phase("backward"):
+            scaled = loss if self.loss_scale is None else loss * self.loss_scale.value
+            # Zeros for what the genotype's cells leave unused.
+            found = torch.autograd.grad(scaled, self.parameters, materialize_grads=True)
+            gradients = [p.grad for p in self.parameters]
+            torch._foreach_copy_(gradients, found)
+        with phase("weight update"):
+            if self.loss_scale is not None:
+                torch._foreach_div_(gradients, self.loss_scale.value)
+                self.loss_scale.check(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+            self.optimizer.step()
+        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+
+    def tensors(self) -> list[Tensor]:
+        """All that `take` changes, but gradients and the drop path's generator."""
+        momenta = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
+        scale = [] if self.loss_scale is None else [self.loss_scale.value]
+        return [*self.parameters, *self.network.buffers(), *momenta, *scale]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, running statistics, momenta, and float16's loss scale."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.value
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit. Before
+        the first step: the momenta are replaced."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        if self.loss_scale is not None and "loss_scale" in state:  # not of a run that began in float32
+            self.loss_scale.value.copy_(state["loss_scale"])
+
+
 class Training(Loop):
     """A training under way: the network, its optimizer, and the position in the schedule.
 
@@ -146,8 +222,6 @@ class Training(Loop):
                 "data has no test images; give them and their labels as its third and fourth tensor"
             )
         config = config.resolved(dataset.name)
-        if config.fused and config.device != "cpu":
-            raise InputError(f"fused trains a genotype on the CPU only, not on {config.device}; leave it out")
         super().__init__(config, dataset, len(dataset.labels), config.seed, AUGMENTATION)
         self.final: dict[str, Any] | None = None  # what the last epoch's network reached
         self.test_batches = self._batches(dataset.test_images, dataset.test_labels)
@@ -180,34 +254,32 @@ class Training(Loop):
         self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        self.train_step = TrainStep(self.network, config)
+        images, labels = self.buffers(min(config.batch_size, len(dataset.labels)))
+        self.take = Captured(
+            self._take,
+            {"images": images, "labels": labels},
+            self.train_step.tensors,
+            self.captured,
+            [self.augmentation, self.network.drop_path_generator],
         )
 
     def begin_epoch(self) -> None:
         self.order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
-        self.network.drop_path_prob = self.config.drop_path_prob * self.epoch / self.config.epochs
+        if self.config.drop_path_prob:
+            self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         with phase("data"):
-            images, labels = self.batches.cut(self.batch_indices(self.order), augment=True)
-        self.optimizer.zero_grad()
-        with phase("forward"):
-            if self.auxiliary:
-                logits, auxiliary_logits = self.network(images)
-                loss = F.cross_entropy(logits, labels)
-                loss = loss + self.config.aux_weight * F.cross_entropy(auxiliary_logits, labels)
-            else:
-                logits = self.network(images)
-                loss = F.cross_entropy(logits, labels)
-        with phase("backward"):
-            loss.backward()
-        with phase("weight update"):
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        return torch.stack([loss.detach(), *hits(logits.detach(), labels)]), len(labels)
+            images, labels = self.batches.pick(self.batch_indices(self.order))
+        self.train_step.lr.fill_(lr)
+        return self.take(images=images, labels=labels), len(labels)
+
+    def _take(self, images: Tensor, labels: Tensor) -> Tensor:
+        """`TrainStep.take` of images (uint8) as they were picked."""
+        with phase("data"):
+            images = self.batches.prepared(images, augment=True)
+        return self.train_step.take(images, labels)
 
     def evaluate(self) -> Means:
         return self.measured(self.test_batches, torch.arange(len(self.dataset.test_labels)))
@@ -244,15 +316,13 @@ class Training(Loop):
 
     def state(self) -> dict[str, Any]:
         return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.train_step.state_dict(),
             "drop_path": self.network.drop_path_generator.get_state(),
             "final": self.final,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.load_state_dict(state)
         self.network.drop_path_generator.set_state(state["drop_path"])
         self.final = state["final"]
 
@@ -263,12 +333,24 @@ class Training(Loop):
             auxiliary = "with auxiliary head"
         elif config.aux_weight > 0:
             auxiliary = f"no auxiliary head (images of {self.height} x {self.width} are too small for it)"
-        cells = f"fused cells ({kernels_on(self.network.classifier.weight)}), " if config.fused else ""
         return (
             f"{self.dataset.name}: {len(self.dataset.labels)} images to train, "
-            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; {cells}"
-            f"{config.epochs} epochs of {self.steps_per_epoch} steps, float32 on {config.device}"
+            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; "
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps"
         )
+
+    def engine(self) -> dict[str, str]:
+        config, activations = self.config, self.train_step.activations
+        cells = "PyTorch's operations"
+        if config.fused:
+            like = torch.empty(0, dtype=activations or torch.float32, device=self.device)
+            cells = f"fused, kernels: {kernels_on(like)}; batch norms and 1x7 convolutions: ATen"
+        return {
+            "device": environment(config.device)["device"],
+            "cells": cells,
+            "precision": precision.in_words(config.amp, activations),
+            "step": capture.in_words(self.captured),
+        }
 
     def announce(self) -> None:
         super().announce()

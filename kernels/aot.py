@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from darts_fast.kernels import triton_backend
-from darts_fast.kernels.handover import Link
-from darts_fast.kernels.sepconv import Own
+from darts_fast.kernels.handover import Link, Reader
+from darts_fast.kernels.sepconv import owns_of, parts
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.triton_launch import Launch, observed
 
@@ -53,11 +53,13 @@ def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
                 if c > 16 and count == 4:  # states 0 and 1 of a reduction cell
                     _convolutions(dtype, c, 2 * size, count, stride=2)
             for channels in wide:
-                _sepconv([_image(dtype, channels, size)], [Task()], [None], c)
+                _sepconv([_image(dtype, channels, size)], [Task()], [None], c, nodes=[1])
             if c > 16:
                 halved = [Task(stride=2), Task(stride=2, offset=1)]
-                for channels in {c, 2 * c}:
-                    _sepconv([_image(dtype, channels, 2 * size)], halved, [None, None], c // 2)
+                for channels, nodes in ((c, [14, 21, 28, 35]), (2 * c, [1])):  # skips; preprocessing
+                    tasks = halved * len(nodes)
+                    source = [_image(dtype, channels, 2 * size)]
+                    _sepconv(source, tasks, [None] * len(tasks), c // 2, nodes=nodes, join=2)
             for stride in (1, 2) if c > 16 else (1,):
                 _pool(_image(dtype, c, size * stride), stride)
             for into in (0,) if quick else (0, 2, 3, 4, 5):
@@ -85,7 +87,7 @@ def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int
     tasks = [Task(0, stride, dilation) for dilation in (1, 1, 2, 2)] * edges
     nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]
     # The dilated ones go to a mix, the separable ones to their second halves.
-    by_task = [count for node in nodes for count in (0, 0, node, node)]
+    by_task = [count for node in nodes for count in (-2 * edges, -2 * edges, node, node)]
     _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c, None, by_task)
     if stride == 1:
         count = 2 * edges
@@ -106,25 +108,38 @@ def _sepconv(
     k: int,
     norms: list[Normalizer] | None = None,
     nodes: list[int] | None = None,
+    join: int = 1,
 ) -> None:
-    """`nodes`: how many candidates the node has that each output goes to by a link; 0: it has no link."""
+    """`nodes`: how many candidates the node has that each output goes to by a link; negative: how many
+    sources the second halves have that it goes to."""
     c, wide = sources[0].shape[1], torch.promote_types(sources[0].dtype, torch.float32)
     depthwise = [None if s is None else torch.empty(c, 1, s, s, dtype=wide) for s in kernels]
     pointwise = [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
     arguments = sources, norms or [None] * len(sources), tasks, depthwise, pointwise
-    adjoints, statistics = triton_backend.sepconv_forward(*arguments)
+    outputs, statistics = triton_backend.sepconv_forward(*arguments, join)
     owns = []
-    for i, (y, found, candidates) in enumerate(zip(adjoints, statistics, nodes or [], strict=bool(nodes))):
+    for y, found, candidates in zip(outputs, statistics, nodes or [], strict=bool(nodes)):
         link = Link()
-        link.weights, link.index = found.new_empty(candidates), i
-        link.tangent, link.second = found.new_empty(4, candidates, k), found.new_empty(2, candidates, k)
-        owns.append(Own(y, *found.unbind(), link, link.second) if candidates else None)
+        link.weights, link.index = found.new_empty(candidates) if candidates > 0 else None, 0
+        link.tangent_sums = found.new_empty(4, abs(candidates), join * k)
+        link.sums = found.new_empty(2, abs(candidates), join * k)
+        owns += owns_of(link, y, found, join)
+    source_links = [Link() for _ in sources] if norms else []
+    adjoints = parts(outputs, join)
     for weight_gradients in (True, False):
-        triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients, owns)
+        triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients, owns, source_links)
     yd, left = triton_backend.sepconv_tangent_forward(
-        *arguments, adjoints, sources, depthwise, pointwise, owns
+        *arguments,
+        adjoints,
+        sources,
+        depthwise,
+        pointwise,
+        owns,
+        join,
+        source_links,
+        sources[: len(source_links)],
     )
-    triton_backend.sepconv_second(*arguments, yd, left)
+    triton_backend.sepconv_second(*arguments, parts(yd, join), left)
 
 
 def _pool(x: Tensor, stride: int) -> None:
@@ -140,11 +155,10 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
     norms = [None if i % 7 == 2 else _normalizer(dtype, c) for i in range(len(y))]
     p = torch.empty(len(y), dtype=torch.promote_types(dtype, torch.float32))
     g = triton_backend.mix_forward(y, norms, p)
-    # In a node of a reduction cell the skips of the first two edges take their adjoint here, else none does.
-    spread = [edges > 0 and not (i % 7 == 2 and i < 14) for i in range(len(y))]
-    _, sums = triton_backend.mix_backward(y, norms, p, g, spread)
-    *_, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
-    triton_backend.mix_second(y, norms, p, g, left, spread)
+    links = [Link() if edges else None for _ in y]
+    _, sums, _ = triton_backend.mix_backward(y, norms, p, g, links)
+    _, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
+    triton_backend.mix_second(y, norms, p, g, left, links)
     if edges > 1:
         triton_backend.add(y[:edges])
 
@@ -152,11 +166,20 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
 def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> None:
     y = [_image(dtype, c, size) for _ in range(2 + skip)]
     norms = [_normalizer(dtype, c), _normalizer(dtype, c), *[None] * skip]
-    weights = torch.empty(14, 8, dtype=torch.promote_types(dtype, torch.float32))
-    places = tuple(8 * edge + 1 + i for edge in range(edges) for i in range(len(y)))
-    adjoints = [g for g in [_image(dtype, c, size) for _ in range(edges)] for _ in y]
-    _, total, sums = triton_backend.spread_backward(y, norms, weights, places, adjoints)
-    triton_backend.spread_second(y, norms, weights, places, adjoints, total, sums, y)
+    wide = torch.promote_types(dtype, torch.float32)
+    nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]  # their candidates
+    readers = [
+        Reader(
+            _image(dtype, c, size),
+            torch.empty(2, k, c, dtype=wide),
+            torch.empty(k, dtype=wide),
+            tuple(range(len(y))),
+        )
+        for k in nodes
+    ]
+    triton_backend.spread_backward(y, norms, readers)
+    sums = [torch.empty(4, k, c, dtype=wide) for k in nodes]
+    triton_backend.spread_second(y, norms, readers, readers[:], y, sums)
 
 
 # Compilation

@@ -7,7 +7,7 @@ second backward sweep of the call in every pass that ran its tangent sweep, and 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from darts_fast.kernels.first_derivative import refuse_second_derivative
 
 
 class Handover:
-    """Of one call. What a pass left and did not take (it ended before) is not given to another."""
+    """Of one call. What a pass left and did not take (it ended before) is not given to another, nor kept: it
+    holds the graph that holds this, a cycle through C++ that Python's collector does not see."""
 
     def __init__(self):
         self._left: list[tuple[int, Any]] = []
 
     def leave(self, what: Any) -> None:
         self._left = [(torch._C._current_graph_task_id(), what), *self._of_this_pass()]
+        torch.autograd.Variable._execution_engine.queue_callback(self._left.clear)
 
     def take(self) -> list[Any]:
         """What this pass left: one thing, or more where a graph has several backwards of one call."""
@@ -35,19 +37,29 @@ class Handover:
 
 
 class Link:
-    """Between an output of `sepconv` and the one `mix` that reads it. The mix gives the node's adjoint G as
-    it is, and `sepconv` takes p B(G) of it where it loads it: no adjoint of a candidate is written. Here the
-    mix leaves the per-channel sums that B needs, in the very pass in which it hands on G.
+    """Between a tensor that `sepconv` or `spread` gives and the one `mix`, or second half of a separable
+    convolution, that normalises it on load. The reader gives the adjoint G of the normalised tensor, without
+    its p, and the giver takes p B(G) of it where it loads it: no adjoint of a candidate is written. Here the
+    reader leaves the per-channel sums that B needs, in the pass in which it hands G on.
 
-    `weights` holds p at `index`; `first`, `tangent` and `second` are [2 or 4, candidates, C], see the
-    backend.
+    `weights` holds p at `index`; None: p is 1. `sums` [2, candidates, C] are those of the adjoint that was
+    handed on last, and of that times h; `tangent_sums` [4, candidates, C] those of the reader's last tangent
+    sweep: of yd, yd h, yd G and G. The tensor's row in them is number `index`.
     """
 
-    weights: Tensor
+    weights: Tensor | None
     index: int
-    first: Tensor | None = None
-    tangent: Tensor | None = None
-    second: Tensor | None = None
+    sums: Tensor | None = None
+    tangent_sums: Tensor | None = None
+
+
+class Reader(NamedTuple):
+    """A mix that reads the tensors of a `spread`, in one sweep."""
+
+    adjoint: Tensor  # the node's: G or Gd
+    sums: Tensor  # [2, candidates, C]: of it, and of it times h
+    weights: Tensor  # p [candidates]
+    places: tuple[int, ...]  # where the tensors are among its candidates
 
 
 class Last(torch.autograd.Function):

@@ -17,7 +17,7 @@ def mix(
     statistics: Sequence[Tensor | None],
     weights: Tensor,
     batch_statistics: bool = True,
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> Tensor:
     """o = sum over k of p_k h_k, with h_k = (y_k - mean_k) / sqrt(variance_k + 1e-5), or y_k as it is.
 
@@ -32,8 +32,8 @@ def mix(
         weights: p [candidates], float64 for float64 candidates, else float32.
         batch_statistics: that the statistics are those of the candidates themselves, so that the derivative
             is batch norm's in training; else they are constants.
-        spread: which candidates come from `spread`, or by which `Link` from `sepconv`, and are given o's
-            adjoint as it is; (): none.
+        links: by which `Link` each candidate comes from `sepconv` or `spread`, which are then given o's
+            adjoint as it is; None: it is any tensor. (): no candidate has one.
 
     Returns:
         o [N, C, H, W], channels-last, in the candidates' dtype.
@@ -42,7 +42,7 @@ def mix(
         RuntimeError: when a gradient of p is differentiated again.
     """
     candidates = [y.contiguous(memory_format=torch.channels_last) for y in candidates]
-    return _Mix.apply(tuple(statistics), batch_statistics, tuple(spread), weights, *candidates)[0]
+    return _Mix.apply(tuple(statistics), batch_statistics, tuple(links), weights, *candidates)[0]
 
 
 class _Mix(torch.autograd.Function):
@@ -51,13 +51,13 @@ class _Mix(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
-        spread: tuple[bool | Link, ...],
+        links: tuple[Link | None, ...],
         weights: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.batch, ctx.spread, ctx.handover = batch, spread, Handover()
-        for k, link in enumerate(spread):
-            if isinstance(link, Link):
+        ctx.batch, ctx.links, ctx.handover = batch, links, Handover()
+        for k, link in enumerate(links):
+            if link is not None:
                 link.weights, link.index = weights.detach(), k
         ctx.set_materialize_grads(False)
         token = weights.new_empty(0)
@@ -75,7 +75,7 @@ class _Mix(torch.autograd.Function):
             found = _MixBackward.apply(
                 statistics,
                 ctx.batch,
-                ctx.spread,
+                ctx.links,
                 weights_wanted,
                 ctx.handover,
                 token,
@@ -86,10 +86,10 @@ class _Mix(torch.autograd.Function):
             return None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
-            adjoints, sums = backend(g).mix_second(
-                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.spread)
+            adjoints, gained = backend(g).mix_second(
+                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.links)
             )
-            return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
+            return gained if weights_wanted else None, *adjoints
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
@@ -104,7 +104,7 @@ class _MixBackward(torch.autograd.Function):
         ctx: FunctionCtx,
         statistics: tuple[Tensor | None, ...],
         batch: bool,
-        spread: tuple[bool | Link, ...],
+        links: tuple[Link | None, ...],
         weights_wanted: bool,
         handover: Handover,
         token: Tensor,
@@ -113,12 +113,14 @@ class _MixBackward(torch.autograd.Function):
         *candidates: Tensor,
     ) -> tuple[Tensor | None, ...]:
         norms = _normalizers(statistics, batch)
-        adjoints, sums = backend(g).mix_backward(candidates, norms, weights, g, *_given(spread))
-        ctx.batch, ctx.spread, ctx.handover, ctx.n = batch, spread, handover, len(candidates)
+        adjoints, sums, *gained = backend(g).mix_backward(candidates, norms, weights, g, *_given(links))
+        ctx.batch, ctx.links, ctx.handover, ctx.n = batch, links, handover, len(candidates)
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
         ctx.save_for_backward(*statistics, *candidates, weights, g, sums, *kept)
-        return sums.sum(1).to(weights.dtype) if weights_wanted else None, *adjoints
+        if weights_wanted and not gained:
+            gained = [sums.sum(1).to(weights.dtype)]
+        return gained[0] if weights_wanted else None, *adjoints
 
     @staticmethod
     @once_differentiable
@@ -131,20 +133,20 @@ class _MixBackward(torch.autograd.Function):
         norms, candidates = _normalizers(saved[:n], ctx.batch), saved[n : 2 * n]
         weights, g, sums, *adjoints = saved[2 * n :]
         if second_backward_in_one(g):
-            output, weights_gained, left = backend(g).mix_tangent_forward(
-                candidates, norms, weights, g, sums, tangents, *_given(ctx.spread)
+            output, left = backend(g).mix_tangent_forward(
+                candidates, norms, weights, g, sums, tangents, *_given(ctx.links)
             )
             ctx.handover.leave(left)
-            return None, None, None, None, None, weights.new_empty(0), weights_gained, output, *[None] * n
+            return None, None, None, None, None, weights.new_empty(0), None, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
             candidates, norms, weights, g, adjoints, sums, tangents
         )
         return None, None, None, None, None, None, weights_gained, output, *gained
 
 
-def _given(spread: tuple[bool | Link, ...]) -> list[tuple[bool | Link, ...]]:
-    """The argument of the backends that know of `spread`."""
-    return [spread] if any(spread) else []
+def _given(links: tuple[Link | None, ...]) -> list[tuple[Link | None, ...]]:
+    """The argument of the backends that know of links."""
+    return [links] if any(links) else []
 
 
 def _normalizers(statistics: Sequence[Tensor | None], batch: bool) -> list[Normalizer | None]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.handover import Link
+from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
@@ -83,12 +83,23 @@ def add_kernel(
 
 @triton.jit
 def spread_kernel(
-    p_adjoints,  # tuple of G_jc [positions, C], by reader j, then by tensor c; of a reader often the same
-    p_weights,
-    p_out,  # [TENSORS, positions, C]: sum over j of p_jc G_jc
+    p_adjoints,  # tuple, one a reader j: G_j [positions, C]; if TANGENT Gd_j
+    p_sums,  # tuple, one a reader: [2, candidates, C], of G, G h; if TANGENT of Gd, Gd h
+    p_weights,  # tuple, one a reader: p [candidates]
+    p_tensors,  # tuple of y_c [positions, C]
+    p_means,  # tuple of [C]; so is the next
+    p_rs,
+    p_firsts,  # tuple of G_j; this and the next three are read if TANGENT
+    p_first_sums,
+    p_tangents,  # tuple of yd_c
+    p_tangent_sums,  # tuple, one a reader: [4, candidates, C], of yd, yd h, yd G, G
+    p_out,  # [tensors, positions, C]: B_c of the sum over j of p_jc G_j, or the second adjoint
     positions,
-    PLACES: tl.constexpr,  # where p_jc is
-    TENSORS: tl.constexpr,
+    PLACES: tl.constexpr,  # where a reader has a tensor among its candidates, by reader, then by tensor
+    CANDIDATES: tl.constexpr,  # of each reader
+    NORMS: tl.constexpr,  # which tensors are normalised
+    HAS_TANGENT: tl.constexpr,
+    TANGENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,15 +107,47 @@ def spread_kernel(
 ):
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = (o_p < positions)[:, None] & (o_c < C)[None, :]
+    m_c = o_c < C
+    m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
-    for c in tl.static_range(TENSORS):
-        b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-        for i in tl.static_range(c, len(p_adjoints), TENSORS):
-            b_g = tl.load(p_adjoints[i] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-            b_total += b_g * tl.load(p_weights + PLACES[i]).to(ACC)
+    for c in tl.static_range(len(p_tensors)):
+        b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        b_first = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        b_m = tl.zeros([BLOCK_C], ACC)  # mean(G_c), and below mean(G_c h)
+        b_mh = tl.zeros([BLOCK_C], ACC)
+        b_mf = tl.zeros([BLOCK_C], ACC)  # the same of the first sweep's
+        b_s = tl.zeros([BLOCK_C], ACC)
+        b_u = tl.zeros([BLOCK_C], ACC)
+        for j in tl.static_range(len(p_adjoints)):
+            b_weight = tl.load(p_weights[j] + PLACES[j * len(p_tensors) + c]).to(ACC)
+            b_found += b_weight * tl.load(p_adjoints[j] + o, mask=m, other=0.0).to(ACC)
+            if NORMS[c]:
+                size = CANDIDATES[j] * C
+                o_sum = PLACES[j * len(p_tensors) + c] * C + o_c
+                b_part = b_weight / positions
+                b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
+                b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                if TANGENT and HAS_TANGENT[c]:
+                    b_first += b_weight * tl.load(p_firsts[j] + o, mask=m, other=0.0).to(ACC)
+                    b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
+                    b_s += b_part * tl.load(p_first_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                    b_u += b_part * tl.load(p_tangent_sums[j] + 2 * size + o_sum, mask=m_c, other=0.0)
+        if NORMS[c]:
+            b_mean, b_r = load_normalizer(p_means[c], p_rs[c], 1, o_c, m_c, ACC)
+            b_h = (tl.load(p_tensors[c] + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
+            b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
+            if TANGENT and HAS_TANGENT[c]:
+                p_sum = p_tangent_sums[0] + PLACES[c] * C + o_c  # the same for all readers
+                b_md = tl.load(p_sum, mask=m_c, other=0.0) / positions
+                b_t = tl.load(p_sum + CANDIDATES[0] * C, mask=m_c, other=0.0) / positions
+                b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
+                b_yd = tl.load(p_tangents[c] + o, mask=m, other=0.0).to(ACC)
+                b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
+                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
+                b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
+            b_found = b_found * b_r[None, :]
         p_c = p_out + tl.cast(positions, tl.int64) * C * c
-        tl.store(p_c + o, b_total.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_c + o, b_found.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -116,14 +159,16 @@ def norm_sums_kernel(
     p_weighed,  # tuple of [positions, C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
-    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN
-    p_gained,  # [c blocks, entries]: positions times the sum over channels of u; written if GAIN
+    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN and TANGENT
+    p_gained,  # [c blocks, entries], written if GAIN: the sum over channels of g h, or if TANGENT of u
+    p_before,  # as p_gained, which it is added to; read if ADD
     p_counters,
     positions,
     splits,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
-    GAIN: tl.constexpr,  # with TANGENT: g is a mix's yd, weighed its G: also what dL/dp gains
+    GAIN: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
+    ADD: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -172,13 +217,19 @@ def norm_sums_kernel(
             b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
             tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
             tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
-            if GAIN:
+        if GAIN:
+            b_gained = b_1
+            if TANGENT:
                 if BATCH:
                     m_norm = m_c & (has_norm > 0)
                     b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
                     b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
-                p_u = p_gained + tl.program_id(2) * entries + i_entry
-                tl.store(p_u, tl.sum(tl.where(m_c, b_2 * b_r, 0.0), axis=0))
+                b_gained = b_2 * b_r
+            o_gained = tl.program_id(2) * entries + i_entry
+            gained = tl.sum(tl.where(m_c, b_gained, 0.0), axis=0)
+            if ADD:
+                gained += tl.load(p_before + o_gained)
+            tl.store(p_gained + o_gained, gained)
 
 
 @triton.jit
@@ -332,18 +383,24 @@ def mix_backward(
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    spread: Sequence[bool | Link] = (),
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
-    [candidates, C]."""
-    sums = norm_sums([g] * len(candidates), candidates, normalizers)
-    for link in _links(spread):
-        link.first = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread), sums[1]
+    links: Sequence[Link | None] = (),
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The adjoint of every candidate, p_k B_k(g), or g where it has a link; the sums of g h_k:
+    [candidates, C]; and dL/dp, their sums over channels."""
+    gained = _gains(p, candidates[0])
+    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained)
+    for link in filter(None, links):
+        link.sums = sums
+    return _of_candidates(candidates, normalizers, p, g, sums, links), sums[1], _over_blocks(gained)
 
 
-def _links(spread: Sequence[bool | Link]) -> list[Link]:
-    return [link for link in spread if isinstance(link, Link)]
+def _gains(p: Tensor, y: Tensor) -> Tensor:
+    """Uninitialised, what dL/dp gains by block of channels."""
+    return p.new_empty(triton.cdiv(y.shape[1], _sizes(y)[0]["BLOCK_C"]), len(p))
+
+
+def _over_blocks(gained: Tensor) -> Tensor:
+    return gained[0] if len(gained) == 1 else gained.sum(0)
 
 
 def _of_candidates(
@@ -352,11 +409,11 @@ def _of_candidates(
     p: Tensor,
     g: Tensor,
     sums: Tensor,
-    spread: Sequence[bool | Link],
+    links: Sequence[Link | None],
     left: "_Left | None" = None,
 ) -> list[Tensor]:
     """The adjoint of every candidate, or with `left` the second one."""
-    own = [k for k in range(len(candidates)) if not (spread and spread[k])]
+    own = [k for k in range(len(candidates)) if not (links and links[k])]
     if not own:
         return [g] * len(candidates)
     found = norm_backward(
@@ -381,6 +438,7 @@ class _Left(NamedTuple):
     sums: Tensor  # [candidates, C]: of g h
     tangents: Sequence[Tensor | None]  # yd
     tangent_sums: Tensor  # [4, candidates, C]: of yd, yd h, yd g, g
+    gained: Tensor  # by dL/dp, by block of channels
 
 
 def mix_tangent_forward(
@@ -390,10 +448,10 @@ def mix_tangent_forward(
     g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-    spread: Sequence[bool | Link] = (),
-) -> tuple[Tensor, Tensor, _Left]:
-    """od, what dL/dp gains, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent
-    that is None is zero."""
+    links: Sequence[Link | None] = (),
+) -> tuple[Tensor, _Left]:
+    """od, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent that is None is
+    zero."""
     y = candidates[0]
     g = g.contiguous(memory_format=torch.channels_last)
     has = tuple(int(yd is not None) for yd in tangents)
@@ -404,15 +462,14 @@ def mix_tangent_forward(
     # Two tensors a candidate are loaded ahead: float32, 35 candidates, 4 elements a thread spilled.
     sizes, (tiles, blocks) = _sizes(y, 512 if y.element_size() == 2 else 256)
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
-    gained = p.new_empty(triton.cdiv(y.shape[1], sizes["BLOCK_C"]), len(candidates))
-    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), (sums, gained))
-    gained = gained.view(-1) if len(gained) == 1 else gained.sum(0)
+    gained = _gains(p, y)
+    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), sums, gained)
     for k in range(len(candidates)):
         if not has[k]:
-            gained[k].zero_()
-    left = _Left(g, sums, tangents, tangent_sums)
-    for link in _links(spread):
-        link.tangent = tangent_sums
+            gained[:, k].zero_()
+    left = _Left(g, sums, tangents, tangent_sums, gained)
+    for link in filter(None, links):
+        link.tangent_sums = tangent_sums
     launch(
         mix_tangent_kernel,
         (tiles, blocks),
@@ -429,7 +486,7 @@ def mix_tangent_forward(
         },
         {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
     )
-    return out, gained, left
+    return out, left
 
 
 def mix_second(
@@ -438,95 +495,82 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _Left,
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
-    [candidates, C]; g is the node's."""
-    sums = norm_sums([g] * len(candidates), candidates, normalizers)
-    for link in _links(spread):
-        link.second = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, spread, left), sums[1]
+    """The second adjoint of every candidate (or g where it has a link), and that of p, with what it gains in
+    the tangent sweep; g is the node's."""
+    gained = torch.empty_like(left.gained)
+    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained, before=left.gained)
+    for link in filter(None, links):
+        link.sums = sums
+    return _of_candidates(candidates, normalizers, p, g, sums, links, left), _over_blocks(gained)
 
 
 def spread_backward(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` G
-    [tensors, N, C, H, W] and the sums of G and G h [2, normalised tensors, C].
-
-    `places` and `adjoints` are by reader, then by tensor."""
-    total = _launch_spread(weights, places, adjoints, len(tensors))
-    found, sums = _through_norms(tensors, normalizers, total)
-    return found, total, total if sums is None else sums
+    tensors: Sequence[Tensor], normalizers: Sequence[Normalizer | None], readers: Sequence[Reader]
+) -> list[Tensor]:
+    """B_c of the sum over readers j of p_jc G_j, for every tensor."""
+    return _launch_spread(tensors, normalizers, readers, readers, [None] * len(tensors), readers)
 
 
 def spread_second(
     tensors: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-    first: Tensor,
-    first_sums: Tensor,
+    seconds: Sequence[Reader],
+    firsts: Sequence[Reader],
     tangents: Sequence[Tensor | None],
+    tangent_sums: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The second adjoint of every tensor, from its tangent and from G, which `spread_backward` gave."""
-    total = _launch_spread(weights, places, adjoints, len(tensors))
-    return _through_norms(tensors, normalizers, total, first, first_sums, tangents)[0]
+    """The second adjoint of every tensor, from its tangent; `tangent_sums` are each reader's."""
+    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
+    given = [first._replace(sums=sums) for first, sums in zip(firsts, tangent_sums, strict=True)]
+    return _launch_spread(tensors, normalizers, seconds, firsts, tangents, given)
 
 
 def _launch_spread(
-    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
-) -> Tensor:
-    g = adjoints[0]
-    out = images(tensors, g.shape, g.dtype, g.device)
-    sizes, grid = _sizes(g, 512)
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    readers: Sequence[Reader],
+    firsts: Sequence[Reader],
+    tangents: Sequence[Tensor | None],
+    tangent_readers: Sequence[Reader],
+) -> list[Tensor]:
+    """`firsts` and `tangent_readers` are `readers` in the first sweep, where they are not read."""
+    y = tensors[0]
+    table = Table.of(normalizers, tensors)
+    out = images(len(tensors), y.shape, y.dtype, y.device)
+    sizes, grid = _sizes(y, 512)
     launch(
         spread_kernel,
         grid,
         {
-            "p_adjoints": tuple(adjoints),
-            "p_weights": weights.contiguous(),
+            "p_adjoints": tuple(reader.adjoint for reader in readers),
+            "p_sums": tuple(reader.sums for reader in readers),
+            "p_weights": tuple(reader.weights for reader in readers),
+            # Of a tensor without batch norm nothing is read.
+            "p_tensors": _where(table.norms, tensors, [readers[0].adjoint] * len(tensors)),
+            "p_means": table.means,
+            "p_rs": table.rs,
+            "p_firsts": tuple(reader.adjoint for reader in firsts),
+            "p_first_sums": tuple(reader.sums for reader in firsts),
+            "p_tangents": tuple(
+                yd if yd is not None and norm else readers[0].adjoint
+                for yd, norm in zip(tangents, table.norms, strict=True)
+            ),
+            "p_tangent_sums": tuple(reader.sums for reader in tangent_readers),
             "p_out": out,
-            "positions": _positions(g),
+            "positions": _positions(y),
         },
-        {"PLACES": tuple(places), "TENSORS": tensors, **sizes},
+        {
+            "PLACES": tuple(place for reader in readers for place in reader.places),
+            "CANDIDATES": tuple(reader.sums.shape[1] for reader in readers),
+            "NORMS": table.norms,
+            "HAS_TANGENT": tuple(int(yd is not None) for yd in tangents),
+            "TANGENT": firsts is not readers,
+            **sizes,
+        },
     )
-    return out
-
-
-def _through_norms(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    total: Tensor,
-    first: Tensor | None = None,
-    first_sums: Tensor | None = None,
-    tangents: Sequence[Tensor | None] = (),
-) -> tuple[list[Tensor], Tensor | None]:
-    """B_c(total_c), where c has a batch norm; with G and tangents, what the second sweep has there. And the
-    sums of total and total h, if any has."""
-    found = list(total.unbind())
-    normed = [c for c, norm in enumerate(normalizers) if norm is not None]
-    if not normed:
-        return found, None
-    gs, ys = [found[c] for c in normed], [tensors[c] for c in normed]
-    norms = [normalizers[c] for c in normed]
-    sums = norm_sums(gs, ys, norms)
-    if first is None:
-        adjoints = norm_backward(gs, ys, norms, sums)
-    else:
-        firsts, yds = [first[c] for c in normed], [tangents[c] for c in normed]
-        yds = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in yds]
-        given = [y if yd is None else yd for yd, y in zip(yds, ys, strict=True)]
-        yd_sums = norm_sums(given, ys, norms, firsts)
-        adjoints = norm_backward(gs, ys, norms, sums, None, yds, yd_sums, (firsts, first_sums[1]))
-    for c, adjoint in zip(normed, adjoints, strict=True):
-        found[c] = adjoint
-    return found, sums
+    return list(out.unbind())
 
 
 def norm_sums(
@@ -534,12 +578,14 @@ def norm_sums(
     ys: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     weighed: Sequence[Tensor] | None = None,
-    gains: tuple[Tensor, Tensor] | None = None,
+    gh_sums: Tensor | None = None,
+    gained: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
 
-    With `gains`, of a mix's tangents: the sums of weighed h [k, C], and [blocks of channels, k] where what
-    dL/dp gains is to be written."""
+    `gained` [blocks of channels, k], of a mix: where what dL/dp gains is to be written, and `before` added;
+    with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
     sizes, (tiles, blocks) = _sizes(y)
@@ -559,8 +605,9 @@ def norm_sums(
             "p_weighed": tuple(gs if weighed is None else weighed),
             "p_partials": partials,
             "p_sums": sums,
-            "p_gh_sums": gains[0] if gains else sums,
-            "p_gained": gains[1] if gains else sums,
+            "p_gh_sums": sums if gh_sums is None else gh_sums,
+            "p_gained": sums if gained is None else gained,
+            "p_before": sums if before is None else before,
             "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
             "splits": splits,
@@ -568,7 +615,8 @@ def norm_sums(
         {
             "NORMS": table.norms,
             "TANGENT": weighed is not None,
-            "GAIN": gains is not None,
+            "GAIN": gained is not None,
+            "ADD": before is not None,
             "BATCH": table.batch,
             **sizes,
         },

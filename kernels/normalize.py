@@ -16,12 +16,12 @@ def normalize(y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Te
     came from: what a Hessian-vector product needs of a layer below which there are weights alone.
 
     Args:
-        y: [N, C, H, W], float64 or float32, in any memory layout.
+        y: [N, C, H, W], float64, float32, bfloat16 or float16, in any memory layout.
         statistics: [3, C], those of y: mean, biased variance and 1 / sqrt(variance + 1e-5).
-        weight, bias: [C], of y's dtype.
+        weight, bias: [C]. They and the statistics are float64 for float64 y, else float32.
 
     Returns:
-        [N, C, H, W], in y's memory layout.
+        [N, C, H, W], in y's dtype and memory layout.
 
     Raises:
         RuntimeError: when a second derivative with respect to y or weight is asked for.

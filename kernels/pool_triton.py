@@ -97,7 +97,7 @@ def pool_fwd_kernel(
         if last_program(p_counters + tl.program_id(1), tiles):
             for i in tl.static_range(2):
                 p_tiles, p_found = p_partials + i * layer, p_statistics + i * 3 * C
-                merge_statistics(p_tiles, p_found, positions, tiles, o_c, m_c, C, BLOCK_P, BLOCK_C, ACC)
+                merge_statistics(p_tiles, p_found, positions, tiles, o_c, m_c, C, C, BLOCK_P, BLOCK_C, ACC)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ def sepconv(
     statistics: Sequence[Tensor] | None = None,
     batch_statistics: bool = True,
     links: Sequence[Link | None] = (),
+    join: int = 1,
+    source_links: Sequence[Link] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """y_t = P_t (D_t * relu(h)) for every task t; h is source number `task.source`, or its batch norm.
 
@@ -37,13 +39,17 @@ def sepconv(
             it by on load; not differentiated, see `batch_statistics`. None: sources are read as they are.
         batch_statistics: that `statistics` are those of the sources themselves, so that the derivative is
             batch norm's in training; else they are constants.
-        links: for each task, by which link a mix reads its output, normalised by the statistics returned
-            here; None: it is read as any tensor is. (): no task has one. Only where
+        links: for each output, by which link a mix, or another call, reads it, normalised by the statistics
+            returned here; None: it is read as any tensor is. (): none has one. Only where
             `backends.second_backward_in_one` says so.
+        join: this many tasks, neighbours, give one output: their channels side by side.
+        source_links: by which links the sources come from another call, which is then given the adjoints of
+            their batch norms; where the statistics are theirs. (): the sources are any tensors.
 
     Returns:
-        y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype;
-        and their statistics [tasks, 3, K] as above, not differentiable.
+        y of each task, [N, K, H / stride, W / stride] (rounded up), channels-last, in the sources' dtype,
+        joined to [N, join * K, ...]; and their statistics [outputs, 3, join * K] as above, not
+        differentiable.
 
     Raises:
         ValueError: a size does not divide by the stride of a task without depthwise part; or a single
@@ -58,13 +64,14 @@ def sepconv(
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
     given = None if statistics is None else tuple(statistics)
     *outputs, found, _ = _SepConv.apply(
-        tuple(tasks), batch_statistics, given, tuple(links), *sources, *weights
+        tuple(tasks), batch_statistics, given, tuple(links), join, tuple(source_links), *sources, *weights
     )
     return outputs, found
 
 
 class Own(NamedTuple):
-    """Of an output with a link: what its batch norm is taken of and by, and the sums of the first sweep."""
+    """Of a task whose output has a link: what its batch norm is taken of and by, and the sums of the first
+    sweep; all of the task's channels alone."""
 
     y: Tensor
     mean: Tensor
@@ -72,6 +79,7 @@ class Own(NamedTuple):
     r: Tensor
     link: Link
     first: Tensor  # [2, candidates, C]: of G, G h
+    channels: slice = slice(None)  # of the output, those that are the task's
 
 
 class _SepConv(torch.autograd.Function):
@@ -84,31 +92,43 @@ class _SepConv(torch.autograd.Function):
         batch: bool,
         statistics: tuple[Tensor, ...] | None,
         links: tuple[Link | None, ...],
+        join: int,
+        source_links: tuple[Link, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, Handover()
+        ctx.tasks, ctx.batch, ctx.join, ctx.handover = tasks, batch, join, Handover()
+        for i, link in enumerate(source_links):
+            link.weights, link.index = None, i
         ctx.set_materialize_grads(False)  # else: zeros for the statistics, one launch a call
         token = tensors[0].new_empty(0)
-        outputs, found = backend(tensors[0]).sepconv_forward(*_arguments(tasks, batch, statistics, tensors))
+        arguments = _arguments(tasks, batch, statistics, tensors)
+        if second_backward_in_one(tensors[0]):
+            outputs, found = backend(tensors[0]).sepconv_forward(*arguments, join)
+        else:
+            outputs, found = backend(tensors[0]).sepconv_forward(*arguments)
+            outputs = _side_by_side(outputs, join)
+            found = found.unflatten(0, (-1, join)).transpose(1, 2).flatten(2)
         ctx.mark_non_differentiable(found)
         ctx.statistics, ctx.links, ctx.shape = statistics, links, outputs[0].shape
-        ctx.found = found if links else None
+        ctx.found, ctx.source_links = found if links else None, source_links
         ctx.save_for_backward(*tensors, token, *(outputs if links else ()))
         return *outputs, found, token
 
     @staticmethod
     def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, len(ctx.tasks)
-        saved, outputs = (saved[:-count], saved[-count:]) if ctx.links else (saved, ())
+        saved, count, join = ctx.saved_tensors, len(ctx.tasks), ctx.join
+        linked = count // join if ctx.links else 0
+        saved, outputs = saved[: len(saved) - linked], saved[len(saved) - linked :]
         *tensors, token = saved
         adjoints, left = adjoints[:-2], ctx.handover.take()
         if not left:
+            if any(link and y is None for link, y in zip(ctx.links, adjoints, strict=bool(ctx.links))):
+                raise RuntimeError("an output with a link has no adjoint: nothing was given it")
             owns = [
-                link and Own(y.detach(), *found.unbind(), link, link.first)
+                own
                 for link, y, found in zip(ctx.links, outputs, ctx.found if ctx.links else (), strict=True)
+                for own in owns_of(link, y.detach(), found, join)
             ]
-            if any(own and y is None for own, y in zip(owns, adjoints, strict=bool(owns))):
-                raise RuntimeError("an output with a link has no adjoint: no mix was given it")
             adjoints = [tensors[0].new_zeros(ctx.shape) if y is None else y for y in adjoints]
             found = _SepConvBackward.apply(
                 ctx.tasks,
@@ -117,20 +137,22 @@ class _SepConv(torch.autograd.Function):
                 ctx.handover,
                 ctx.statistics,
                 owns,
+                join,
+                ctx.source_links,
                 token,
                 *tensors,
                 *adjoints,
             )
-            return None, None, None, None, *found
+            return None, None, None, None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
             arguments = _arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors)
-            sources = backend(tensors[0]).sepconv_second(*arguments, adjoints, left[0])
+            sources = backend(tensors[0]).sepconv_second(*arguments, parts(adjoints, join), left[0])
             return *sources, *[None] * (2 * len(ctx.tasks))
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
-        return None, None, None, None, *Last.apply(second, *tensors, *adjoints)
+        return None, None, None, None, None, None, *Last.apply(second, *tensors, *adjoints)
 
 
 class _SepConvBackward(torch.autograd.Function):
@@ -144,47 +166,74 @@ class _SepConvBackward(torch.autograd.Function):
         weight_gradients: bool,
         handover: Handover,
         statistics: tuple[Tensor, ...] | None,
-        owns: list["Own | None"],
+        owns: list[Own | None],
+        join: int,
+        source_links: tuple[Link, ...],
         token: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.tasks, ctx.batch, ctx.handover = tasks, batch, handover
+        ctx.tasks, ctx.batch, ctx.join, ctx.handover = tasks, batch, join, handover
         ctx.set_materialize_grads(False)
-        ctx.statistics, ctx.owns = statistics, owns
-        ctx.save_for_backward(*tensors)
-        tensors, adjoints = tensors[: -len(tasks)], tensors[-len(tasks) :]
+        ctx.statistics, ctx.owns, ctx.source_links = statistics, owns, source_links
+        count, given = len(tasks) // join, tensors
+        tensors, adjoints = tensors[:-count], tensors[-count:]
         sources, d, p = backend(adjoints[0]).sepconv_backward(
             *_arguments(tasks, batch, statistics, tensors),
-            adjoints,
+            parts(adjoints, join),
             weight_gradients,
-            *([owns] if owns else []),
+            *([owns, source_links] if owns else []),
         )
+        ctx.save_for_backward(*given, *(sources if source_links else ()))
         return *sources, *d, *p
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.tasks)
-        tensors = ctx.saved_tensors
-        tensors, adjoints = tensors[:-n], tensors[-n:]
+        n, join, saved = len(ctx.tasks), ctx.join, ctx.saved_tensors
+        end, count = len(saved) - len(ctx.source_links), n // join
+        tensors, adjoints, firsts = saved[: end - count], saved[end - count : end], saved[end:]
         first = 1 + len(tensors) - 2 * n  # after the token and the sources
-        if weights_wanted(ctx.next_functions[first:-n]):
+        if weights_wanted(ctx.next_functions[first:-count]):
             refuse_second_derivative("its weights")
         given = (
             *_arguments(ctx.tasks, ctx.batch, ctx.statistics, tensors),
-            adjoints,
+            parts(adjoints, join),
             tangents[: -2 * n],
             tangents[-2 * n : -n],
             tangents[-n:],
         )
         if second_backward_in_one(adjoints[0]):
-            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(*given, ctx.owns)
+            outputs, left = backend(adjoints[0]).sepconv_tangent_forward(
+                *given, ctx.owns, join, ctx.source_links, firsts
+            )
             ctx.handover.leave(left)
             token, sources = adjoints[0].new_empty(0), [None] * (len(tensors) - 2 * n)
         else:
             outputs, sources = backend(adjoints[0]).sepconv_tangent(*given)
-            token = None
-        return None, None, None, None, None, None, token, *sources, *[None] * (2 * n), *outputs
+            outputs, token = _side_by_side(outputs, join), None
+        return *[None] * 8, token, *sources, *[None] * (2 * n), *outputs
+
+
+def _side_by_side(outputs: list[Tensor], join: int) -> list[Tensor]:
+    """The channels of every `join` neighbours as one tensor's."""
+    if join == 1:
+        return outputs
+    groups = [outputs[i : i + join] for i in range(0, len(outputs), join)]
+    return [torch.cat(group, dim=1).contiguous(memory_format=torch.channels_last) for group in groups]
+
+
+def parts(adjoints: Sequence[Tensor | None], join: int) -> list[Tensor | None]:
+    """Of every task, views of its output's."""
+    return [part for y in adjoints for part in ([None] * join if y is None else y.chunk(join, dim=1))]
+
+
+def owns_of(link: Link | None, y: Tensor, found: Tensor, join: int) -> list[Own | None]:
+    """Of the tasks of one output; `found` are its statistics."""
+    if link is None:
+        return [None] * join
+    k = y.shape[1] // join
+    parts = [slice(i, i + k) for i in range(0, y.shape[1], k)]
+    return [Own(y[:, c], *found[:, c].unbind(), link, link.sums[..., c], c) for c in parts]
 
 
 def _arguments(

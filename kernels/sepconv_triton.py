@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix_triton import norm_backward, norm_sums
 from darts_fast.kernels.sepconv import Own
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -47,6 +48,10 @@ from darts_fast.kernels.triton_launch import (
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# Numbers of a weight gradient that the last program adds at a time, over 16 programs (`ROWS` numbers).
+COLUMNS = tl.constexpr(128)
+
+
 @triton.jit
 def dot(b_x, b_y, ACC: tl.constexpr):
     """Tensor cores for 2-byte types; float32 as it is, without TF32."""
@@ -66,9 +71,9 @@ def sepconv_fwd_kernel(
     p_xd_sums,  # [2, sources, C]: of xd, xd h
     p_depthwise_d,
     p_pointwise_d,
-    p_y,  # [tasks, N, HO, WO, K]
+    p_y,  # [tasks / JOIN, N, HO, WO, JOIN * K]
     p_partials,  # [tasks, tiles, 2, K]; written unless TANGENT, as the next
-    p_statistics,  # [tasks, 3, K]
+    p_statistics,  # [tasks / JOIN, 3, JOIN * K]
     p_counters,
     positions,  # N * HO * WO
     tiles,
@@ -86,6 +91,7 @@ def sepconv_fwd_kernel(
     TANGENT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BATCH: tl.constexpr,
+    JOIN: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -159,8 +165,9 @@ def sepconv_fwd_kernel(
             b_y += dot(b_zd.to(element), b_p.to(element), ACC) + dot(b_z.to(element), b_pd.to(element), ACC)
         else:
             b_y += dot(b_z.to(element), b_p.to(element), ACC)
-    p_out = p_y + (tl.cast(i_task, tl.int64) * positions + i_first) * K
-    o_out = o_t[:, None] * K + o_k[None, :]
+    i_output, i_part = i_task // JOIN, i_task % JOIN
+    p_out = p_y + (tl.cast(i_output, tl.int64) * positions + i_first) * (JOIN * K) + i_part * K
+    o_out = o_t[:, None] * (JOIN * K) + o_k[None, :]
     tl.store(p_out + o_out, b_y.to(p_y.dtype.element_ty), mask=m_p[:, None] & m_k[None, :])
     if not TANGENT:
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
@@ -168,8 +175,8 @@ def sepconv_fwd_kernel(
         store_statistics(p_tile, b_y, m_p, count, o_k, m_k, K)
         if last_program(p_counters + i_task, tiles):
             p_tiles = p_partials + tl.cast(i_task, tl.int64) * tiles * 2 * K
-            p_found = p_statistics + i_task * 3 * K
-            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, BLOCK_P, BLOCK_K, ACC)
+            p_found = p_statistics + (i_output * 3 * JOIN + i_part) * K
+            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, JOIN * K, BLOCK_P, BLOCK_K, ACC)
 
 
 @triton.jit
@@ -191,7 +198,9 @@ def sepconv_bwd_pointwise_kernel(
     p_own_d_sums,  # tuple of [4, candidates, K]: of yd, yd h, yd G, G
     p_second_sums,  # tuple of [2, candidates, K]: of Gd, Gd h
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
-    p_partials,  # [tasks, splits, K * C + C * TAPS]: dP, dD; written if WEIGHTS
+    p_partials,  # [tasks, c blocks, splits, K + TAPS, BLOCK_C]: dP and dD of a program; written if WEIGHTS
+    p_gradients,  # [tasks, K * C + C * TAPS]: dP [K, C], dD [C, k * k]; written if WEIGHTS
+    p_counters,
     positions,  # N * HO * WO
     tasks,
     NORMS: tl.constexpr,
@@ -201,9 +210,10 @@ def sepconv_bwd_pointwise_kernel(
     HAS_D: tl.constexpr,
     HAS_PD: tl.constexpr,
     HAS_YD: tl.constexpr,
-    LINKED: tl.constexpr,  # which tasks' outputs a mix reads by a link; empty: none
-    PLACES: tl.constexpr,  # where among the mix's candidates
-    CANDIDATES: tl.constexpr,  # how many it has
+    LINKED: tl.constexpr,  # which tasks' outputs are read by a link; empty: none
+    PLACES: tl.constexpr,  # its row in the sums, and the place of its p
+    CANDIDATES: tl.constexpr,  # how many rows there are
+    WEIGHED: tl.constexpr,  # whether it has a p
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
@@ -217,6 +227,7 @@ def sepconv_bwd_pointwise_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     Y_ROW: tl.constexpr,  # elements from one position of Y and Yd to the next: they may be slices of channels
+    OWN_ROW: tl.constexpr,  # the same of y and yd, and from one row of all sums of channels to the next
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -247,11 +258,12 @@ def sepconv_bwd_pointwise_kernel(
         b_dd = tl.zeros([BLOCK_TAPS, BLOCK_C], ACC)
     if len(LINKED) > 0:
         m_link = m_k & (pick(LINKED, i_task) > 0)
-        i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * K
-        o_sum = i_place * K + o_k
+        i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * OWN_ROW
+        o_sum = i_place * OWN_ROW + o_k
         b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_link, other=0.0)
         b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_link, other=1.0)
-        b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_link, other=1.0)
+        m_weighed = m_link & (pick(WEIGHED, i_task) > 0)
+        b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_weighed, other=1.0)
         b_scale = b_weight * b_own_r  # p r, [BLOCK_K]
         p_sums_1 = pick(p_first_sums, i_task)
         b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_link, other=0.0) / positions
@@ -275,12 +287,13 @@ def sepconv_bwd_pointwise_kernel(
             b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
         if len(LINKED) > 0:
             m_own = m_p[:, None] & m_link[None, :]
-            b_h = tl.load(pick(p_own, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+            o_own = i_first * OWN_ROW + (o_t[:, None] * OWN_ROW + o_k[None, :])
+            b_h = tl.load(pick(p_own, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
             b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
             b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
-                b_hd = tl.load(pick(p_own_d, i_task) + o_in_y, mask=m_own, other=0.0).to(ACC)
+                b_hd = tl.load(pick(p_own_d, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
                 b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_own_r[None, :]
                 b_yd = b_yd.to(ACC) - b_gd_mean[None, :] - b_h * (b_sd + b_u)[None, :]
                 b_yd -= b_inner * (b_own_r * b_td)[None, :] + b_hd * b_s[None, :]
@@ -322,11 +335,25 @@ def sepconv_bwd_pointwise_kernel(
                 b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
             b_dp += dot(tl.trans(b_y.to(element)), b_forward.to(element), ACC)
     if WEIGHTS:
-        p_sums = p_partials + tl.cast(i_task * splits + i_split, tl.int64) * (K * C + C * TAPS)
-        tl.store(p_sums + o_weight, b_dp, mask=m_weight)
         taps = kernel * kernel
-        o_dd = o_c[None, :] * taps + o_tap[:, None]
-        tl.store(p_sums + K * C + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        row: tl.constexpr = (K + TAPS) * BLOCK_C
+        i_block = i_task * tl.num_programs(2) + i_c
+        p_rows = p_partials + tl.cast(i_block * splits, tl.int64) * row
+        p_row = p_rows + tl.cast(i_split, tl.int64) * row
+        o_b = tl.arange(0, BLOCK_C)
+        tl.store(p_row + o_k[:, None] * BLOCK_C + o_b[None, :], b_dp, mask=m_weight)
+        o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
+        tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        if last_program(p_counters + i_block, splits):
+            p_found = p_gradients + tl.cast(i_task, tl.int64) * (K * C + C * TAPS)
+            for i_column in range(0, (K + taps) * BLOCK_C, COLUMNS):
+                o_column = i_column + tl.arange(0, COLUMNS)
+                o_row, o_channel = o_column // BLOCK_C, i_c * BLOCK_C + o_column % BLOCK_C
+                m_column = (o_row < K + taps) & (o_channel < C)
+                b_sum = sum_of_rows(p_rows, splits, row, o_column, m_column, COLUMNS, ACC)
+                o_d = K * C + o_channel * taps + o_row - K
+                o_found = tl.where(o_row < K, o_row * C + o_channel, o_d)
+                tl.store(p_found + o_found, b_sum, mask=m_column)
 
 
 @triton.jit
@@ -340,8 +367,8 @@ def sepconv_bwd_kernel(
     p_depthwise,
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
     p_found,  # [sources, N, H, W, C]
-    p_partials,  # [2, or 4 if TANGENT, sources, tiles, C]; written if SUMS, as the next
-    p_sums,  # [2 or 4, sources, C]: of H, H h, and if TANGENT of first h, first hd
+    p_partials,  # [2, or 4 if TANGENT and not LINKED, sources, tiles, C]; written if SUMS, as the next
+    p_sums,  # [2 or 4, sources, C]: of H, H h, and if 4 of first h, first hd
     p_counters,
     pixels,  # N * H * W
     positions,  # N * HO * WO
@@ -355,7 +382,8 @@ def sepconv_bwd_kernel(
     HAS_DD: tl.constexpr,
     TANGENT: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    SUMS: tl.constexpr,  # batch norm moves with x: write H and its sums, for `norm_backward`
+    SUMS: tl.constexpr,  # batch norm moves with x: write H and its sums, for `norm_backward` or a link
+    LINKED: tl.constexpr,  # the sources have links
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -392,7 +420,8 @@ def sepconv_bwd_kernel(
                 o_d = o_c * (KERNELS[t] * KERNELS[t]) + i_tap
                 b_d = tl.load(p_depthwise[t] + o_d, mask=m_c & (HAS_D[t] > 0), other=1.0).to(ACC)
                 b_z = tl.load(p_task + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-                b_first += b_z * b_d[None, :]
+                if not (TANGENT and LINKED):
+                    b_first += b_z * b_d[None, :]
                 if TANGENT:
                     m_dd = m_c & (HAS_DD[t] > 0)
                     b_dd = tl.load(p_depthwise_d[t] + o_d, mask=m_dd, other=0.0).to(ACC)
@@ -415,7 +444,7 @@ def sepconv_bwd_kernel(
     p_tile = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
-        if TANGENT:
+        if TANGENT and not LINKED:
             # Of B(first) only its product with -r t is wanted: it joins what B is taken of next.
             m_xd = m_c & (pick(HAS_XD, i_source) > 0)
             p_sum = p_xd_sums + i_source * C + o_c
@@ -434,7 +463,7 @@ def sepconv_bwd_kernel(
     tl.store(p_out + o, b_found.to(p_found.dtype.element_ty), mask=m)
     if SUMS:
         if last_program(p_counters + i_source * tl.num_programs(2) + i_c, tiles):
-            for i_sum in tl.static_range(4 if TANGENT else 2):
+            for i_sum in tl.static_range(4 if TANGENT and not LINKED else 2):
                 p_rows = p_partials + i_sum * stride + tl.cast(i_source * tiles, tl.int64) * C
                 b_sum = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
                 tl.store(p_sums + (i_sum * entries + i_source) * C + o_c, b_sum, mask=m_c)
@@ -524,6 +553,12 @@ class _Call(NamedTuple):
             "ACC": ACCUMULATORS[accumulator(x.dtype)],
         }
 
+    def outputs(self, join: int) -> Tensor:
+        """Uninitialised [tasks / join, N, join * K, HO, WO]."""
+        n, k, height, width = self.out_shape
+        x = self.sources[0]
+        return images(len(self.tasks) // join, (n, join * k, height, width), x.dtype, x.device)
+
     def positions(self) -> int:
         n, _, height, width = self.out_shape
         return n * height * width
@@ -543,16 +578,18 @@ def sepconv_forward(
     tasks: Sequence[Task],
     depthwise_weights: Sequence[Tensor | None],
     pointwise_weights: Sequence[Tensor],
+    join: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
-    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch."""
+    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch. The channels of
+    `join` neighbours are side by side in one output."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     refuse_single_value(call.positions())
     tiles = triton.cdiv(call.positions(), BLOCK_P)
     x = sources[0]
-    y = images(len(tasks), call.out_shape, x.dtype, x.device)
+    y = call.outputs(join)
     k, dtype = call.out_shape[1], accumulator(x.dtype)
     partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
-    statistics = x.new_empty(len(tasks), 3, k, dtype=dtype)
+    statistics = x.new_empty(len(y), 3, join * k, dtype=dtype)
     _launch_forward(call, y, (partials, statistics, counters(x, len(tasks))))
     return list(y.unbind()), statistics
 
@@ -566,11 +603,13 @@ def sepconv_backward(
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
     owns: Sequence[Own | None] = (),
+    source_links: Sequence[Link] = (),
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """The adjoint of every source, and the gradients of the weights: None where they are not asked for."""
+    """The adjoint of every source (with links, of its batch norm), and the gradients of the weights: None
+    where they are not asked for."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     z, sums = _launch_pointwise(call, adjoints, weight_gradients, owns)
-    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z)
+    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z, source_links)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     if sums is not None:
@@ -586,8 +625,9 @@ class _Left(NamedTuple):
 
     adjoints: Sequence[Tensor]
     tangents: "_Tangents"
-    outputs: Sequence[Tensor]  # yd
+    outputs: Sequence[Tensor]  # yd of every task
     owns: Sequence[Own | None]
+    source_links: Sequence[Link]
 
 
 def sepconv_tangent_forward(
@@ -601,13 +641,20 @@ def sepconv_tangent_forward(
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
     owns: Sequence[Own | None] = (),
+    join: int = 1,
+    source_links: Sequence[Link] = (),
+    firsts: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], _Left]:
-    """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero."""
+    """yd of every task, joined as the outputs are, and what `sepconv_second` needs. A tangent that is None
+    is zero. `firsts` are the sources' adjoints that `sepconv_backward` gave, where they have links."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents)
-    y = images(len(tasks), call.out_shape, sources[0].dtype, sources[0].device)
+    tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents, firsts)
+    for link in source_links:
+        link.tangent_sums = tangents.sums
+    y = call.outputs(join)
     _launch_forward(call, y, None, tangents)
-    return list(y.unbind()), _Left(adjoints, tangents, y.unbind(), owns)
+    by_task = [part for output in y for part in output.chunk(join, dim=1)]
+    return list(y.unbind()), _Left(adjoints, tangents, by_task, owns, source_links)
 
 
 def sepconv_second(
@@ -622,7 +669,9 @@ def sepconv_second(
     """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero)."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     z, _ = _launch_pointwise(call, left.adjoints, False, left.owns, left, adjoints)
-    return list(z[0].unbind()) if call.direct() else _launch_backward(call, z, left.tangents)
+    if call.direct():
+        return list(z[0].unbind())
+    return _launch_backward(call, z, left.source_links, left.tangents)
 
 
 class _Tangents(NamedTuple):
@@ -634,7 +683,9 @@ class _Tangents(NamedTuple):
     has_sources: tuple[int, ...]
     has_depthwise: tuple[int, ...]
     has_pointwise: tuple[int, ...]
-    sums: Tensor | None  # [2, sources, C]: of xd, xd h, where batch norm moves with x
+    sums: (
+        Tensor | None
+    )  # [2, sources, C]: of xd, xd h, where batch norm moves with x; with links 4, as theirs
 
     @classmethod
     def of(
@@ -643,6 +694,7 @@ class _Tangents(NamedTuple):
         sources: Sequence[Tensor | None],
         depthwise: Sequence[Tensor | None],
         pointwise: Sequence[Tensor | None],
+        firsts: Sequence[Tensor],
     ) -> "_Tangents":
         has_sources = tuple(int(xd is not None) for xd in sources)
         given = tuple(
@@ -661,7 +713,9 @@ class _Tangents(NamedTuple):
             has_sources,
             tuple(int(dd is not None) for dd in depthwise),
             tuple(int(pd is not None) for pd in pointwise),
-            norm_sums(given, call.sources, call.normalizers) if batch and any(has_sources) else None,
+            norm_sums(given, call.sources, call.normalizers, firsts or None)
+            if batch and any(has_sources)
+            else None,
         )
 
 
@@ -706,6 +760,7 @@ def _launch_forward(
             "TANGENT": tangents is not None,
             "NORMALIZE": any(table.norms),
             "BATCH": tangents is not None and tangents.sums is not None,
+            "JOIN": len(call.tasks) // len(y),
             "K": k,
             **call.sizes(),
             "BLOCK_P": BLOCK_P,
@@ -749,15 +804,17 @@ def _launch_pointwise(
     if x.element_size() > 2 and not direct and (weight_gradients or left):
         block_p = BLOCK_P // 2
     splits = triton.cdiv(call.positions(), block_p)
-    partials = None
+    blocks = triton.cdiv(c, block_c)
+    partials = gradients = counts = None
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
-        splits = splits_of(splits, count * triton.cdiv(c, block_c), 264)
-        partials = x.new_empty(count, splits, k * c + c * taps, dtype=dtype)
+        splits = splits_of(splits, count * blocks, 264)
+        partials = x.new_empty(count, blocks, splits, k + taps, block_c, dtype=dtype)
+        gradients, counts = x.new_empty(count, k * c + c * taps, dtype=dtype), counters(x, count * blocks)
     launch(
         sepconv_bwd_pointwise_kernel,
-        (splits, count, triton.cdiv(c, block_c)),
+        (splits, count, blocks),
         {
             "p_x": call.of_tasks(call.sources) if weight_gradients or direct else call.pointwise,
             "p_means": call.of_tasks(table.means) if weight_gradients else call.pointwise,
@@ -770,6 +827,8 @@ def _launch_pointwise(
             **_own_arguments(owns, adjoints, left),
             "p_z": z,
             "p_partials": z if partials is None else partials,
+            "p_gradients": z if gradients is None else gradients,
+            "p_counters": z if counts is None else counts,
             "positions": call.positions(),
             "tasks": count,
         },
@@ -781,12 +840,14 @@ def _launch_pointwise(
             "LINKED": tuple(int(own is not None) for own in owns),
             "PLACES": tuple(own.link.index if own else 0 for own in owns),
             "CANDIDATES": tuple(own.first.shape[1] if own else 0 for own in owns),
+            "WEIGHED": tuple(int(own is not None and own.link.weights is not None) for own in owns),
             "WEIGHTS": weight_gradients,
             "TANGENT": tangents is not None,
             "DIRECT": direct,
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
             "Y_ROW": y_row,
+            "OWN_ROW": next((row_stride(own.y) for own in owns if own), k),
             "K": k,
             **call.sizes(),
             "BLOCK_P": block_p,
@@ -794,7 +855,7 @@ def _launch_pointwise(
             "BLOCK_TAPS": power_of_two(taps),
         },
     )
-    return z, None if partials is None else partials.sum(1)
+    return z, gradients
 
 
 def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left: _Left | None) -> dict:
@@ -817,18 +878,22 @@ def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left:
         "p_own": tuple(y if own is None else own.y for own, y in zip(owns, adjoints, strict=True)),
         "p_own_means": tuple(own.mean for own in filled),
         "p_own_rs": tuple(own.r for own in filled),
-        "p_mix_weights": tuple(own.link.weights for own in filled),
+        "p_mix_weights": tuple(own.r if own.link.weights is None else own.link.weights for own in filled),
         "p_first_sums": tuple(own.first for own in filled),
         "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
         if left
         else adjoints,
-        "p_own_d_sums": tuple(own.link.tangent if left else own.first for own in filled),
-        "p_second_sums": tuple(own.link.second if left else own.first for own in filled),
+        "p_own_d_sums": tuple(
+            own.link.tangent_sums[..., own.channels] if left else own.first for own in filled
+        ),
+        "p_second_sums": tuple(own.link.sums[..., own.channels] if left else own.first for own in filled),
     }
 
 
-def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) -> list[Tensor]:
-    """The adjoints of the sources; with tangents, their second adjoints."""
+def _launch_backward(
+    call: _Call, z: Tensor, links: Sequence[Link], tangents: _Tangents | None = None
+) -> list[Tensor]:
+    """The adjoints of the sources, or with links of their batch norms; with tangents, the second adjoints."""
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
@@ -837,7 +902,7 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None
     if table.batch:
-        layers, dtype = 2 if tangents is None else 4, accumulator(x.dtype)
+        layers, dtype = 2 if tangents is None or links else 4, accumulator(x.dtype)
         partials = x.new_empty(layers, count, tiles, c, dtype=dtype)
         sums, counts = (
             x.new_empty(layers, count, c, dtype=dtype),
@@ -852,7 +917,7 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "p_x": call.sources,
             "p_means": table.means,
             "p_rs": table.rs,
-            "p_xd": tangents.sources if tangents else call.sources,
+            "p_xd": tangents.sources if tangents and not links else call.sources,
             "p_xd_sums": z if xd_sums is None else xd_sums,
             "p_depthwise_d": tangents.depthwise if tangents else call.depthwise,
             "p_depthwise": call.depthwise,
@@ -873,13 +938,16 @@ def _launch_backward(call: _Call, z: Tensor, tangents: _Tangents | None = None) 
             "TANGENT": tangents is not None,
             "NORMALIZE": any(table.norms),
             "SUMS": table.batch,
+            "LINKED": bool(links),
             **call.sizes(),
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
         },
     )
     found = list(found.unbind())
-    if sums is None:
+    for link in links:
+        link.sums = sums
+    if links or sums is None:
         return found
     if tangents is None:
         return norm_backward(found, call.sources, call.normalizers, sums)

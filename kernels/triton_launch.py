@@ -242,6 +242,7 @@ def merge_statistics(
     o_c,
     m_c,
     C: tl.constexpr,
+    ROW: tl.constexpr,  # C, or more where the statistics are a slice's
     TILE: tl.constexpr,  # positions of a tile; the last has what is left
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
@@ -267,5 +268,5 @@ def merge_statistics(
         b_squares += tl.where(m, b_d * b_d * b_count[:, None], 0.0)
     b_variance = tl.sum(b_squares, axis=0) / positions
     tl.store(p_statistics + o_c, b_total, mask=m_c)
-    tl.store(p_statistics + C + o_c, b_variance, mask=m_c)
-    tl.store(p_statistics + 2 * C + o_c, 1.0 / tl.sqrt(b_variance + EPS), mask=m_c)
+    tl.store(p_statistics + ROW + o_c, b_variance, mask=m_c)
+    tl.store(p_statistics + 2 * ROW + o_c, 1.0 / tl.sqrt(b_variance + EPS), mask=m_c)

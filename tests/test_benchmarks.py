@@ -41,6 +41,13 @@ def test_the_peak_of_live_bytes_is_at_most_the_textbooks():
     assert 0 < fused <= textbook
 
 
+def test_with_amp_the_peak_of_live_bytes_is_at_most_half_the_textbooks():
+    """Of the committed counts, which the code is held to below."""
+    counts = json.loads(baseline.FILE.read_text())["counts"]
+    peak = {name: counts[f"{name}: whole step"]["peak live bytes"] for name in traffic.VARIANTS}
+    assert 0 < peak["fused, Triton, bfloat16"] <= peak["textbook"] / 2
+
+
 def test_traffic_counts_distinct_elements_and_no_views():
     x = torch.zeros(4, 8)
     with traffic.Traffic() as counted:

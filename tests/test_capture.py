@@ -1,16 +1,22 @@
 """That a step can be captured as a CUDA graph, shown without one."""
 
+import copy
+
 import pytest
 import torch
 from conftest import same
+from test_derived import every_operation
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from darts_fast.capture import Captured, leaving_no_trace
-from darts_fast.config import SearchConfig
+from darts_fast.capture import Captured
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.data import from_tensors
 from darts_fast.kernels import torch_backend
 from darts_fast.kernels.backends import using
-from darts_fast.search import SearchStep
+from darts_fast.search import Search, SearchStep
 from darts_fast.supernet import Supernet
+from darts_fast.traffic import Traffic
+from darts_fast.train import Training
 
 aten = torch.ops.aten
 HOST_READS = {
@@ -103,14 +109,6 @@ def test_nothing_that_a_step_changes_moves(settings):
     assert same(step.state_dict(), stepper(**settings).state_dict())
 
 
-def test_calls_that_leave_no_trace():
-    step, other = stepper(), stepper()
-    leaving_no_trace(lambda: [step.take(**batches(1)) for _ in range(2)], step.tensors())
-    for seed in (2, 3):
-        assert torch.equal(step.take(**batches(seed)), other.take(**batches(seed)))
-    assert same(step.state_dict(), other.state_dict())
-
-
 def test_buffers_stay_and_each_call_sees_new_data():
     step, plain = stepper(), stepper()
     buffers = {name: torch.zeros_like(tensor) for name, tensor in batches(0).items()}
@@ -130,6 +128,157 @@ def test_buffers_stay_and_each_call_sees_new_data():
         assert torch.equal(captured(**inputs), plain.take(**inputs))
     assert seen[-1] == seen[0] != seen[-2]
     assert same(step.state_dict(), plain.state_dict())
+
+
+# Whole steps of both programs, from images as they are stored
+
+
+def images(kind, seed, size=4, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    side = 8 if kind == "search" else 24  # which the auxiliary head needs
+    found = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
+    return found.to(device), torch.randint(5, (size,), generator=generator).to(device)
+
+
+def loop(kind, device="cpu", **settings):
+    """A search or a training in its second epoch: with crop, flip and cutout; a training also with every
+    operation, auxiliary head and drop path."""
+    pixels, labels = images(kind, 0, 16)
+    labels[0] = 4  # so that there are five classes
+    common = {"init_channels": 2, "layers": 3, "batch_size": 4, "epochs": 2, "cutout_length": 6}
+    common |= {"device": device, "fused": True, **settings}
+    if kind == "search":
+        found = Search(SearchConfig(**common), from_tensors(pixels, labels))
+    else:
+        config = TrainConfig(genotype=every_operation(), drop_path_prob=0.6, **common)
+        found = Training(config, from_tensors(pixels, labels, pixels, labels))
+        assert found.auxiliary == (config.aux_weight > 0)
+    found.epoch = 1
+    found.begin_epoch()
+    return found
+
+
+def inputs(kind, seed, size=4, device="cpu"):
+    names = ("train_", "validation_") if kind == "search" else ("",)
+    pairs = [images(kind, seed + i, size, device) for i in range(len(names))]
+    return {
+        n + what: t
+        for n, pair in zip(names, pairs, strict=True)
+        for what, t in zip(("images", "labels"), pair, strict=True)
+    }
+
+
+def changed(found):
+    """Every tensor and generator that a step changes or that is changed under it."""
+    if isinstance(found, Search):
+        step = found.search_step
+        weights, generators, more = [step.network.flat_weights, *step.alphas.values()], [], []
+    else:
+        step, network = found.train_step, found.network
+        weights, generators, more = (
+            step.parameters,
+            [network.drop_path_generator],
+            [network.drop_path_prob],
+        )
+    return [*step.tensors(), step.lr, *(w.grad for w in weights), *more], [found.augmentation, *generators]
+
+
+WHOLE = [
+    ("search", {}),
+    ("search", {"amp_dtype": "float16"}),
+    ("training", {}),
+    ("training", {"amp_dtype": "bfloat16"}),
+    ("training", {"amp_dtype": "float16"}),
+    ("training", {"aux_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
+def test_a_whole_step_reads_nothing_back(kind, settings):
+    found = loop(kind, **settings)
+    with using(torch_backend), NothingFromTheHost():
+        found._take(**inputs(kind, 1))
+
+
+@pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
+def test_nothing_that_a_whole_step_changes_moves(kind, settings):
+    found = loop(kind, **settings)
+    tensors, generators = changed(found)
+    addresses = [t.data_ptr() for t in tensors]
+    before = [t.clone() for t in tensors]
+    state = found.state()
+    state = {**copy.deepcopy(state), "augmentation": found.augmentation.get_state()}
+    found.take.trial(lambda _: [found.take(**inputs(kind, seed)) for seed in range(3)])
+    assert addresses == [t.data_ptr() for t in changed(found)[0]]
+    assert any(not torch.equal(t, b) for t, b in zip(tensors, before, strict=True))  # the gradients
+    assert same({**found.state(), "augmentation": found.augmentation.get_state()}, state)
+    assert list(found.take.generators) == generators
+
+
+@pytest.mark.parametrize(("kind", "settings"), WHOLE[1:3], ids=str)
+def test_a_trial_leaves_no_trace(kind, settings):
+    found, other = loop(kind, **settings), loop(kind, **settings)
+    found.take.trial(lambda step: [step() for _ in range(2)])
+    for seed in (2, 3):
+        assert torch.equal(*(f.take(**inputs(kind, seed)) for f in (found, other)))
+    assert same(found.state(), other.state())
+
+
+def test_the_traffic_of_a_step_is_said():
+    """On a CPU, where what the C++ kernels do is not seen, by ATen's."""
+    found = loop("training")
+    with using(torch_backend):
+        with Traffic() as counted:
+            found._take(**inputs("training", 1))
+        launches, _, moved, *unit = found.traffic().split()
+    assert unit == ["GB", "read", "and", "written"]
+    assert int(launches.replace(",", "")) == pytest.approx(counted.total.launches, rel=1e-3)
+    assert float(moved) == pytest.approx(counted.total.bytes / 1e9, rel=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "settings"), WHOLE[:3], ids=str)
+def test_a_step_draws_its_augmentation_and_drop_path_anew(kind, settings):
+    """On the same images, with nothing learned, the loss is another in each step, and the same from the same
+    seeds."""
+    losses = []
+    for _ in range(2):
+        found = loop(kind, **settings)
+        for _ in range(3):
+            with torch.no_grad():
+                before = [t.clone() for t in found.take.state()]
+            losses.append(float(found.take(**inputs(kind, 1))[0]))
+            with torch.no_grad():
+                for tensor, kept in zip(found.take.state(), before, strict=True):
+                    tensor.copy_(kept)
+    assert losses[:3] == losses[3:] and len(set(losses)) == 3
+
+
+def test_what_an_epoch_sets_is_seen_by_the_same_step():
+    """The learning rate and the drop-path probability reach a step through tensors that stay."""
+    found, alike = loop("training"), loop("training")
+    take, probability = found.take, found.network.drop_path_prob
+    assert float(probability) == pytest.approx(0.3)
+    found.epoch = 0
+    found.begin_epoch()
+    assert found.take is take and found.network.drop_path_prob is probability and float(probability) == 0
+    found.train_step.lr.fill_(0.0)
+    before = found.train_step.parameters[0].clone()
+    without, dropped = (float(f.take(**inputs("training", 1))[0]) for f in (found, alike))
+    assert without != dropped
+    assert torch.equal(found.train_step.parameters[0], before)
+    assert not torch.equal(alike.train_step.parameters[0], before)
+
+
+# A graph is captured and replayed by the CUDA driver.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
+def test_whole_steps_captured_and_uncaptured_give_the_same_bits(kind, settings):
+    """Random numbers included; a smaller batch between two replays, too."""
+    found = [loop(kind, "cuda", no_graph=no_graph, **settings) for no_graph in (True, False)]
+    for seed in range(5):
+        given = inputs(kind, seed, 2 if seed == 2 else 4, "cuda")
+        assert torch.equal(*(f.take(**given) for f in found))
+    assert same(*({**f.state(), "augmentation": f.augmentation.get_state()} for f in found))
 
 
 # A graph is captured and replayed by the CUDA driver.

@@ -8,6 +8,8 @@ from darts_fast import Genotype, InputError, load_network, network
 from darts_fast.derived import auxiliary_fits, dropped, multiply_adds, packed, parameter_count
 from darts_fast.genotype import OPERATIONS
 from darts_fast.interop import load_official_eval
+from darts_fast.kernels import triton_backend
+from darts_fast.kernels.backends import using
 from darts_fast.notation import NAMED, parse
 
 EVAL_FILES = ("official_eval_v1_c4_l5.npz", "official_eval_v2_c4_l6.npz")
@@ -193,11 +195,36 @@ def test_fused_is_the_same_network():
         assert multiply_adds(plain, side, side) == multiply_adds(fused, side, side)
 
 
-def test_fused_convolutions_run_on_kernels(monkeypatch):
-    """No 1x1 or depthwise convolution of a cell is left to PyTorch's modules."""
+def test_fused_is_the_same_network_on_triton():
+    """What a CUDA device computes, under the interpreter: one of each kind of operation, against float64;
+    with float16 activations within that type's rounding, every gradient in float32."""
+    normal = [[("sep_conv_3x3", 0), ("max_pool_3x3", 1)]]
+    reduce = [[("dil_conv_5x5", 0), ("skip_connect", 1)], [("avg_pool_3x3", 0), ("conv_7x1_1x7", 2)]]
+    genotype, found = Genotype(normal, [2], reduce, [2, 3]), []
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variants = [
+        (False, torch.float64, None),
+        (True, torch.float64, None),
+        (True, torch.float32, torch.float16),
+    ]
+    for fused, dtype, activations in variants:
+        torch.manual_seed(0)
+        module = network(genotype, 5, 4, 3, 1, pool_batch_norm=True, fused=fused).to(dtype)
+        with using(triton_backend):
+            logits = module(images.to(dtype), activations)
+            gradients = torch.autograd.grad(logits.square().sum(), list(module.parameters()))
+        assert all(g.dtype == dtype for g in gradients)
+        found.append([logits, torch.cat([g.flatten() for g in gradients]), *module.buffers()])
+    for expected, exact, half in zip(*found, strict=True):
+        assert relative_error(exact, expected) < 1e-9
+        assert relative_error(half, expected) < 0.05
+
+
+def test_fused_convolutions_and_pools_run_on_kernels(monkeypatch):
+    """No 1x1 or depthwise convolution and no pool of a cell is left to PyTorch's modules."""
     module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True)
     for layer in module.cells.modules():
-        if isinstance(layer, torch.nn.Conv2d):
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.MaxPool2d, torch.nn.AvgPool2d)):
             monkeypatch.setattr(layer, "forward", None)
     module(torch.randn(2, 3, 8, 8))
 

@@ -20,6 +20,7 @@ ALLOWED = {
     "darts_fast.architect": {"darts_fast.profiling"},
     "darts_fast.profiling": set(),
     "darts_fast.precision": set(),
+    "darts_fast.traffic": set(),
     "darts_fast.capture": set(),
     "darts_fast.data": {"darts_fast.errors"},
     "darts_fast.supernet": {"darts_fast.fused", "darts_fast.reference", "darts_fast.space"},
@@ -41,16 +42,23 @@ ALLOWED = {
         "darts_fast.space",
     },
     "darts_fast.loop": {
+        "darts_fast.capture",
         "darts_fast.config",
         "darts_fast.data",
         "darts_fast.errors",
+        "darts_fast.fused",
         "darts_fast.precision",
         "darts_fast.profiling",
         "darts_fast.runs",
     },
     "darts_fast.plot": {"darts_fast.errors", "darts_fast.genotype", "darts_fast.runs", "darts_fast.space"},
     "darts_fast.kernels": set(),
-    "darts_fast.fused": {"darts_fast.kernels", "darts_fast.reference", "darts_fast.space"},
+    "darts_fast.fused": {
+        "darts_fast.kernels",
+        "darts_fast.reference",
+        "darts_fast.space",
+        "darts_fast.traffic",
+    },
 }
 FREE = {"darts_fast", "darts_fast.search", "darts_fast.train"}
 FORBIDDEN = {("darts_fast.search", "darts_fast.train"), ("darts_fast.train", "darts_fast.search")}

@@ -1,11 +1,15 @@
 """The C++ kernels, function by function against the ATen ones in float64, and the whole supernet on them."""
 
+import gc
+
 import pytest
 import torch
 
-from darts_fast import kernels
+from darts_fast import architect, kernels
 from darts_fast.kernels import backends, native, torch_backend
+from darts_fast.kernels.handover import Handover
 from darts_fast.kernels.torch_backend import Normalizer, Task
+from darts_fast.supernet import Supernet
 
 # The C++ kernels are optional: without a compiler the install succeeds and the ATen kernels, which
 # tests/test_kernels.py tests everywhere, compute instead.
@@ -52,14 +56,41 @@ def assert_agree(found, expected, tolerance=TOLERANCE):
             assert error <= tolerance, (index, error)
 
 
+def sepconv_last(module, start, adjoints, tangents, seconds):
+    """The tangent and the second backward sweep: yd of every task, and the second adjoint of every source."""
+    if module is native:
+        yd, left = native.sepconv_tangent_forward(*start, adjoints, *tangents)
+        return yd, native.sepconv_second(*start, seconds, left)
+    yd, gained = torch_backend.sepconv_tangent(*start, adjoints, *tangents)
+    seconds = [torch.zeros_like(y) if s is None else s for s, y in zip(seconds, adjoints, strict=True)]
+    found, *_ = torch_backend.sepconv_backward(*start, seconds, False)
+    return yd, [f if g is None else f + g for f, g in zip(found, gained, strict=True)]
+
+
+def mix_last(module, start, g, first, tangents, second):
+    """od, the second adjoint of every candidate, the sums of second h, and what dL/dp gains; `first` is what
+    `mix_backward` returned."""
+    if module is native:
+        od, p_gained, left = native.mix_tangent_forward(*start, g, first[1], tangents)
+        return od, *native.mix_second(*start, second, left), p_gained
+    od, gained, p_gained = torch_backend.mix_tangent(*start, g, *first, tangents)
+    found, sums = torch_backend.mix_backward(*start, second)
+    return od, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], sums, p_gained
+
+
+def call(module, name, *arguments):
+    several = {"sepconv_last": sepconv_last, "mix_last": mix_last}
+    return several[name](module, *arguments) if name in several else getattr(module, name)(*arguments)
+
+
 def compared(name, *arguments, select=lambda result: result):
     """The native result, after it was held against float64's and against itself on two threads."""
-    found = getattr(native, name)(*arguments)
-    assert_agree(select(found), select(getattr(torch_backend, name)(*wide(arguments))))
+    found = call(native, name, *arguments)
+    assert_agree(select(found), select(call(torch_backend, name, *wide(arguments))))
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
-        again = getattr(native, name)(*arguments)
+        again = call(native, name, *arguments)
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(flat(found), flat(again), strict=True):
@@ -125,8 +156,9 @@ def check_sepconv(start, adjoints):
     sources, _, _, d, p = start
     tangents = [torch.randn(x.shape, generator=g) for x in sources]
     moved = [[None if w is None else torch.randn(w.shape, generator=g) for w in ws] for ws in (d, p)]
-    compared("sepconv_tangent", *start, adjoints, tangents, *moved)
-    compared("sepconv_tangent", *start, adjoints, [None] * len(sources), *moved)
+    seconds = [torch.randn(y.shape, generator=g) for y in adjoints]
+    compared("sepconv_last", start, adjoints, [tangents, *moved], seconds)
+    compared("sepconv_last", start, adjoints, [[None] * len(sources), *moved], [None, *seconds[1:]])
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -152,11 +184,18 @@ def test_sepconv_with_constant_statistics():
     check_sepconv(*arguments_of((2, 16, 6, 6), 1, True, batch=False))
 
 
-def test_sepconv_leaves_out_what_is_zero():
+@pytest.mark.parametrize("kept", range(4))
+def test_sepconv_leaves_out_what_is_zero(kept):
+    """Of the tangents of sources and weights and the second adjoints, one alone."""
     start, adjoints = arguments_of((2, 16, 6, 6), 1, True)
-    nothing = [[None] * len(tensors) for tensors in (start[0], start[3], start[4])]
-    found, gained = native.sepconv_tangent(*start, adjoints, *nothing)
-    assert found == [None] * len(start[2]) and gained == [None, None]
+    given = [*(start[i] for i in (0, 3, 4)), adjoints[::-1]]
+    *tangents, seconds = (
+        [torch.roll(t, 1) if i == kept else None for t in tensors] for i, tensors in enumerate(given)
+    )
+    compared("sepconv_last", start, adjoints, tangents, seconds)
+    nothing = [[None] * len(tensors) for tensors in given]
+    found, second = sepconv_last(native, start, adjoints, nothing[:3], nothing[3])
+    assert found == [None] * len(start[2]) and not any(t.any() for t in second)
 
 
 def test_statistics_of_a_large_mean():
@@ -215,12 +254,63 @@ def test_mix(shape, count, batch):
     tangents = [image(g, *shape) + 1 for _ in range(count)]
     if count > 2:
         tangents[2] = None
-    start = candidates, norms, p, adjoint, adjoints, sums, tangents
-    found = compared("mix_tangent", *start, select=lambda result: result[:2])
-    exact = torch_backend.mix_tangent(*wide(start))[2]
-    for k, tangent in enumerate(tangents):
+    start = (candidates, norms, p), adjoint, (adjoints, sums), tangents, image(g, *shape) - 0.5
+    found = compared("mix_last", *start, select=lambda result: result[:2])
+    *_, exact_sums, exact = mix_last(torch_backend, *wide(start))
+    for k, (y, norm, tangent) in enumerate(zip(candidates, norms, tangents, strict=True)):
         terms = 0.0 if tangent is None else float(adjoint.norm() * tangent.norm())
-        assert abs(found[2][k].double() - exact[k]) <= 1e-6 * terms
+        assert abs(found[3][k].double() - exact[k]) <= 1e-6 * terms
+        h = y if norm is None else norm.apply(y)
+        assert (found[2][k] - exact_sums[k]).norm() <= 1e-6 * float(start[-1].norm() * h.norm())
+
+
+# Of one channel batch norm takes the scale away: its weight's gradient is nothing but rounding.
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
+def test_linked_convolutions_and_spread_pools_in_a_mix(shape):
+    """One mix of two convolutions with links, two pools and a skip that are spread: the four sweeps, on one
+    thread and on two, against the same without links and spread, by ATen in float64."""
+    c, g = shape[1], generator(shape[1])
+    x, adjoint = image(g, *shape), image(g, *shape)
+    shapes = [(c, 1, 3, 3), (c, 1, 5, 5), (c, c, 1, 1), (c, c, 1, 1)]
+    weights, v = ([torch.randn(s, generator=g) for s in shapes] for _ in range(2))
+    p = torch.rand(5, generator=g)
+
+    def sweeps(module, x, p, adjoint, weights, v, joined):
+        x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
+        with backends.using(module):
+            links = [kernels.Link(), kernels.Link()] if joined else []
+            y, found = kernels.sepconv([x], [Task(), Task(dilation=2)], weights[:2], weights[2:], links=links)
+            *pools, statistics = kernels.pool(x, 1)
+            others, norms = [*pools, x], [*statistics, None]
+            if joined:
+                ((*others,),) = kernels.spread(others, norms, p, [[0, 1, 2]])
+            joins = [True] * 3 + links if joined else ()
+            o = kernels.mix([*others, *y], [*norms, *found], p, True, joins)
+            first = torch.autograd.grad(o, [*weights, p, x], adjoint, create_graph=True)
+            return [t.detach() for t in (o, *first, *torch.autograd.grad(first[:4], [p, x], v))]
+
+    given = x, p, adjoint, weights, v
+    found, expected = sweeps(native, *given, True), sweeps(torch_backend, *wide(given), False)
+    assert_agree(found, expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        again = sweeps(native, *given, True)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_nothing_of_a_step_is_kept():
+    """What a tangent sweep left and no second sweep took holds the whole graph, if it is held."""
+    network = Supernet(4, 10, 3, fused=True)
+    weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    gradients = architect.gradients(network.loss(images, labels, weights, alphas), weights, create_graph=True)
+    architect.exact_hvp(gradients, alphas, architect.detached(weights))
+    del gradients
+    gc.collect()
+    assert not any(isinstance(found, Handover) for found in gc.get_objects())
 
 
 def test_nan_is_not_hidden():

@@ -1,19 +1,25 @@
 """--amp: as near to float64 as plain PyTorch's autocast, the same bits after a resume, and what overflows."""
 
+import copy
 import signal
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
-from conftest import assert_same_run
+import torch.nn.functional as F
+from conftest import assert_same_run, relative_error
 from official import official_network
 from test_search import SETTINGS, data  # noqa: F401 (a fixture)
 
-from darts_fast import SearchConfig, precision, resume_search, search
+from darts_fast import SearchConfig, TrainConfig, network, precision, resume_search, search
+from darts_fast.datasets import load
+from darts_fast.notation import NAMED
 from darts_fast.runs import Stopped
 from darts_fast.search import Search, SearchStep
 from darts_fast.supernet import Supernet
+from darts_fast.train import TrainStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import hvp_forms
@@ -27,6 +33,34 @@ def test_the_exact_product_is_as_near_as_under_autocast(amp_dtype, golden_search
     found = hvp_forms.table(network, hvp_forms.digits(8, 20), forms)
     fused, autocast = (found[f"exact, {amp_dtype}, {kind}"] for kind in ("fused", "autocast"))
     assert fused.error <= autocast.error, found
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_the_training_gradient_is_as_near_as_under_autocast(amp_dtype):
+    """Median error of forty batches of real images, of the published network with fewer cells and channels:
+    0.73 to 0.94 of autocast's for five seeds."""
+    dtype, scale = precision.TYPES[amp_dtype], precision.FIRST_LOSS_SCALE
+    torch.manual_seed(0)
+    plain, fused = (network(NAMED["DARTS_V2"], 10, 4, 4, image_channels=1, fused=f) for f in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    wide, digits = copy.deepcopy(plain).double(), load("digits", "")
+    images, labels = digits.images[:640].float(), digits.labels
+    images = (images - images.mean()) / images.std()
+    errors = {"fused": [], "autocast": []}
+    for batch in torch.arange(640).split(16):
+        x, y = images[batch], labels[batch]
+
+        def gradient(module, logits, y=y):
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y) * scale
+            found = torch.autograd.grad(loss, list(module.parameters()))
+            return torch.cat([g.flatten() for g in found]).double() / scale
+
+        exact = gradient(wide, wide(x.double()))
+        with torch.autocast("cpu", dtype=dtype):
+            logits = plain(x)
+        errors["fused"].append(relative_error(gradient(fused, fused(x, dtype)), exact))
+        errors["autocast"].append(relative_error(gradient(plain, logits), exact))
+    assert median(errors["fused"]) <= median(errors["autocast"]) < 1, errors
 
 
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
@@ -104,3 +138,35 @@ def test_finite_differences_stay_in_float32():
         step(*batches, 0.025)
         alphas.append(step.network.alphas_normal), weights.append(step.network.flat_weights)
     assert torch.equal(*alphas) and not torch.equal(*weights)
+
+
+def test_what_overflows_in_a_training_changes_no_weight_and_halves_the_scale():
+    def stepper():
+        torch.manual_seed(0)
+        module = network(NAMED["DARTS_V2"], 5, 2, 3, fused=True)
+        return TrainStep(module, TrainConfig(fused=True, amp_dtype="float16"))
+
+    step, fresh = stepper(), stepper()
+    images, labels = torch.randn(4, 3, 8, 8), torch.randint(5, (4,))
+    step.loss_scale.value.fill_(2.0**40)
+    step.take(images, labels)
+    assert float(step.loss_scale.value) == 2.0**39
+    assert all(torch.equal(*pair) for pair in zip(step.parameters, fresh.parameters, strict=True))
+    assert not any(state["momentum_buffer"].any() for state in step.optimizer.state.values())
+    step.loss_scale.value.fill_(2.0**8)
+    step.take(images, labels)
+    assert float(step.loss_scale.value) == 2.0**8
+    assert not torch.equal(step.parameters[0], fresh.parameters[0])
+
+
+def test_a_training_in_float32_is_the_same_to_the_bit_with_a_scale():
+    """Powers of two: what is multiplied and divided is exact."""
+    images, labels, found = torch.randn(4, 3, 8, 8), torch.randint(5, (4,)), []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        step = TrainStep(network(NAMED["DARTS_V2"], 5, 2, 3, fused=True), TrainConfig(fused=True))
+        if scaled:
+            step.loss_scale = precision.LossScale(torch.device("cpu"))
+        step.take(images, labels)
+        found.append(step.network.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

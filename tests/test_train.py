@@ -18,6 +18,7 @@ from conftest import assert_same_run, checkpoint, events, relative_error
 from test_run import call
 
 from darts_fast import (
+    Genotype,
     InputError,
     RunError,
     TrainConfig,
@@ -153,7 +154,7 @@ def test_drop_path_rises_linearly_and_the_first_epoch_has_none(data, in_tmp, mon
     seen, plain = [], Training.take_step
 
     def step(self, *arguments):
-        seen.append(self.network.drop_path_prob)
+        seen.append(float(self.network.drop_path_prob))
         return plain(self, *arguments)
 
     monkeypatch.setattr(Training, "take_step", step)
@@ -237,6 +238,8 @@ BAD = {
     "--genotype DARTS --weight_decay 1e308": "weight_decay must be a finite number, at most 1e30",
     f"--resume {'d' * 5000}": "is not a folder",
     f"--evaluate {'d' * 5000}": "is not a folder",
+    "--genotype DARTS --amp": "amp is for the fused cells: give --fused, too",
+    "--genotype DARTS --fused --amp_dtype float32": "invalid choice",
     "--genotype DARTS --drop_path_prob 1": "drop_path_prob must be from 0 to below 1",
     "--genotype DARTS --aux_weight -1": "aux_weight must be 0 or more",
     "--genotype DARTS --stem mnist": "invalid choice",
@@ -326,14 +329,53 @@ def test_fused_is_the_same_training(monkeypatch, capsys, in_tmp):
         for key in a:
             if "loss" in key:
                 assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    assert "fused cells (" in found["fused log"] and "fused cells" not in found["plain log"]
+    assert "cells: fused, kernels: " in found["fused log"]
+    assert "cells: PyTorch's operations" in found["plain log"]
     images = torch.randn(5, 1, 8, 8)
     networks = [load_network(in_tmp / "augments" / name / "final.pt") for name in ("plain", "fused")]
     assert networks[0].arguments == networks[1].arguments
     assert relative_error(networks[1](images), networks[0](images)) < 1e-3
 
 
-def test_fused_is_for_the_cpu(data, monkeypatch):
-    monkeypatch.setattr("darts_fast.config.available_device", lambda name: torch.device("cuda:0"))
-    with pytest.raises(InputError, match="fused trains a genotype on the CPU only, not on cuda:0"):
-        train(dataclasses.replace(TINY, fused=True, device="cuda:0"), data)
+def test_amp_trains_as_float32_does(monkeypatch, capsys, in_tmp):
+    """Through run_from.py: `--amp_dtype` forces 2 bytes on a CPU, and rounds no more than its type does;
+    `--amp` alone computes in float32, to the bit, and says so."""
+    losses, logs = {}, {}
+    variants = {"float32": [], "amp": ["--amp"], "half": ["--amp_dtype", "float16", "--no_graph"]}
+    for name, more in variants.items():
+        arguments = ["--genotype", "DARTS_V2", "--epochs", "1", "--init_channels", "4", "--layers", "3"]
+        arguments += ["--batch_size", "500", "--lr", "0.005", "--print_freq", "1", "--name", name, "--fused"]
+        assert call(monkeypatch, capsys, *arguments, *more, program="run_from")[0] == 0
+        folder = in_tmp / "augments" / name
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        losses[name] = [line.get("loss", line.get("test_loss")) for line in lines]
+        logs[name] = (folder / f"{name}.log").read_text()
+    assert losses["amp"] == losses["float32"] != losses["half"]
+    assert losses["half"] == pytest.approx(losses["float32"], rel=1e-2)
+    assert "precision: float32: in 2 bytes a step is slower on a CPU" in logs["amp"]
+    assert "precision: float16 activations in the cells, all else float32" in logs["half"]
+    assert "step: not captured" in logs["half"]
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_fused_with_amp_resumes_to_the_same_bits_and_is_evaluated_right(amp_dtype, data, in_tmp, signal_at):
+    config = dataclasses.replace(TINY, fused=True, amp_dtype=amp_dtype)
+    result = train(config, data)
+    whole = result.path.rename("whole")
+    signal_at(Training, 6, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(config, data)
+    resumed = resume_training("augments/tensors", data)
+    assert_same_run(whole, resumed.path)
+    assert ("loss_scale" in checkpoint(whole)) == (amp_dtype == "float16")
+    # The file is a plain network's, which computes in float32.
+    found = evaluate(resumed.path, data=data)["final.pt"]
+    assert found[1:] == (resumed.top1, resumed.top5) == (result.top1, result.top5)
+
+
+def test_an_operation_that_nothing_reads_is_trained_as_any_other(data, in_tmp):
+    """Its gradient is zero."""
+    nodes = [[("sep_conv_3x3", 0), ("skip_connect", 1)], [("max_pool_3x3", 0), ("skip_connect", 1)]]
+    unread = Genotype(nodes, [3], nodes, [3])
+    result = train(dataclasses.replace(TINY, genotype=unread, epochs=1), data)
+    assert result.top1 == evaluate(result.path, data=data)["final.pt"][1]

@@ -155,15 +155,15 @@ def expected_last_sweeps_of_sepconv(arguments, adjoints, tangents, seconds):
 
 
 def last_sweeps_of_mix(arguments, g, sums, tangents, second):
-    """od, what dL/dp gains, the second adjoint of every candidate, the sums of second * h."""
-    od, p_gained, left = triton_backend.mix_tangent_forward(*arguments, g, sums, tangents)
-    return od, p_gained, *triton_backend.mix_second(*arguments, second, left)
+    """od, and the second adjoints of every candidate and of p."""
+    od, left = triton_backend.mix_tangent_forward(*arguments, g, sums, tangents)
+    return od, *triton_backend.mix_second(*arguments, second, left)
 
 
 def expected_last_sweeps_of_mix(arguments, g, adjoints, sums, tangents, second):
     od, gained, p_gained = torch_backend.mix_tangent(*arguments, g, adjoints, sums, tangents)
     found, sums = torch_backend.mix_backward(*arguments, second)
-    return od, p_gained, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], sums
+    return od, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], p_gained + sums.sum(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,6 +189,30 @@ def test_sepconv(name, dtype):
         expected_last_sweeps_of_sepconv(*widened((arguments, adjoints, tangents, seconds))),
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joined_outputs_are_the_tasks_side_by_side(dtype):
+    """Two factorized reduces in one call: the same bits as their halves apart."""
+    arguments, _ = sepconv_case("factorized reduce", dtype)
+    sources, norms, tasks, d, p = arguments
+    twice = sources, norms, tasks * 2, d * 2, [weight(p[0].shape, dtype, 80 + i) for i in range(4)]
+
+    def both(run):
+        found, joined = run(*twice), run(*twice, join=2)
+        return [torch.cat(found[0][i : i + 2], dim=1) for i in (0, 2)], joined[0], found[1], joined[1]
+
+    apart, joined, statistics, joined_statistics = both(triton_backend.sepconv_forward)
+    compare(joined, [y.double() for y in apart], torch.float64)
+    for i, found in enumerate(joined_statistics):
+        assert torch.equal(found, torch.cat(list(statistics[2 * i : 2 * i + 2]), dim=1))
+    tangents = [images(x.shape, dtype, 40) for x in sources], [None] * 4, twice[4][::-1]
+
+    def tangent(*arguments, join=1):
+        return triton_backend.sepconv_tangent_forward(*arguments, [], *tangents, join=join)
+
+    apart, joined, *_ = both(tangent)
+    compare(joined, [y.double() for y in apart], torch.float64)
 
 
 @pytest.mark.parametrize("kept", range(3))
@@ -231,9 +255,10 @@ def test_mix(shape, count, batch, dtype):
     g = images(shape, dtype, 11)
     wide = widened((candidates, norms, p))
     compare(triton_backend.mix_forward(candidates, norms, p), torch_backend.mix_forward(*wide), dtype)
-    adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+    adjoints, sums, p_gradient = triton_backend.mix_backward(candidates, norms, p, g)
     expected = torch_backend.mix_backward(*wide, g.double())
     compare((adjoints, sums), expected, dtype)
+    compare(p_gradient, expected[1].sum(1), dtype)
     tangents = [None if i == 3 else images(shape, dtype, 20 + i) for i in range(count)]
     second = images(shape, dtype, 40)
     found = last_sweeps_of_mix((candidates, norms, p), g, sums, tangents, second)
@@ -243,29 +268,40 @@ def test_mix(shape, count, batch, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
-    """One mix of two convolutions with links, two pools and a skip that are spread: the four sweeps, against
-    the same without links and spread, by ATen in float64."""
+    """A 1x1 convolution with its batch norm, and of that a mix of a dilated and a separable convolution with
+    links, two pools and a skip that are spread: the four sweeps, against the same without links and spread,
+    by ATen in float64."""
     shape, v_seed = (2, 6, 5, 4), 40
     x = images(shape, dtype, 0)
-    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 6, 1, 1), (6, 6, 1, 1)]
+    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 1, 3, 3), *[(6, 6, 1, 1)] * 4]
     weights = [weight(s, dtype, 10 + i) for i, s in enumerate(shapes)]
     p, g = weight((5,), dtype, 20), images(shape, dtype, 21)
 
     def sweeps(module, x, weights, p, joined):
         x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
         with using(module):
-            links = [kernels.Link(), kernels.Link()] if joined else []
+            one = [kernels.Link()] if joined else ()
+            (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:], links=one)
+            for_convolutions, for_pools, skip = kernels.share(
+                kernels.mix([y], [found], p.new_ones(1), True, one), 3
+            )
+            links = [kernels.Link(), kernels.Link()] if joined else ()
             tasks = [Task(), Task(dilation=2)]
-            y, found = kernels.sepconv([x], tasks, weights[:2], weights[2:], links=links)
-            *pools, statistics = kernels.pool(x, 1)
-            others, norms = [*pools, x], [*statistics, None]
+            y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=links)
+            halves, links = links[1:], [*links[:1], kernels.Link()] if joined else ()
+            second, last = kernels.sepconv(
+                y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, links[1:], source_links=halves
+            )
+            y, found = [y[0], *second], [found[0], *last]
+            *pools, statistics = kernels.pool(for_pools, 1)
+            others, norms = [*pools, skip], [*statistics, None]
             if joined:
-                ((*others,),) = kernels.spread(others, norms, p, [[0, 1, 2]])
-            joins = [True] * 3 + links if joined else ()
-            o = kernels.mix([*others, *y], [*norms, *found], p, True, joins)
+                links = [*(kernels.Link() for _ in others), *links]
+                ((*others,),) = kernels.spread(others, norms, [links[:3]])
+            o = kernels.mix([*others, *y], [*norms, *found], p, True, links)
             first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
             v = [weight(w.shape, dtype, v_seed + i).to(w.dtype) for i, w in enumerate(weights)]
-            return [o, *first, *torch.autograd.grad(first[:4], [p, x], v)]
+            return [o, *first, *torch.autograd.grad(first[: len(weights)], [p, x], v)]
 
     found = sweeps(triton_backend, x, weights, p, True)
     expected = sweeps(torch_backend, *widened((x, weights, p)), False)
@@ -309,7 +345,7 @@ def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
             norms = [normalizer(y, True) if i else None for i, y in enumerate(candidates)]
             norms = [narrowed(norm, torch.float32) for norm in norms]
             p, g = weight((4,), torch.float32, 10), images((2, 16, 4, 8), torch.float32, 11)
-            adjoints, sums = triton_backend.mix_backward(candidates, norms, p, g)
+            adjoints, sums, _ = triton_backend.mix_backward(candidates, norms, p, g)
             last_sweeps_of_mix((candidates, norms, p), g, sums, adjoints, adjoints[0])
         else:
             arguments, adjoints = sepconv_case(name, torch.float32)

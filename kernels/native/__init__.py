@@ -1,4 +1,6 @@
-"""The kernels in C++ for CPU: the functions of `torch_backend`, for float32.
+"""The kernels in C++ for CPU: the functions of `torch_backend`, for float32. In place of `..._tangent` of the
+mix and of sepconv there are `..._tangent_forward`, which gives the tangents of the outputs, and `..._second`,
+the second backward sweep whole; and a candidate's adjoint is made where `sepconv` loads it (see `handover`).
 
 setup.py compiles the sources beside this file once per processor level, where there is a compiler; the widest
 that this processor runs is loaded, by ctypes. A call makes a table of C structures from tensors and runs all
@@ -15,12 +17,17 @@ from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from darts_fast.kernels.handover import Link
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.torch_backend import add as add  # a plain sum is nowhere faster
+
+if TYPE_CHECKING:
+    from darts_fast.kernels.sepconv import Own  # which imports this module
 
 LEVELS = {4: "x86-64-v4", 3: "x86-64-v3", 0: "portable"}
 _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
@@ -45,8 +52,11 @@ def level() -> int | None:
 def library_of(level: int) -> ctypes.CDLL:
     """The library of a processor level, which must have been built."""
     library = ctypes.CDLL(str(_path(level)))
-    for sweep in ("forward", "backward", "tangent"):
-        for name, table in (("sepconv", [c_void_p, c_int64] * 2), ("pool", [c_void_p]), ("mix", [c_void_p])):
+    library.darts_keep_memory()
+    sweeps = ["forward", "backward", "tangent", "second"]
+    of_sepconv, of_others = [c_void_p, c_int64] * 2, [c_void_p]
+    for name, table, last in (("sepconv", of_sepconv, 4), ("pool", of_others, 3), ("mix", of_others, 4)):
+        for sweep in sweeps[:last]:
             function = getattr(library, f"darts_{name}_{sweep}")
             function.argtypes, function.restype = [*table, c_int], None
     return library
@@ -103,10 +113,47 @@ def _image(n: int, c: int, h: int, w: int) -> Tensor:
     return torch.empty((n, c, h, w), dtype=torch.float32, memory_format=torch.channels_last)
 
 
-def _source(rows: _Rows, x: Tensor, norm: Normalizer | None, xd: Tensor | None, adjoint: int) -> None:
+def _source(
+    rows: _Rows, x: Tensor, norm: Normalizer | None, xd: Tensor | None, adjoint: int, bends: int
+) -> None:
     n, c, h, w = x.shape
     mean, r, batch = rows.norm(norm)
-    rows.append(rows.image(x), rows.image(xd), mean, r, adjoint, batch, n, h, w, c)
+    rows.append(rows.image(x), rows.image(xd), mean, r, adjoint, bends, batch, n, h, w, c)
+
+
+class _Adjoint(NamedTuple):
+    """Of an output of sepconv, in the order of the C++ structure."""
+
+    y: int = 0
+    second: int = 0
+    own: int = 0
+    own_mean: int = 0
+    own_tangent: int = 0
+    factors: int = 0
+    second_factors: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        rows: _Rows,
+        y: Tensor,
+        own: "Own | None",
+        second: Tensor | None = None,
+        tangent: Tensor | None = None,
+    ) -> "_Adjoint":
+        """Args: tangent: that of the output, where it has a link."""
+        if own is None:
+            return cls(rows.image(y), rows.image(second))
+        at, c = own.link.index, y.shape[1] * 4  # bytes
+        factors = own.first.data_ptr() + at * _FIRST_FACTORS * c
+        if second is None:
+            return cls(rows.image(y), 0, rows.image(own.y), rows.vector(own.mean), 0, factors)
+        second_factors = own.link.second.data_ptr() + at * _FACTORS * c
+        images = rows.image(y), rows.image(second), rows.image(own.y)
+        return cls(*images, rows.vector(own.mean), rows.image(tangent), factors, second_factors)
+
+
+_FIRST_FACTORS, _FACTORS, _BENDS = 3, 5, 5  # rows, see lanes.h and mix.cpp
 
 
 def _task(
@@ -114,15 +161,16 @@ def _task(
     task: Task,
     weights: Sequence[Tensor | None],
     tangents: Sequence[Tensor | None] = (None, None),
-    y_adjoint: Tensor | None = None,
+    adjoint: Sequence[int] = (0,) * 7,
     outputs: Sequence[int] = (0, 0, 0, 0),
 ) -> None:
-    """weights: depthwise and pointwise; outputs: y or its tangent, statistics, gradients of the weights."""
+    """weights: depthwise and pointwise; adjoint: an _Adjoint; outputs: y or its tangent, statistics, and the
+    gradients of the weights."""
     source, stride, dilation, offset = task
     d, p = weights
     kernel = 0 if d is None else d.shape[-1]
     rows.append(source, kernel, stride, dilation, offset, p.shape[0])
-    rows.append(*map(rows.vector, weights), *map(rows.vector, tangents), rows.image(y_adjoint), *outputs)
+    rows.append(*map(rows.vector, weights), *map(rows.vector, tangents), *adjoint, *outputs)
 
 
 def _sepconv(sweep: str, sources: _Rows, n_sources: int, tasks: _Rows, n_tasks: int) -> None:
@@ -149,7 +197,7 @@ def sepconv_forward(
     """
     inputs, table, outputs = _Rows(), _Rows(), []
     for x, norm in zip(sources, normalizers, strict=True):
-        _source(inputs, x, norm, None, 0)
+        _source(inputs, x, norm, None, 0, 0)
     statistics = torch.empty(len(tasks), 3, pointwise_weights[0].shape[0])
     of_task, row = statistics.data_ptr(), statistics.stride(0) * statistics.itemsize
     for task, d, p in zip(tasks, depthwise_weights, pointwise_weights, strict=True):
@@ -171,17 +219,18 @@ def sepconv_backward(
     pointwise_weights: Sequence[Tensor],
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
+    owns: "Sequence[Own | None]" = (),
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """H = [h > 0] D' * P' Y of every source, summed over its tasks, back through its batch norm; and the
     gradients dP = P' z and dD of the weights (docs/mathematics.md), None where they are not asked for.
 
     Args:
-        adjoints: Y of each task, as y.
+        adjoints: Y of each task, as y; of one with a link, which is in `owns`, that of the node.
     """
     found = [_image(*x.shape) for x in sources]
     inputs, table = _Rows(), _Rows()
     for x, norm, adjoint in zip(sources, normalizers, found, strict=True):
-        _source(inputs, x, norm, None, adjoint.data_ptr())
+        _source(inputs, x, norm, None, adjoint.data_ptr(), 0)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     for index, task in enumerate(tasks):
@@ -193,12 +242,25 @@ def sepconv_backward(
             if d is not None:
                 d_gradients[index] = torch.empty(d.shape)
                 d_at = d_gradients[index].data_ptr()
-        _task(table, task, (d, p), y_adjoint=adjoints[index], outputs=(0, 0, d_at, p_at))
+        adjoint = _Adjoint.of(table, adjoints[index], owns[index] if owns else None)
+        _task(table, task, (d, p), adjoint=adjoint, outputs=(0, 0, d_at, p_at))
     _sepconv("backward", inputs, len(sources), table, len(tasks))
     return found, d_gradients, p_gradients
 
 
-def sepconv_tangent(
+class _SepConvLeft(NamedTuple):
+    """What the tangent sweep leaves for the second backward sweep."""
+
+    adjoints: Sequence[Tensor]
+    source_tangents: Sequence[Tensor | None]
+    depthwise_tangents: Sequence[Tensor | None]
+    pointwise_tangents: Sequence[Tensor | None]
+    bends: Tensor  # [sources, 2, C], where batch norm moves with the source
+    outputs: Sequence[Tensor | None]  # yd
+    owns: "Sequence[Own | None]"
+
+
+def sepconv_tangent_forward(
     sources: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     tasks: Sequence[Task],
@@ -208,33 +270,67 @@ def sepconv_tangent(
     source_tangents: Sequence[Tensor | None],
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """yd of every task, and what the sources' second adjoints gain. A tangent that is None is zero, and so
-    is a result that is None.
+    owns: "Sequence[Own | None]" = (),
+) -> tuple[list[Tensor | None], _SepConvLeft]:
+    """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero, and so is a yd.
 
-        yd = P (D * ad + Dd * a) + Pd (D * a)      gained to A: Dd' * (P' Y) + D' * (Pd' Y)
+    yd = P (D * ad + Dd * a) + Pd (D * a)
     """
-    weights_move = [False] * len(sources)  # a source has a task whose weights have a tangent
-    for task, dd, pd in zip(tasks, depthwise_tangents, pointwise_tangents, strict=True):
-        weights_move[task.source] |= dd is not None or pd is not None
-    inputs, table = _Rows(), _Rows()
-    gained: list[Tensor] = []
-    bend: list[bool] = []  # whether it is zero otherwise
-    for index, (x, norm, xd) in enumerate(zip(sources, normalizers, source_tangents, strict=True)):
-        bends = norm is not None and norm.batch and xd is not None
-        gained.append(_image(*x.shape))
-        _source(inputs, x, norm, xd, gained[-1].data_ptr())
-        bend.append(weights_move[index] or bends)
-    outputs: list[Tensor | None] = []
+    bends = torch.empty(len(sources), 2, sources[0].shape[1])
+    inputs, table, outputs = _Rows(), _Rows(), []
+    _sources_with_tangents(inputs, sources, normalizers, source_tangents, bends)
     for index, task in enumerate(tasks):
         dd, pd = depthwise_tangents[index], pointwise_tangents[index]
         moves = any(t is not None for t in (dd, pd, source_tangents[task.source]))
         outputs.append(_image(*adjoints[index].shape) if moves else None)
         weights = depthwise_weights[index], pointwise_weights[index]
         y_at = outputs[-1].data_ptr() if moves else 0
-        _task(table, task, weights, (dd, pd), adjoints[index], (y_at, 0, 0, 0))
+        _task(table, task, weights, (dd, pd), outputs=(y_at, 0, 0, 0))
     _sepconv("tangent", inputs, len(sources), table, len(tasks))
-    return outputs, [adjoint if nonzero else None for adjoint, nonzero in zip(gained, bend, strict=True)]
+    return outputs, _SepConvLeft(
+        adjoints, source_tangents, depthwise_tangents, pointwise_tangents, bends, outputs, owns
+    )
+
+
+def sepconv_second(
+    sources: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    tasks: Sequence[Task],
+    depthwise_weights: Sequence[Tensor | None],
+    pointwise_weights: Sequence[Tensor],
+    adjoints: Sequence[Tensor | None],
+    left: _SepConvLeft,
+) -> list[Tensor]:
+    """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero):
+
+    [h > 0] ( D' * (P' Yd + Pd' Y) + Dd' * P' Y ), back through its batch norm, which moves.
+    """
+    found = [_image(*x.shape) for x in sources]
+    inputs, table = _Rows(), _Rows()
+    _sources_with_tangents(inputs, sources, normalizers, left.source_tangents, left.bends, found)
+    owns = left.owns or [None] * len(tasks)
+    for index, task in enumerate(tasks):
+        weights = depthwise_weights[index], pointwise_weights[index]
+        tangents = left.depthwise_tangents[index], left.pointwise_tangents[index]
+        adjoint = _Adjoint.of(table, left.adjoints[index], owns[index], adjoints[index], left.outputs[index])
+        _task(table, task, weights, tangents, adjoint)
+    _sepconv("second", inputs, len(sources), table, len(tasks))
+    return found
+
+
+def _sources_with_tangents(
+    rows: _Rows,
+    sources: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    tangents: Sequence[Tensor | None],
+    bends: Tensor,
+    adjoints: Sequence[Tensor | None] = (),
+) -> None:
+    at, row = bends.data_ptr(), bends.stride(0) * bends.itemsize
+    for index, (x, norm, xd) in enumerate(zip(sources, normalizers, tangents, strict=True)):
+        moves = xd is not None and norm is not None and norm.batch
+        adjoint = adjoints[index].data_ptr() if adjoints else 0
+        _source(rows, x, norm, xd, adjoint, at + index * row if moves else 0)
 
 
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,75 +385,257 @@ def _refuse_one_value(y: Tensor) -> None:
 
 def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
     """o = sum over k of p_k h_k, [N, C, H, W]; p [candidates], float32."""
-    table, out = _Rows(), _image(*candidates[0].shape)
-    for y, norm in zip(candidates, normalizers, strict=True):
-        _candidate(table, y, norm)
-    _mix("forward", table, len(candidates), p, out, out=out)
+    rows, out = _Rows(), _image(*candidates[0].shape)
+    for y, norm, at in zip(candidates, normalizers, _places(rows, p), strict=True):
+        _candidate(rows, y, norm, at)
+    _mix("forward", rows, candidates, out=out)
     return out
 
 
 def mix_backward(
-    candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor, g: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), and the sums of g h_k: [candidates, C]."""
-    table, sums = _Rows(), torch.empty(len(candidates), g.shape[1])
-    adjoints = [_image(*g.shape) for _ in candidates]
-    for y, norm, adjoint in zip(candidates, normalizers, adjoints, strict=True):
-        _candidate(table, y, norm, None, adjoint)
-    _mix("backward", table, len(candidates), p, g, g=g, sums=sums)
-    return adjoints, sums
-
-
-def mix_tangent(
     candidates: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    adjoints: Sequence[Tensor],
+    spread: Sequence[bool | Link] = (),
+) -> tuple[list[Tensor], Tensor]:
+    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
+    [candidates, C]."""
+    rows = _Rows()
+    adjoints, factors, sums = _backward(
+        rows, candidates, normalizers, _places(rows, p), [g] * len(candidates), spread
+    )
+    for link in _links(spread):
+        link.first = factors
+    return adjoints, sums
+
+
+def _backward(
+    rows: _Rows,
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Sequence[int],
+    gs: Sequence[Tensor],
+    spread: Sequence[bool | Link] = (),
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Adjoints, factors and sums, of candidates with an adjoint each."""
+    count, c = len(candidates), candidates[0].shape[1]
+    sums, factors = torch.empty(count, c), torch.empty(count, _FIRST_FACTORS, c)
+    adjoints = _adjoints(gs, spread)
+    for k, (y, norm, at) in enumerate(zip(candidates, normalizers, weights, strict=True)):
+        adjoint = 0 if spread and spread[k] else adjoints[k].data_ptr()
+        _candidate(rows, y, norm, at, rows.image(gs[k]), adjoint=adjoint)
+    _mix("backward", rows, candidates, sums=sums, factors=factors)
+    return adjoints, factors, sums
+
+
+def _adjoints(gs: Sequence[Tensor], spread: Sequence[bool | Link]) -> list[Tensor]:
+    """What a candidate is given: g where it is `spread`, else a tensor to write."""
+    return [g if spread and spread[k] else _image(*g.shape) for k, g in enumerate(gs)]
+
+
+def _links(spread: Sequence[bool | Link]) -> list[Link]:
+    return [link for link in spread if isinstance(link, Link)]
+
+
+class _MixLeft(NamedTuple):
+    """What the tangent sweep of a mix leaves for its second backward sweep."""
+
+    g: Tensor
+    tangents: Sequence[Tensor | None]  # yd
+    bends: Tensor
+
+
+def mix_tangent_forward(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """od = sum over k of p_k hd_k, what the candidates' second adjoints gain, and what dL/dp gains. A tangent
-    that is None is zero, and so is a gain that is None.
+    spread: Sequence[bool | Link] = (),
+) -> tuple[Tensor, Tensor, _MixLeft]:
+    """od = sum over k of p_k hd_k, what dL/dp gains, and what `mix_second` needs; `sums` are what
+    `mix_backward` returned. A tangent that is None is zero."""
+    rows, out, p_gained = _Rows(), _image(*g.shape), torch.empty_like(p)
+    gs = [g] * len(candidates)
+    bends = _tangent(rows, candidates, normalizers, _places(rows, p), gs, sums, tangents, out, p_gained)
+    return out, p_gained, _MixLeft(g, tangents, bends)
 
-    `sums` is what `mix_backward` returned; the adjoints it returned are computed again from g, which all
-    candidates share, rather than read.
-    """
-    table, out, p_gained = _Rows(), _image(*g.shape), torch.empty_like(p)
-    gained: list[Tensor | None] = []
-    for y, norm, tangent in zip(candidates, normalizers, tangents, strict=True):
-        bends = norm is not None and norm.batch and tangent is not None
-        gained.append(_image(*g.shape) if bends else None)
-        _candidate(table, y, norm, tangent, gained[-1])
-    _mix("tangent", table, len(candidates), p, g, g=g, out=out, sums=sums, p_gained=p_gained)
-    return out, gained, p_gained
+
+def _tangent(
+    rows: _Rows,
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Sequence[int],
+    gs: Sequence[Tensor],
+    sums: Tensor,
+    tangents: Sequence[Tensor | None],
+    out: Tensor | None = None,
+    p_gained: Tensor | None = None,
+) -> Tensor:
+    bends = torch.empty(len(candidates), _BENDS, candidates[0].shape[1])
+    for y, norm, at, g, yd in zip(candidates, normalizers, weights, gs, tangents, strict=True):
+        _candidate(rows, y, norm, at, rows.image(g), rows.image(yd))
+    _mix("tangent", rows, candidates, out=out, sums=sums, bends=bends, p_gained=p_gained)
+    return bends
+
+
+def mix_second(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    g: Tensor,
+    left: _MixLeft,
+    spread: Sequence[bool | Link] = (),
+) -> tuple[list[Tensor], Tensor]:
+    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
+    [candidates, C]; g is the node's second adjoint."""
+    rows, count = _Rows(), len(candidates)
+    adjoints, factors, sums = _second(
+        rows,
+        candidates,
+        normalizers,
+        _places(rows, p),
+        [g] * count,
+        [left.g] * count,
+        left.tangents,
+        left.bends,
+        spread,
+    )
+    for link in _links(spread):
+        link.second = factors
+    return adjoints, sums
+
+
+def _second(
+    rows: _Rows,
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Sequence[int],
+    gs: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    bends: Tensor,
+    spread: Sequence[bool | Link] = (),
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Second adjoints, factors and sums, of candidates with first and second adjoints each."""
+    count, c = len(candidates), candidates[0].shape[1]
+    sums, factors = torch.empty(count, c), torch.empty(count, _FACTORS, c)
+    adjoints = _adjoints(gs, spread)
+    for k, (y, norm, at) in enumerate(zip(candidates, normalizers, weights, strict=True)):
+        images = map(rows.image, (firsts[k], tangents[k], gs[k]))
+        _candidate(rows, y, norm, at, *images, 0 if spread and spread[k] else adjoints[k].data_ptr())
+    _mix("second", rows, candidates, sums=sums, bends=bends, factors=factors)
+    return adjoints, factors, sums
+
+
+# Spread: tensors that several mixes read
+
+
+def spread_backward(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+) -> tuple[list[Tensor] | Tensor, ...]:
+    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` the G_c
+    of those that are normalised, and the sums of G_c h_c.
+
+    `places` and `adjoints` are by reader, then by tensor."""
+    found, normed = _weighed(weights, places, adjoints, len(tensors)), _normed(normalizers)
+    if not normed:
+        return found, weights.new_empty(0)
+    given, norms, gs = _at(normed, tensors), _at(normed, normalizers), _at(normed, found)
+    adjoints, _, sums = _backward(_Rows(), given, norms, [0] * len(normed), gs)
+    for c, adjoint in zip(normed, adjoints, strict=True):
+        found[c] = adjoint
+    return found, *gs, sums
+
+
+def spread_second(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    weights: Tensor,
+    places: Sequence[int],
+    adjoints: Sequence[Tensor],
+    *left: Tensor | Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The second adjoint of every tensor; `left` is what `spread_backward` returned after the adjoints, and
+    the tensors' tangents."""
+    found, normed = _weighed(weights, places, adjoints, len(tensors)), _normed(normalizers)
+    if not normed:
+        return found
+    *firsts, sums, tangents = left
+    given, norms, moved = _at(normed, tensors), _at(normed, normalizers), _at(normed, tangents)
+    ones = [0] * len(normed)
+    bends = _tangent(_Rows(), given, norms, ones, firsts, sums, moved)
+    gs = _at(normed, found)
+    for c, adjoint in zip(
+        normed, _second(_Rows(), given, norms, ones, gs, firsts, moved, bends)[0], strict=True
+    ):
+        found[c] = adjoint
+    return found
+
+
+def _weighed(
+    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
+) -> list[Tensor]:
+    """The sum over readers of p_jc G_j, of every tensor."""
+    found = []
+    for c in range(tensors):
+        rows, out = _Rows(), _image(*adjoints[c].shape)
+        at = rows.vector(weights)
+        for place, g in zip(places[c::tensors], adjoints[c::tensors], strict=True):
+            _candidate(rows, g, None, at + 4 * place)
+        _mix("forward", rows, adjoints[c::tensors], out=out)
+        found.append(out)
+    return found
+
+
+def _normed(normalizers: Sequence[Normalizer | None]) -> list[int]:
+    return [c for c, norm in enumerate(normalizers) if norm is not None]
+
+
+def _at(indices: Sequence[int], values: Sequence) -> list:
+    return [values[index] for index in indices]
+
+
+def _places(rows: _Rows, p: Tensor) -> range:
+    """The addresses of p's numbers."""
+    start = rows.vector(p)
+    return range(start, start + 4 * p.numel(), 4)
 
 
 def _candidate(
     rows: _Rows,
     y: Tensor,
     norm: Normalizer | None,
-    tangent: Tensor | None = None,
-    adjoint: Tensor | None = None,
+    weight: int,
+    g: int = 0,
+    tangent: int = 0,
+    second: int = 0,
+    adjoint: int = 0,
 ) -> None:
     mean, r, batch = rows.norm(norm)
-    rows.append(
-        rows.image(y), mean, r, rows.image(tangent), 0 if adjoint is None else adjoint.data_ptr(), batch
-    )
+    rows.append(rows.image(y), mean, r, weight, g, tangent, second, adjoint, batch)
 
 
 def _mix(
     sweep: str,
-    candidates: _Rows,
-    count: int,
-    p: Tensor,
-    like: Tensor,
-    g: Tensor | None = None,
+    rows: _Rows,
+    candidates: Sequence[Tensor],
     out: Tensor | None = None,
     sums: Tensor | None = None,
+    bends: Tensor | None = None,
+    factors: Tensor | None = None,
     p_gained: Tensor | None = None,
 ) -> None:
-    call, c = _Rows(), like.shape[1]
-    call.append(candidates.address, call.vector(p), call.image(g), call.image(out))
-    call.append(call.vector(sums), call.vector(p_gained), count, like.numel() // c, c)
+    n, c, h, w = candidates[0].shape
+    call = _Rows()
+    call.append(
+        rows.address, *(0 if t is None else t.data_ptr() for t in (out, sums, bends, factors, p_gained))
+    )
+    call.append(len(candidates), n * h * w, c)
     getattr(_library(), f"darts_mix_{sweep}")(call.address, torch.get_num_threads())

@@ -191,4 +191,27 @@ INLINE V narrow(const double* from, V v) {
 }
 INLINE float narrow(const double* from, float) { return float(*from); }
 
+// The adjoint of what a batch norm reads, as a sum of tensors with a factor for each channel:
+//
+//     OF_G g + OF_Y (y - mean) + OF_ONE
+//
+// and the second one with a second adjoint in place of g, plus OF_FIRST (the first adjoint) + OF_TANGENT yd.
+// The mean is taken off y first: in OF_ONE it would cancel, and lose digits.
+enum { OF_G, OF_Y, OF_ONE, FIRST_FACTORS, OF_FIRST = FIRST_FACTORS, OF_TANGENT, FACTORS };
+
+template <class T>
+struct Factors {
+  T g, y, one, first = {}, tangent = {}, mean;
+
+  Factors() = default;
+  Factors(const float* rows, int64_t row, bool second, T mean) : mean(mean) {
+    g = load<T>(rows + OF_G * row), y = load<T>(rows + OF_Y * row), one = load<T>(rows + OF_ONE * row);
+    if (second) first = load<T>(rows + OF_FIRST * row), tangent = load<T>(rows + OF_TANGENT * row);
+  }
+  __attribute__((always_inline)) T of(T of_g, T of_y) const { return g * of_g + (y * (of_y - mean) + one); }
+  __attribute__((always_inline)) T and_of(T found, T of_first, T of_tangent) const {
+    return first * of_first + (tangent * of_tangent + found);
+  }
+};
+
 }  // namespace

@@ -1,4 +1,4 @@
-// Which of the libraries this processor can run: 4 (x86-64-v4, AVX-512), 3 (x86-64-v3, AVX2) or 0 (portable).
+// What concerns the process: which of the libraries this processor can run: 4 (x86-64-v4, AVX-512), 3 (x86-64-v3, AVX2) or 0 (portable).
 extern "C" int darts_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -10,5 +10,19 @@ extern "C" int darts_level() {
   return v4 ? 4 : v3 ? 3 : 0;
 #else
   return 0;
+#endif
+}
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+// Has the C library keep what is freed, tensors up to 32 MB (the most that it takes) among it, for the next
+// allocation: giving it back and asking again costs a page fault per 4 KB.
+extern "C" void darts_keep_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 2147483647);
+  mallopt(M_TOP_PAD, 64 << 20);
 #endif
 }

@@ -1,22 +1,28 @@
 // The mix: candidates, batch-normalised on load, weighed and summed into a node; all candidates of a node in
 // one pass over memory, a chunk of pixels after the other, so that what they share stays in the first cache.
+// The last three functions also serve `spread`, whose tensors have an adjoint each, and no node.
 #include "lanes.h"
 
 extern "C" {
 
 // Tensors [m, c]. mean null: h is y. Pointers that a function does not use are null.
 struct Candidate {
-  const float *y, *mean, *r, *tangent;
-  float* adjoint;  // in `tangent`: what the second adjoint gains
-  int64_t batch;   // whether mean and r are those of y, and not constants
+  const float *y, *mean, *r;
+  const float* p;        // its weight; null: one
+  const float* g;        // the node's adjoint, the same of every candidate of a mix
+  const float* tangent;  // of y; null: zero
+  const float* second;   // the node's second adjoint
+  float* adjoint;        // of y, or the second one; null: not wanted
+  int64_t batch;         // whether mean and r are those of y, and not constants
 };
 
 struct Mix {
   const Candidate* candidates;
-  const float *p, *g;
-  float* out;   // the node, or its tangent
-  float* sums;  // [count, c], of g h
-  float* p_gained;
+  float* out;       // the node, or its tangent (null: not wanted)
+  float* sums;      // [count, c], of g h; in `second` of second h; in `tangent` those of `backward` are read
+  float* bends;     // [count, BENDS, c], what `tangent` leaves for `second`
+  float* factors;   // [count, 3 in `backward`, 5 in `second`, c]: see Factors
+  float* p_gained;  // [count]; null: not wanted
   int64_t count, m, c;
 };
 }
@@ -45,6 +51,70 @@ struct Norms {
   }
 };
 
+double weight_of(const Candidate& candidate) { return candidate.p ? double(*candidate.p) : 1.0; }
+
+enum { MEAN_YD, MEAN_H_YD, MEAN_G_H, MEAN_G_HD, MEAN_G, BENDS };
+
+// The sums over pixels of g h and of g, [count, 2, c], where g is the member that is given.
+const double* adjoint_sums(const Mix& q, const Norms& norms, const float* Candidate::*g_of, int threads) {
+  Chunks chunks(q);
+  int64_t width = 2 * q.count * q.c;
+  float* partial = of_call.take(chunks.count * width);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    for_channels(q.c, [&](auto zero, int64_t i) {
+      using T = decltype(zero);
+      float* into = partial + chunk * width + i;
+      T sum = {};
+      const float* summed = nullptr;
+      for (int64_t k = 0; k < q.count; ++k, into += 2 * q.c) {
+        const float *y = q.candidates[k].y + i, *g = q.candidates[k].*g_of + i;
+        if (g != summed) {  // once where all have the same
+          sum = T{}, summed = g;
+          for (int64_t j = first; j < last; ++j) sum += load<T>(g + j * q.c);
+        }
+        store(into + q.c, sum);
+        T mean = load<T>(norms.mean + k * q.c + i), even = {}, odd = {};
+        int64_t j = first;
+        for (; j + 2 <= last; j += 2) {
+          even += load<T>(g + j * q.c) * (load<T>(y + j * q.c) - mean);
+          odd += load<T>(g + (j + 1) * q.c) * (load<T>(y + (j + 1) * q.c) - mean);
+        }
+        if (j < last) even += load<T>(g + j * q.c) * (load<T>(y + j * q.c) - mean);
+        store(into, (even + odd) * load<T>(norms.r + k * q.c + i));
+      }
+    });
+  }
+  return over_parts(partial, chunks.count, width, of_call);
+}
+
+// The adjoint of every candidate that wants it, from its factors; SECOND: the second one.
+template <bool SECOND>
+void write_adjoints(const Mix& q, const Norms& norms, int threads) {
+  Chunks chunks(q);
+  constexpr int ROWS = SECOND ? FACTORS : FIRST_FACTORS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    for (int64_t k = 0; k < q.count; ++k) {
+      const Candidate& candidate = q.candidates[k];
+      if (candidate.adjoint == nullptr) continue;
+      for_channels(q.c, [&](auto zero, int64_t i) {
+        using T = decltype(zero);
+        Factors<T> factors(q.factors + k * ROWS * q.c + i, q.c, SECOND, load<T>(norms.mean + k * q.c + i));
+        const float* g = (SECOND ? candidate.second : candidate.g) + i;
+        for (int64_t j = first * q.c; j < last * q.c; j += q.c) {
+          T found = factors.of(load<T>(g + j), load<T>(candidate.y + i + j));
+          if (SECOND && candidate.tangent)
+            found = factors.and_of(found, load<T>(candidate.g + i + j), load<T>(candidate.tangent + i + j));
+          store(candidate.adjoint + i + j, found);
+        }
+      });
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" void darts_mix_forward(const Mix* call, int threads) {
@@ -54,7 +124,7 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
   Chunks chunks(q);
   float* scale = of_call.take(q.count * q.c);
   for (int64_t k = 0; k < q.count; ++k)
-    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = q.p[k] * norms.r[k * q.c + i];
+    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = float(weight_of(q.candidates[k])) * norms.r[k * q.c + i];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
@@ -83,77 +153,34 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
   }
 }
 
+// The adjoint of a candidate is p B(g) = p r (g - mean(g) - h mean(g h)).
 extern "C" void darts_mix_backward(const Mix* call, int threads) {
   const Mix& q = *call;
   of_call.reset();
   Norms norms(q);
-  Chunks chunks(q);
-  int64_t width = (q.count + 1) * q.c;  // of g h of every candidate, then of g
-  float* partial = of_call.take(chunks.count * width);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
-      float* into = partial + chunk * width + i;
-      T sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load<T>(q.g + j * q.c + i);
-      store(into + q.count * q.c, sum);
-      for (int64_t k = 0; k < q.count; ++k) {
-        const float* y = q.candidates[k].y + i;
-        T mean = load<T>(norms.mean + k * q.c + i), even = {}, odd = {};
-        int64_t j = first;
-        for (; j + 2 <= last; j += 2) {
-          even += load<T>(q.g + j * q.c + i) * (load<T>(y + j * q.c) - mean);
-          odd += load<T>(q.g + (j + 1) * q.c + i) * (load<T>(y + (j + 1) * q.c) - mean);
-        }
-        if (j < last) even += load<T>(q.g + j * q.c + i) * (load<T>(y + j * q.c) - mean);
-        store(into + k * q.c, (even + odd) * load<T>(norms.r + k * q.c + i));
-      }
-    });
-  }
-  const double* totals = over_parts(partial, chunks.count, width, of_call);
-  float* g_mean = of_call.take(q.c);
-  float* gh_mean = of_call.take(q.count * q.c);
-  for (int64_t i = 0; i < q.c; ++i) {
-    g_mean[i] = float(totals[q.count * q.c + i] / double(q.m));
-    for (int64_t k = 0; k < q.count; ++k) {
-      double sum = totals[k * q.c + i];
-      q.sums[k * q.c + i] = float(sum);
-      gh_mean[k * q.c + i] = float(sum / double(q.m));
-    }
-  }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for (int64_t k = 0; k < q.count; ++k) {
+  const double* totals = adjoint_sums(q, norms, &Candidate::g, threads);
+  for (int64_t k = 0; k < q.count; ++k)
+    for (int64_t i = 0; i < q.c; ++i) {
       const Candidate& candidate = q.candidates[k];
-      for_channels(q.c, [&](auto zero, int64_t i) {
-        using T = decltype(zero);
-        T mean = load<T>(norms.mean + k * q.c + i), r = load<T>(norms.r + k * q.c + i), scale = q.p[k] * r;
-        if (!candidate.mean || !candidate.batch) {
-          for (int64_t j = first; j < last; ++j)
-            store(candidate.adjoint + j * q.c + i, scale * load<T>(q.g + j * q.c + i));
-          return;
-        }
-        T of_g = load<T>(g_mean + i), of_h = load<T>(gh_mean + k * q.c + i) * r;
-        for (int64_t j = first; j < last; ++j) {
-          T g = load<T>(q.g + j * q.c + i) - of_g, h = load<T>(candidate.y + j * q.c + i) - mean;
-          store(candidate.adjoint + j * q.c + i, scale * (g - h * of_h));
-        }
-      });
+      double gh = totals[2 * k * q.c + i], g = totals[(2 * k + 1) * q.c + i], m = double(q.m);
+      double r = norms.r[k * q.c + i], scale = weight_of(candidate) * r;
+      bool moves = candidate.mean && candidate.batch;
+      float* factors = q.factors + k * FIRST_FACTORS * q.c + i;
+      q.sums[k * q.c + i] = float(gh);
+      factors[OF_G * q.c] = float(scale);
+      factors[OF_Y * q.c] = moves ? float(-scale * r * gh / m) : 0.f;
+      factors[OF_ONE * q.c] = moves ? float(-scale * g / m) : 0.f;
     }
-  }
+  write_adjoints<false>(q, norms, threads);
 }
 
 // hd = r (yd - mean(yd) - h t), t = mean(h yd); u = mean(g hd); s = mean(g h)
-// gained = - p r (t B(g) + s hd + u h)
 extern "C" void darts_mix_tangent(const Mix* call, int threads) {
   const Mix& q = *call;
   of_call.reset();
   Norms norms(q);
   Chunks chunks(q);
-  int64_t width = (3 * q.count + 1) * q.c;  // of yd, h yd, g yd of every candidate, then of g
+  int64_t width = 4 * q.count * q.c;  // of yd, h yd, g yd and g of every candidate
   float* partial = of_call.zeros(chunks.count * width);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
@@ -162,51 +189,50 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
       using T = decltype(zero);
       float* into = partial + chunk * width + i;
       T sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load<T>(q.g + j * q.c + i);
-      store(into + 3 * q.count * q.c, sum);
-      for (int64_t k = 0; k < q.count; ++k) {
+      const float* summed = nullptr;
+      for (int64_t k = 0; k < q.count; ++k, into += 4 * q.c) {
         const Candidate& candidate = q.candidates[k];
         if (!candidate.tangent) continue;
+        const float* g = candidate.g + i;
+        if (g != summed) {
+          sum = T{}, summed = g;
+          for (int64_t j = first; j < last; ++j) sum += load<T>(g + j * q.c);
+        }
         T mean = load<T>(norms.mean + k * q.c + i), of_yd = {}, of_h = {}, of_g = {};
         for (int64_t j = first; j < last; ++j) {
           T yd = load<T>(candidate.tangent + j * q.c + i);
-          of_g += yd * load<T>(q.g + j * q.c + i);
+          of_g += yd * load<T>(g + j * q.c);
           of_yd += yd;
           of_h += yd * (load<T>(candidate.y + j * q.c + i) - mean);
         }
-        store(into + 3 * k * q.c, of_yd);
-        store(into + (3 * k + 1) * q.c, of_h * load<T>(norms.r + k * q.c + i));
-        store(into + (3 * k + 2) * q.c, of_g);
+        store(into, of_yd);
+        store(into + q.c, of_h * load<T>(norms.r + k * q.c + i));
+        store(into + 2 * q.c, of_g);
+        store(into + 3 * q.c, sum);
       }
     });
   }
   const double* totals = over_parts(partial, chunks.count, width, of_call);
-  enum { YD, T_, S, U, QUANTITIES };  // means of yd, h yd, g h, g hd
-  float* means = of_call.zeros(q.count * QUANTITIES * q.c);
-  float* g_means = of_call.take(q.c);
-  for (int64_t k = 0; k < q.count; ++k) q.p_gained[k] = 0.f;
+  std::memset(q.bends, 0, size_t(q.count * BENDS * q.c) * sizeof(float));
   for (int64_t k = 0; k < q.count; ++k) {
     const Candidate& candidate = q.candidates[k];
     double gained = 0, m = double(q.m);
-    for (int64_t i = 0; i < q.c; ++i) {
-      double g_mean = totals[3 * q.count * q.c + i] / m;
-      g_means[i] = float(g_mean);
-      if (!candidate.tangent) continue;
-      double yd = totals[3 * k * q.c + i] / m;
-      double t = totals[(3 * k + 1) * q.c + i] / m;
-      double u = totals[(3 * k + 2) * q.c + i] / m;
-      float* into = means + k * QUANTITIES * q.c + i;
-      if (candidate.mean) {
-        double s = double(q.sums[k * q.c + i]) / m;
-        if (candidate.batch) u -= g_mean * yd + s * t;
-        u *= double(norms.r[k * q.c + i]);
-        if (candidate.batch)
-          into[YD * q.c] = float(yd), into[T_ * q.c] = float(t), into[S * q.c] = float(s), into[U * q.c] = float(u);
-      }
+    for (int64_t i = 0; i < q.c && candidate.tangent; ++i) {
+      const double* at = totals + 4 * k * q.c + i;
+      double yd = at[0] / m, t = at[q.c] / m, u = at[2 * q.c] / m, g = at[3 * q.c] / m;
+      bool moves = candidate.mean && candidate.batch;
+      double s = moves ? double(q.sums[k * q.c + i]) / m : 0;
+      if (moves) u -= g * yd + s * t;
+      if (candidate.mean) u *= double(norms.r[k * q.c + i]);
       gained += u * m;
+      if (!moves) continue;
+      float* into = q.bends + k * BENDS * q.c + i;
+      into[MEAN_YD * q.c] = float(yd), into[MEAN_H_YD * q.c] = float(t), into[MEAN_G_H * q.c] = float(s);
+      into[MEAN_G_HD * q.c] = float(u), into[MEAN_G * q.c] = float(g);
     }
-    q.p_gained[k] = float(gained);
+    if (q.p_gained) q.p_gained[k] = float(gained);
   }
+  if (q.out == nullptr) return;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
@@ -216,22 +242,48 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
       if (!candidate.tangent) continue;
       for_channels(q.c, [&](auto zero, int64_t i) {
         using T = decltype(zero);
-        auto mean_of = [&](int quantity) { return load<T>(means + (k * QUANTITIES + quantity) * q.c + i); };
-        T r = load<T>(norms.r + k * q.c + i), scale = q.p[k] * r, mean = load<T>(norms.mean + k * q.c + i);
-        if (!candidate.adjoint) {  // no batch norm, or one with constants
+        const float* bends = q.bends + k * BENDS * q.c + i;
+        T r = load<T>(norms.r + k * q.c + i), scale = float(weight_of(candidate)) * r;
+        if (!candidate.mean || !candidate.batch) {
           for (int64_t j = first * q.c + i; j < last * q.c; j += q.c)
             store(q.out + j, load<T>(q.out + j) + scale * load<T>(candidate.tangent + j));
           return;
         }
-        T yd_mean = mean_of(YD), t = mean_of(T_), s = mean_of(S), u = mean_of(U), g_mean = load<T>(g_means + i);
+        T mean = load<T>(norms.mean + k * q.c + i), yd_mean = load<T>(bends + MEAN_YD * q.c);
+        T rt = load<T>(bends + MEAN_H_YD * q.c) * r;
         for (int64_t j = first * q.c + i; j < last * q.c; j += q.c) {
-          T h = (load<T>(candidate.y + j) - mean) * r;
-          T hd = load<T>(candidate.tangent + j) - yd_mean - h * t;  // over r
+          T hd = load<T>(candidate.tangent + j) - yd_mean - (load<T>(candidate.y + j) - mean) * rt;  // over r
           store(q.out + j, load<T>(q.out + j) + scale * hd);
-          T b = load<T>(q.g + j) - g_mean - h * s;  // B(g) over r
-          store(candidate.adjoint + j, -scale * (r * (t * b + s * hd) + u * h));
         }
       });
     }
   }
+}
+
+// p [ B(gd) - r (t B(g) + s hd + u h) ], with gd the node's second adjoint
+extern "C" void darts_mix_second(const Mix* call, int threads) {
+  const Mix& q = *call;
+  of_call.reset();
+  Norms norms(q);
+  const double* totals = adjoint_sums(q, norms, &Candidate::second, threads);
+  for (int64_t k = 0; k < q.count; ++k)
+    for (int64_t i = 0; i < q.c; ++i) {
+      const Candidate& candidate = q.candidates[k];
+      double m = double(q.m), gdh = totals[2 * k * q.c + i], gd = totals[(2 * k + 1) * q.c + i] / m;
+      double r = norms.r[k * q.c + i], scale = weight_of(candidate) * r;
+      const float* bends = q.bends + k * BENDS * q.c + i;
+      auto bend = [&](int row) { return double(bends[row * q.c]); };
+      double t = bend(MEAN_H_YD), s = bend(MEAN_G_H), u = bend(MEAN_G_HD);
+      double of_first = -scale * r * t, of_tangent = -scale * r * s;
+      double of_one = -scale * gd - of_first * bend(MEAN_G) - of_tangent * bend(MEAN_YD);
+      bool moves = candidate.mean && candidate.batch;
+      float* factors = q.factors + k * FACTORS * q.c + i;
+      q.sums[k * q.c + i] = float(gdh);
+      factors[OF_G * q.c] = float(scale);
+      factors[OF_Y * q.c] = moves ? float(scale * r * (2 * r * s * t - gdh / m - u)) : 0.f;
+      factors[OF_ONE * q.c] = moves ? float(of_one) : 0.f;
+      factors[OF_FIRST * q.c] = float(of_first);
+      factors[OF_TANGENT * q.c] = float(of_tangent);
+    }
+  write_adjoints<true>(q, norms, threads);
 }

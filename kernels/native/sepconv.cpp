@@ -1,4 +1,4 @@
-// Halves of separable convolutions: [batch norm] -> ReLU -> depthwise -> pointwise, and their three sweeps.
+// Halves of separable convolutions: [batch norm] -> ReLU -> depthwise -> pointwise, and their four sweeps.
 //
 // One part of the work is some images of one source. Its relu(h) is written once, padded with zeros, as
 // [block of LANES channels][row][column][lane], and stays in the second-level cache (83 KB at 32x32, 16
@@ -13,7 +13,8 @@ extern "C" {
 // A source [n, h, w, c], channels-last; pointers may be null where kernels/native/__init__.py says so.
 struct Source {
   const float *x, *x_tangent, *mean, *r;
-  float* adjoint;  // of x in `backward`; what the second adjoint gains in `tangent`
+  float* adjoint;  // of x in `backward`, the second one in `second`
+  float* bends;    // [2, c]: the means of xd and h xd, from `tangent` for `second`
   int64_t batch;   // whether mean and r are those of x, and not constants
   int64_t n, h, w, c;
 };
@@ -21,7 +22,10 @@ struct Source {
 struct Task {
   int64_t source, kernel, stride, dilation, offset, k;  // kernel 0: no depthwise part; k: channels of y
   const float *d, *p, *d_tangent, *p_tangent;           // [c, 1, kernel, kernel] and [k, c]
-  const float* y_adjoint;                               // [n, ho, wo, k]
+  const float *y_adjoint, *y_second;                    // [n, ho, wo, k]; the second may be zero: null
+  // Of an output y that a mix reads by a link: y_adjoint and y_second are the node's, and y's own are made of
+  // them by the factors, [3, k] and [5, k] (see Factors), y, its mean [k] and its tangent (null: zero).
+  const float *own, *own_mean, *own_tangent, *factors, *second_factors;
   float *y, *statistics;                                // y, or its tangent; [3, k]
   float *d_gradient, *p_gradient;
 };
@@ -82,20 +86,25 @@ INLINE void pointwise_tile(const float* z, ptrdiff_t block, int blocks, const fl
 }
 
 template <int T>
-INLINE void pointwise_store(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out) {
+INLINE void pointwise_store(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out,
+                            bool add) {
   V acc[T];
   pointwise_tile<T>(z, block, blocks, weights, acc);
+  if (add) UNROLL for (int j = 0; j < T; ++j) acc[j] += load<V>(out + j * LANES);
   UNROLL for (int j = 0; j < T; ++j) store(out + j * LANES, acc[j]);
 }
 
-// One block of output channels of n pixels, written in lanes.
-void pointwise(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out, int64_t n) {
+// One block of output channels of n pixels, written in lanes or added to what is there.
+void pointwise(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out, int64_t n,
+               bool add) {
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE)
-    pointwise_store<TILE>(z + j * LANES, block, blocks, weights, out + j * LANES);
-  for (; j + 8 <= n; j += 8) pointwise_store<8>(z + j * LANES, block, blocks, weights, out + j * LANES);
-  for (; j + 2 <= n; j += 2) pointwise_store<2>(z + j * LANES, block, blocks, weights, out + j * LANES);
-  for (; j < n; ++j) pointwise_store<1>(z + j * LANES, block, blocks, weights, out + j * LANES);
+    pointwise_store<TILE>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+  for (; j + 8 <= n; j += 8)
+    pointwise_store<8>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+  for (; j + 2 <= n; j += 2)
+    pointwise_store<2>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+  for (; j < n; ++j) pointwise_store<1>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
 }
 
 struct Sums {  // of a block of channels, about a shift
@@ -348,6 +357,54 @@ const float* in_lanes(const float* pixels, int64_t n, int64_t c, float* scratch,
   return scratch;
 }
 
+// Rows of numbers a channel, [rows][c], padded to whole blocks
+float* padded(const float* from, int64_t rows, int64_t c) {
+  int64_t width = blocks_of(c) * LANES;
+  float* found = of_call.zeros(rows * width);
+  for (int64_t row = 0; row < rows; ++row) std::memcpy(found + row * width, from + row * c, size_t(c) * sizeof(float));
+  return found;
+}
+
+// The adjoint of a task's output, and the second one, in lanes
+struct Adjoint {
+  const Half& half;
+  const float *mean = nullptr, *first = nullptr, *second = nullptr;  // of an output with a link
+
+  explicit Adjoint(const Half& half) : half(half) {
+    const Task& t = half.task;
+    if (t.own == nullptr) return;
+    mean = padded(t.own_mean, 1, half.k), first = padded(t.factors, FIRST_FACTORS, half.k);
+    if (t.second_factors) second = padded(t.second_factors, FACTORS, half.k);
+  }
+
+  // Of n pixels from number `pixel` on; in the tensor itself where that is in lanes already.
+  const float* lanes(int64_t pixel, int64_t n, bool of_second, float* scratch, ptrdiff_t block) const {
+    const Task& t = half.task;
+    int64_t k = half.k, at = pixel * k;
+    const float* g = (of_second ? t.y_second : t.y_adjoint) + at;
+    if (t.own == nullptr) return in_lanes(g, n, k, scratch, block);
+    for (int b = 0; b < half.kb; ++b, at += LANES, g += LANES) {
+      Factors<V> factors((of_second ? second : first) + b * LANES, half.kb * LANES, of_second,
+                         load<V>(mean + b * LANES));
+      const float* y = t.own + at;
+      auto pixels = [&](int count) {
+        for (int64_t j = 0; j < n; ++j)
+          store(scratch + b * block + j * LANES,
+                factors.of(load_some(g + j * k, count), load_some(y + j * k, count)));
+        if (!of_second || t.own_tangent == nullptr) return;
+        const float *yd = t.own_tangent + at, *g_first = t.y_adjoint + at;
+        for (int64_t j = 0; j < n; ++j) {
+          float* found = scratch + b * block + j * LANES;
+          store(found, factors.and_of(load<V>(found), load_some(g_first + j * k, count), load_some(yd + j * k, count)));
+        }
+      };
+      int count = lanes_of(k, b);
+      count == LANES ? pixels(LANES) : pixels(count);
+    }
+    return scratch;
+  }
+};
+
 // The batch norm of a source, per channel and padded to whole blocks
 struct Norm {
   bool present = false, batch = false;
@@ -363,6 +420,7 @@ struct Norm {
     for (int64_t i = 0; i < s.c; ++i) {
       mean[i] = s.mean[i];
       r[i] = s.r[i];
+      if (s.bends) xd_mean[i] = s.bends[i], t[i] = s.bends[s.c + i];
     }
   }
 };
@@ -545,13 +603,13 @@ extern "C" void darts_sepconv_forward(const Source* sources, int64_t n_sources, 
 
 namespace {
 
-// Z = P' Y of `rows` rows from row y on, written into the padded z.
+// Z (+)= P' Y of `rows` rows from row y on, in the padded z.
 void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, ptrdiff_t y_block, int64_t y,
-                  int64_t rows, float* z) {
+                  int64_t rows, float* z, bool add = false) {
   for (int b = 0; b < half.cb; ++b)
     for (int64_t r = 0; r < rows; ++r)
       pointwise(y_lanes + r * half.wo * LANES, y_block, half.kb, weights + ptrdiff_t(b) * half.kb * LANES * LANES,
-                z + b * half.z.block + half.z.at(y + r, 0), half.wo);
+                z + b * half.z.block + half.z.at(y + r, 0), half.wo, add);
 }
 
 // B(g) with G = [h > 0] g written to memory: the sums that it needs, by row; `a` is relu(h), so that
@@ -591,11 +649,13 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
   std::vector<Stencil> forward;
   std::vector<std::vector<Stencil>> backward;
   std::vector<const float*> p;
+  std::vector<Adjoint> adjoints;
   std::vector<float*> p_sums, d_sums;  // of each task and part, [kb][cb][c lanes][k lanes] and [cb][tap][lanes]
   for (const Half& half : call.halves) {
     forward.push_back(forward_stencil(half, {{true, half.task.d, 0}}));
     backward.push_back(adjoint_stencils(half, {{true, half.task.d, 0}}));
     p.push_back(packed(half.task.p, half.k, half.c, true));
+    adjoints.emplace_back(half);
     int64_t parts = half.task.p_gradient ? call.parts[half.task.source].count : 0;
     p_sums.push_back(of_call.zeros(parts * half.kb * half.cb * LANES * LANES));
     d_sums.push_back(of_call.zeros(parts * half.cb * half.side() * half.side() * LANES));
@@ -626,8 +686,7 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
         for (int64_t y = 0; y < half.ho; y += half.group) {
           int64_t rows = y + half.group < half.ho ? half.group : half.ho - y, pixels = rows * half.wo;
           ptrdiff_t block = pixels * LANES;
-          const float* lanes = in_lanes(half.task.y_adjoint + (image * half.ho + y) * half.wo * half.k, pixels,
-                                        half.k, scratch, block);
+          const float* lanes = adjoints[t].lanes((image * half.ho + y) * half.wo, pixels, false, scratch, block);
           adjoint_rows(half, p[t], lanes, block, y, rows, z_adjoint);
           if (half.task.p_gradient == nullptr) continue;
           depthwise(half, forward[t], a, y, rows, z, block);
@@ -694,8 +753,7 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
   });
 }
 
-// yd of every task (where it has room), and what the sources' second adjoints gain. Tangents that are null
-// are zero.
+// yd of every task that has room for it. Tangents that are null are zero.
 extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, const Task* tasks,
                                       int64_t n_tasks, int threads) {
   Call call(sources, n_sources, tasks, n_tasks);
@@ -723,36 +781,26 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
       }
     });
   });
-  std::vector<float*> first_adjoint(n_sources);  // G = [h > 0] of the first backward's, where it is needed
   for (int64_t s = 0; s < n_sources; ++s) {
     const Norm& norm = call.norms[s];
     if (sources[s].x_tangent == nullptr || !norm.present || !norm.batch) continue;
     for (int64_t i = 0; i < sources[s].c; ++i) {
-      norm.xd_mean[i] = before.mean(int(s), call.parts[s], 0, i, count_of(s));
-      norm.t[i] = before.mean(int(s), call.parts[s], 1, i, count_of(s));
+      norm.xd_mean[i] = sources[s].bends[i] = before.mean(int(s), call.parts[s], 0, i, count_of(s));
+      norm.t[i] = sources[s].bends[sources[s].c + i] = before.mean(int(s), call.parts[s], 1, i, count_of(s));
     }
-    first_adjoint[s] = of_call.take(sources[s].n * sources[s].h * sources[s].w * sources[s].c);
   }
 
   struct Prepared {
-    Stencil z, zd;                              // D * a, and Dd * a + D * ad
-    std::vector<Stencil> first, gained;         // D' * Z, and Dd' * Z + D' * Zd
-    const float *p, *pd;                        // transposed: Z = P' Y, Zd = Pd' Y
-    const float* both;                          // [Pd P]: yd = Pd z + P zd
+    Stencil z, zd;      // D * a, and Dd * a + D * ad
+    const float* both;  // [Pd P]: yd = Pd z + P zd
   };
   std::vector<Prepared> prepared;
   for (const Half& half : call.halves) {
     const Task& task = half.task;
-    const Source& source = sources[task.source];
     Prepared found;
     found.z = forward_stencil(half, {{true, task.d, 0}});
     found.zd = forward_stencil(half, {{task.d_tangent != nullptr, task.d_tangent, 0},
-                                      {source.x_tangent != nullptr, task.d, half.in.image}});
-    if (first_adjoint[task.source]) found.first = adjoint_stencils(half, {{true, task.d, 0}});
-    found.gained = adjoint_stencils(half, {{task.d_tangent != nullptr, task.d_tangent, 0},
-                                           {task.p_tangent != nullptr, task.d, half.z.image}});
-    found.p = packed(task.p, half.k, half.c, true);
-    found.pd = packed(task.p_tangent, half.k, half.c, true);
+                                      {sources[task.source].x_tangent != nullptr, task.d, half.in.image}});
     ptrdiff_t inputs = half.cb * LANES * LANES;
     float* both = of_call.zeros(2 * half.kb * inputs);
     if (task.p_tangent) pack(task.p_tangent, half.k, half.c, false, both, 2 * inputs);
@@ -760,12 +808,67 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
     found.both = both;
     prepared.push_back(found);
   }
-
-  ChannelSums sums(call, 5);  // of Q, Q h, G, G h, G hd; Q is what the adjoint of h gains
-  for_units(call, sources, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+  for_units(call, sources, threads, [&](int s, int64_t, int64_t first, int64_t last) {
     const Source& source = sources[s];
     const Padded& in = call.inputs[s];
     bool tangent = source.x_tangent != nullptr;
+    int64_t pixels_most = GROUP > in.w ? GROUP : in.w;
+    float* a = of_worker.take((tangent ? 2 : 1) * in.image);
+    float* z = of_worker.take(2 * in.blocks * LANES * pixels_most);
+    for (int64_t image = first; image < last; ++image) {
+      rectify(source, call.norms[s], in, image, tangent, a);
+      for (int t : call.tasks[s]) {
+        const Half& half = call.halves[t];
+        const Prepared& of_task = prepared[t];
+        for (int64_t y = 0; half.task.y && y < half.ho; y += half.group) {
+          int64_t rows = y + half.group < half.ho ? half.group : half.ho - y, pixels = rows * half.wo;
+          ptrdiff_t block = pixels * LANES;
+          depthwise(half, of_task.z, a, y, rows, z, block);
+          depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
+          float* out = half.task.y + (image * half.ho + y) * half.wo * half.k;
+          Sums unused = {};
+          for (int b = 0; b < half.kb; ++b)
+            pointwise_out(z, block, 2 * half.cb, of_task.both + ptrdiff_t(b) * 2 * half.cb * LANES * LANES,
+                          out + b * LANES, half.k, lanes_of(half.k, b), pixels, unused);
+        }
+      }
+    }
+  });
+}
+
+// The second adjoint of every source. Tangents and second adjoints that are null are zero.
+extern "C" void darts_sepconv_second(const Source* sources, int64_t n_sources, const Task* tasks, int64_t n_tasks,
+                                     int threads) {
+  Call call(sources, n_sources, tasks, n_tasks);
+  auto count_of = [&](int64_t s) { return double(sources[s].n * sources[s].h * sources[s].w); };
+  std::vector<float*> first_adjoint(n_sources);  // G = [h > 0] of the first backward's, where it is needed
+  for (int64_t s = 0; s < n_sources; ++s) {
+    const Source& source = sources[s];
+    if (source.x_tangent && call.norms[s].present && call.norms[s].batch)
+      first_adjoint[s] = of_call.take(source.n * source.h * source.w * source.c);
+  }
+  struct Prepared {
+    std::vector<Stencil> first, second;  // D' * Z, and Dd' * Z + D' * Zd
+    const float *p, *pd;                 // transposed: Z = P' Y, Zd = P' Yd + Pd' Y
+    Adjoint adjoint;
+    bool z;                              // whether Z is needed
+  };
+  std::vector<Prepared> prepared;
+  for (const Half& half : call.halves) {
+    const Task& task = half.task;
+    bool first = first_adjoint[task.source] != nullptr;
+    prepared.push_back({first ? adjoint_stencils(half, {{true, task.d, 0}}) : std::vector<Stencil>(),
+                        adjoint_stencils(half, {{task.d_tangent != nullptr, task.d_tangent, 0},
+                                                {task.p_tangent || task.y_second, task.d, half.z.image}}),
+                        packed(task.p, half.k, half.c, true), packed(task.p_tangent, half.k, half.c, true),
+                        Adjoint(half), first || task.d_tangent});
+  }
+
+  ChannelSums sums(call, 5);  // of Q, Q h, G, G h, G hd; Q is the second adjoint of h
+  for_units(call, sources, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+    const Source& source = sources[s];
+    const Padded& in = call.inputs[s];
+    bool tangent = first_adjoint[s] != nullptr;
     int64_t pixels_most = GROUP > in.w ? GROUP : in.w, image_size = in.h * in.w * source.c;
     ptrdiff_t z_most = 0;
     int kb_most = 0;
@@ -777,32 +880,31 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
     float* q = of_worker.zeros(in.blocks * in.h * in.w * LANES);
     float* g = of_worker.zeros(in.blocks * in.h * in.w * LANES);
     float* z_adjoint = of_worker.take(2 * z_most);
-    float* z = of_worker.take(2 * in.blocks * LANES * pixels_most);
     float* scratch = of_worker.take(kb_most * LANES * pixels_most);
     for (int64_t image = first; image < last; ++image) {
       rectify(source, call.norms[s], in, image, tangent, a);
       bool add = false;
       for (int t : call.tasks[s]) {
         const Half& half = call.halves[t];
+        const Task& task = half.task;
         const Prepared& of_task = prepared[t];
+        float* zd_adjoint = z_adjoint + half.z.image;
         half.z.clear_border(z_adjoint);
-        half.z.clear_border(z_adjoint + half.z.image);
+        half.z.clear_border(zd_adjoint);
         for (int64_t y = 0; y < half.ho; y += half.group) {
           int64_t rows = y + half.group < half.ho ? half.group : half.ho - y, pixels = rows * half.wo;
+          int64_t at = (image * half.ho + y) * half.wo;
           ptrdiff_t block = pixels * LANES;
-          int64_t at = (image * half.ho + y) * half.wo * half.k;
-          const float* lanes = in_lanes(half.task.y_adjoint + at, pixels, half.k, scratch, block);
-          adjoint_rows(half, of_task.p, lanes, block, y, rows, z_adjoint);
-          if (half.task.p_tangent) adjoint_rows(half, of_task.pd, lanes, block, y, rows, z_adjoint + half.z.image);
-          if (half.task.y == nullptr) continue;
-          depthwise(half, of_task.z, a, y, rows, z, block);
-          depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
-          Sums unused = {};
-          for (int b = 0; b < half.kb; ++b)
-            pointwise_out(z, block, 2 * half.cb, of_task.both + ptrdiff_t(b) * 2 * half.cb * LANES * LANES,
-                          half.task.y + at + b * LANES, half.k, lanes_of(half.k, b), pixels, unused);
+          if (of_task.z || task.p_tangent) {
+            const float* lanes = of_task.adjoint.lanes(at, pixels, false, scratch, block);
+            if (of_task.z) adjoint_rows(half, of_task.p, lanes, block, y, rows, z_adjoint);
+            if (task.p_tangent) adjoint_rows(half, of_task.pd, lanes, block, y, rows, zd_adjoint);
+          }
+          if (task.y_second)
+            adjoint_rows(half, of_task.p, of_task.adjoint.lanes(at, pixels, true, scratch, block), block, y, rows,
+                         zd_adjoint, task.p_tangent != nullptr);
         }
-        adjoint(half, of_task.gained, z_adjoint, q, add);
+        adjoint(half, of_task.second, z_adjoint, q, add);
         if (first_adjoint[s]) adjoint(half, of_task.first, z_adjoint, g, add);
         add = true;
       }
@@ -815,7 +917,7 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
     }
   });
 
-  // B(Q) - r (t B(G) + s hd + u h), with s = mean(G h) and u = mean(G hd)
+  // B(Q) - r (t B(G) + s hd + u h), with t = mean(h xd), s = mean(G h) and u = mean(G hd)
   std::vector<float*> means(n_sources);
   for (int64_t s = 0; s < n_sources; ++s) {
     if (!call.norms[s].present) continue;
