@@ -520,7 +520,8 @@ def time_line(bench: Bench) -> None:
         name = "fused, ATen" if race.missing(race.VARIANTS["fused, C++"], bench.device) else "fused, C++"
     with strict_float32():
         runner = race.Runner(name, bench.setting, bench.device)
-        profiler = profiling.Profiler(1 if bench.quick else 3, bench.device)
+        trial = runner.phases.args[0].graph.trial if runner.variant.captured else None
+        profiler = profiling.Profiler(1 if bench.quick else 3, bench.device, trial)
         for _ in range(profiling.WARM_UP + profiler.steps):
             with profiler.step():
                 runner.take()
@@ -535,6 +536,11 @@ def time_line(bench: Bench) -> None:
     bench.fact("ms a step, under the profiler", f"{1e3 * found.seconds / found.steps:.2f}")
     bench.fact("the device computes for", f"{found.busy / found.seconds:.0%} of it")
     bench.part["lanes"] = lanes(events, bench.cuda)
+    header, rows = ["phase", "launches a step", "ms a step"], []
+    for row in found.phases:
+        cells = f"{row.launches / found.steps:.0f}", f"{1e3 * row.seconds / found.steps:.3f}"
+        rows.append([row.name, *cells])
+    bench.table("phases, on the device", header, rows)
     header = ["operation", "launches a step", "ms a step", "of all"]
     total = sum(row.seconds for row in found.operations) or 1.0
     rows = [
