@@ -37,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draw  # noqa: E402
 import step as race  # noqa: E402
+import traffic  # noqa: E402
 from fused_step import FusedStep  # noqa: E402
 
 from darts_fast import profiling  # noqa: E402
@@ -420,7 +421,7 @@ def kernels(bench: Bench) -> None:
                 repeats=5 if bench.cuda else 1,
                 inner=10 if bench.cuda else 1,
             )
-            depthwise, pointwise = operations(planned)
+            depthwise, pointwise = traffic.operations(planned)
             least = {"bytes": planned.bytes() / copy}
             if dot and fma:
                 least["operations"] = depthwise / fma + pointwise / dot
@@ -494,23 +495,6 @@ def _label(planned: Any) -> str:
     from darts_fast.kernels import aot
 
     return f"{planned.kernel.fn.__name__} {aot.setting(planned)}"
-
-
-def operations(planned: Any) -> tuple[int, int]:
-    """Of the depthwise and of the pointwise parts of a launch, by the equations (a multiply-add is two);
-    (0, 0) for the kernels that only move and add."""
-    constants, name = planned.constants, planned.kernel.fn.__name__
-    if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
-        return 0, 0
-    per = 2 * planned.arguments["positions"] * constants["C"] * (1 + bool(constants.get("TANGENT")))
-    taps = sum(k * k for k, has in zip(constants["KERNELS"], constants["HAS_D"], strict=True) if has)
-    depthwise, pointwise = per * taps, per * constants.get("K", 0) * len(constants["KERNELS"])
-    if name == "sepconv_bwd_kernel":
-        return depthwise, 0
-    if name == "sepconv_bwd_pointwise_kernel":
-        weights = planned.arguments["p_partials"] is not planned.arguments["p_z"]  # their gradients, too
-        return 2 * depthwise * weights, pointwise * (1 + weights)
-    return depthwise, pointwise
 
 
 def time_line(bench: Bench) -> None:
