@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from darts_fast import network
 from darts_fast.kernels import native, torch_backend
@@ -34,6 +36,36 @@ def least(functions: list[Callable[[], object]], repeats: int) -> list[float]:
             function()
             found[index] = min(found[index], time.perf_counter() - start)
     return found
+
+
+def sepconv_last(module: ModuleType, start: tuple, y: list, tangents: tuple, seconds: list) -> object:
+    """The tangent and the second backward sweep."""
+    if module is native:
+        _, left = native.sepconv_tangent_forward(*start, y, *tangents)
+        return native.sepconv_second(*start, seconds, left)
+    return torch_backend.sepconv_tangent(*start, y, *tangents), torch_backend.sepconv_backward(
+        *start, seconds, False
+    )
+
+
+def mix_last(
+    module: ModuleType, start: tuple, g: Tensor, first: tuple, tangents: list, second: Tensor
+) -> object:
+    if module is native:
+        _, left = native.mix_tangent_forward(*start, g, first[1], tangents)
+        return native.mix_second(*start, second, left)
+    return torch_backend.mix_tangent(*start, g, *first[:2], tangents), torch_backend.mix_backward(
+        *start, second
+    )
+
+
+SEVERAL = {"sepconv_last": sepconv_last, "mix_last": mix_last}
+
+
+def run(module: ModuleType, name: str, arguments: tuple) -> object:
+    if name in SEVERAL:
+        return SEVERAL[name](module, *arguments)
+    return getattr(module, name)(*arguments)
 
 
 def main() -> None:
@@ -55,14 +87,14 @@ def main() -> None:
     )
     print(f"{'':<34}{'native ms':>10}{'ATen ms':>10}{'ratio':>7}{'GFLOP/s':>9}{'of peak':>9}")
 
-    def image() -> torch.Tensor:
+    def image() -> Tensor:
         return torch.randn(n, c, size, size).contiguous(memory_format=torch.channels_last)
 
     def row(label: str, name: str, arguments: tuple, multiply_adds: float) -> None:
         own, aten, peak = least(
             [
-                lambda: getattr(native, name)(*arguments),
-                lambda: getattr(torch_backend, name)(*arguments),
+                lambda: run(native, name, arguments),
+                lambda: run(torch_backend, name, arguments),
                 lambda: square @ square,
             ],
             args.repeats,
@@ -85,19 +117,19 @@ def main() -> None:
         row(f"sepconv_backward {label}", "sepconv_backward", (*start, y, True), pixels * 2 * (taps + c))
         row("  without weight gradients", "sepconv_backward", (*start, y, False), pixels * (taps + c))
         row(
-            f"sepconv_tangent {label}",
-            "sepconv_tangent",
-            (*start, y, [image()], dd, pd),
+            f"both last sweeps {label}",
+            "sepconv_last",
+            (start, y, ([image()], dd, pd), [image() for _ in tasks]),
             pixels * 4 * (taps + c),
         )
     candidates = [image() for _ in range(21)]
     norms = [Normalizer(*s, True) for s in torch_backend.statistics_of(candidates)]
     start = candidates, norms, torch.rand(21)
     g = image()
-    adjoints, sums = native.mix_backward(*start, g)
+    first = native.mix_backward(*start, g)
     row("mix_forward, 21 candidates", "mix_forward", start, 0)
     row("mix_backward", "mix_backward", (*start, g), 0)
-    row("mix_tangent", "mix_tangent", (*start, g, adjoints, sums, [image() for _ in candidates]), 0)
+    row("both last sweeps", "mix_last", (start, g, first, [image() for _ in candidates], image()), 0)
     row("pool_forward", "pool_forward", (image(), 1), 0)
     derived(args.repeats)
 

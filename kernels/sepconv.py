@@ -231,6 +231,8 @@ def owns_of(link: Link | None, y: Tensor, found: Tensor, join: int) -> list[Own 
     """Of the tasks of one output; `found` are its statistics."""
     if link is None:
         return [None] * join
+    if join == 1:
+        return [Own(y, *found.unbind(), link, link.sums)]
     k = y.shape[1] // join
     parts = [slice(i, i + k) for i in range(0, y.shape[1], k)]
     return [Own(y[:, c], *found[:, c].unbind(), link, link.sums[..., c], c) for c in parts]

@@ -62,20 +62,22 @@ def sepconv_last(module, start, adjoints, tangents, seconds):
         yd, left = native.sepconv_tangent_forward(*start, adjoints, *tangents)
         return yd, native.sepconv_second(*start, seconds, left)
     yd, gained = torch_backend.sepconv_tangent(*start, adjoints, *tangents)
-    seconds = [torch.zeros_like(y) if s is None else s for s, y in zip(seconds, adjoints, strict=True)]
+    seconds, yd = (
+        [torch.zeros_like(y) if t is None else t for t, y in zip(tensors, adjoints, strict=True)]
+        for tensors in (seconds, yd)
+    )
     found, *_ = torch_backend.sepconv_backward(*start, seconds, False)
     return yd, [f if g is None else f + g for f, g in zip(found, gained, strict=True)]
 
 
 def mix_last(module, start, g, first, tangents, second):
-    """od, the second adjoint of every candidate, the sums of second h, and what dL/dp gains; `first` is what
-    `mix_backward` returned."""
+    """od, the second adjoint of every candidate, and that of p; `first` is what `mix_backward` returned."""
     if module is native:
-        od, p_gained, left = native.mix_tangent_forward(*start, g, first[1], tangents)
-        return od, *native.mix_second(*start, second, left), p_gained
-    od, gained, p_gained = torch_backend.mix_tangent(*start, g, *first, tangents)
+        od, left = native.mix_tangent_forward(*start, g, first[1], tangents)
+        return od, *native.mix_second(*start, second, left)
+    od, gained, p_gained = torch_backend.mix_tangent(*start, g, *first[:2], tangents)
     found, sums = torch_backend.mix_backward(*start, second)
-    return od, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], sums, p_gained
+    return od, [f if g is None else f + g for f, g in zip(found, gained, strict=True)], p_gained + sums.sum(1)
 
 
 def call(module, name, *arguments):
@@ -195,7 +197,7 @@ def test_sepconv_leaves_out_what_is_zero(kept):
     compared("sepconv_last", start, adjoints, tangents, seconds)
     nothing = [[None] * len(tensors) for tensors in given]
     found, second = sepconv_last(native, start, adjoints, nothing[:3], nothing[3])
-    assert found == [None] * len(start[2]) and not any(t.any() for t in second)
+    assert not any(t.any() for t in [*found, *second])
 
 
 def test_statistics_of_a_large_mean():
@@ -245,49 +247,74 @@ def test_mix(shape, count, batch):
     p = torch.rand(count, generator=g)
     compared("mix_forward", candidates, norms, p)
     adjoint = image(g, *shape) + 0.5
-    adjoints, sums = compared("mix_backward", candidates, norms, p, adjoint, select=lambda result: result[0])
+    adjoints, sums, gained = compared(
+        "mix_backward", candidates, norms, p, adjoint, select=lambda result: result[0]
+    )
     exact = torch_backend.mix_backward(*wide((candidates, norms, p, adjoint)))[1]
     # Here and below, sums whose terms nearly cancel: their error is that of the terms.
     for k, (y, norm) in enumerate(zip(candidates, norms, strict=True)):
         h = y if norm is None else norm.apply(y)
         assert (sums[k] - exact[k]).norm() <= 1e-6 * float(adjoint.norm() * h.norm())
+        assert abs(gained[k] - exact[k].sum()) <= 1e-6 * float(adjoint.norm() * h.norm())
     tangents = [image(g, *shape) + 1 for _ in range(count)]
     if count > 2:
         tangents[2] = None
     start = (candidates, norms, p), adjoint, (adjoints, sums), tangents, image(g, *shape) - 0.5
     found = compared("mix_last", *start, select=lambda result: result[:2])
-    *_, exact_sums, exact = mix_last(torch_backend, *wide(start))
+    exact = mix_last(torch_backend, *wide(start))[2]
     for k, (y, norm, tangent) in enumerate(zip(candidates, norms, tangents, strict=True)):
-        terms = 0.0 if tangent is None else float(adjoint.norm() * tangent.norm())
-        assert abs(found[3][k].double() - exact[k]) <= 1e-6 * terms
         h = y if norm is None else norm.apply(y)
-        assert (found[2][k] - exact_sums[k]).norm() <= 1e-6 * float(start[-1].norm() * h.norm())
+        terms = start[-1].norm() * h.norm() + (0 if tangent is None else adjoint.norm() * tangent.norm())
+        assert abs(found[2][k].double() - exact[k]) <= 1e-6 * float(terms)
 
 
-# Of one channel batch norm takes the scale away: its weight's gradient is nothing but rounding.
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 1])
-def test_linked_convolutions_and_spread_pools_in_a_mix(shape):
-    """One mix of two convolutions with links, two pools and a skip that are spread: the four sweeps, on one
-    thread and on two, against the same without links and spread, by ATen in float64."""
-    c, g = shape[1], generator(shape[1])
-    x, adjoint = image(g, *shape), image(g, *shape)
-    shapes = [(c, 1, 3, 3), (c, 1, 5, 5), (c, c, 1, 1), (c, c, 1, 1)]
+@pytest.mark.parametrize("shape", [(2, 16, 6, 7), (2, 6, 5, 5), (1, 17, 8, 6), (3, 32, 4, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_links_and_spread_in_a_mix(shape, stride):
+    """A 1x1 convolution with its batch norm, and of that a mix of a dilated and a separable convolution with
+    links, two pools and, spread or joined, a skip: the four sweeps, on one thread and on two, against the
+    same without links by ATen in float64."""
+    c, g = shape[1] // 2 * 2, generator(shape[1])
+    x = image(g, shape[0], c, *(stride * size for size in shape[2:]))
+    adjoint = image(g, shape[0], c, *shape[2:])
+    shapes = [(c, 1, 3, 3), (c, 1, 5, 5), (c, 1, 3, 3), *[(c, c, 1, 1)] * 4, *[(c // 2, c, 1, 1)] * 2]
     weights, v = ([torch.randn(s, generator=g) for s in shapes] for _ in range(2))
     p = torch.rand(5, generator=g)
 
     def sweeps(module, x, p, adjoint, weights, v, joined):
+        def links(count):
+            return [kernels.Link() for _ in range(count)] if joined else []
+
         x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
         with backends.using(module):
-            links = [kernels.Link(), kernels.Link()] if joined else []
-            y, found = kernels.sepconv([x], [Task(), Task(dilation=2)], weights[:2], weights[2:], links=links)
-            *pools, statistics = kernels.pool(x, 1)
-            others, norms = [*pools, x], [*statistics, None]
+            one, of_first = links(1), links(2)
+            (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:7], links=one)
+            state = kernels.mix([y], [found], p.new_ones(1), True, one)
+            for_convolutions, for_pools, skip = kernels.share(state, 3)
+            tasks = [Task(0, stride), Task(0, stride, 2)]
+            y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
+            last = links(1)
+            second, statistics = kernels.sepconv(
+                y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, last, source_links=of_first[1:]
+            )
+            candidates, norms = [y[0], *second], [found[0], *statistics]
+            given = [*of_first[:1], *last]
+            *pools, statistics = kernels.pool(for_pools, stride)
+            others, of_others = [*pools], [*statistics]
+            if stride == 1:
+                others, of_others = [*others, skip], [*of_others, None]
+            else:
+                halves, of_halves = [Task(0, 2, 1, offset) for offset in (0, 1)], links(1)
+                y, found = kernels.sepconv([skip], halves, [None] * 2, weights[7:], links=of_halves, join=2)
+                candidates, norms, given = [*candidates, *y], [*norms, *found], [*given, *of_halves]
+            spread = links(len(others))
             if joined:
-                ((*others,),) = kernels.spread(others, norms, p, [[0, 1, 2]])
-            joins = [True] * 3 + links if joined else ()
-            o = kernels.mix([*others, *y], [*norms, *found], p, True, joins)
-            first = torch.autograd.grad(o, [*weights, p, x], adjoint, create_graph=True)
-            return [t.detach() for t in (o, *first, *torch.autograd.grad(first[:4], [p, x], v))]
+                ((*others,),) = kernels.spread(others, of_others, [spread])
+            o = kernels.mix([*others, *candidates], [*of_others, *norms], p, True, [*spread, *given])
+            used = weights if stride == 2 else weights[:7]
+            first = torch.autograd.grad(o, [*used, p, x], adjoint, create_graph=True)
+            last = torch.autograd.grad(first[: len(used)], [p, x], v[: len(used)])
+            return [t.detach() for t in (o, *first, *last)]
 
     given = x, p, adjoint, weights, v
     found, expected = sweeps(native, *given, True), sweeps(torch_backend, *wide(given), False)

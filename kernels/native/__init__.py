@@ -1,6 +1,8 @@
 """The kernels in C++ for CPU: the functions of `torch_backend`, for float32. In place of `..._tangent` of the
 mix and of sepconv there are `..._tangent_forward`, which gives the tangents of the outputs, and `..._second`,
-the second backward sweep whole; and a candidate's adjoint is made where `sepconv` loads it (see `handover`).
+the second backward sweep whole; and a linked tensor's adjoint is made where `sepconv` or `spread` loads it
+(see `handover`). What a link holds here is not the sums but the factors that they come to: `sums` is
+[tensors, 3, C] in the first sweep and [tensors, 5, C] in the second, see lanes.h.
 
 setup.py compiles the sources beside this file once per processor level, where there is a compiler; the widest
 that this processor runs is loaded, by ctypes. A call makes a table of C structures from tensors and runs all
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from darts_fast.kernels.handover import Link
+from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.torch_backend import add as add  # a plain sum is nowhere faster
 
@@ -59,6 +61,7 @@ def library_of(level: int) -> ctypes.CDLL:
         for sweep in sweeps[:last]:
             function = getattr(library, f"darts_{name}_{sweep}")
             function.argtypes, function.restype = [*table, c_int], None
+    library.darts_spread.argtypes, library.darts_spread.restype = [c_void_p, c_int], None
     return library
 
 
@@ -88,6 +91,19 @@ class _Rows:
             self.copies.append(tensor)
         return tensor.data_ptr()
 
+    def part(self, tensor: Tensor | None, row: int) -> int:
+        """The same of channels of an image of `row` channels."""
+        if tensor is None or tensor.shape[1] == row:
+            return self.image(tensor)
+        n, c, h, w = tensor.shape
+        strides = zip(tensor.shape, tensor.stride(), (h * w * row, 1, w * row, row), strict=True)
+        if any(size > 1 and found != wanted for size, found, wanted in strides):
+            whole = _image(n, row, h, w)
+            whole[:, :c] = tensor
+            tensor = whole
+            self.copies.append(tensor)
+        return tensor.data_ptr()
+
     def vector(self, tensor: Tensor | None) -> int:
         """The address of weights or statistics, in the order of their dimensions."""
         if tensor is None:
@@ -114,63 +130,85 @@ def _image(n: int, c: int, h: int, w: int) -> Tensor:
 
 
 def _source(
-    rows: _Rows, x: Tensor, norm: Normalizer | None, xd: Tensor | None, adjoint: int, bends: int
+    rows: _Rows,
+    x: Tensor,
+    norm: Normalizer | None,
+    xd: Tensor | None = None,
+    adjoint: int = 0,
+    factors: int = 0,
+    first: Tensor | None = None,
+    bends: int = 0,
 ) -> None:
     n, c, h, w = x.shape
     mean, r, batch = rows.norm(norm)
-    rows.append(rows.image(x), rows.image(xd), mean, r, adjoint, bends, batch, n, h, w, c)
+    at = adjoint, factors, rows.image(first), bends
+    rows.append(rows.image(x), rows.image(xd), mean, r, *at, batch, n, h, w, c)
 
 
-class _Adjoint(NamedTuple):
-    """Of an output of sepconv, in the order of the C++ structure."""
-
-    y: int = 0
-    second: int = 0
-    own: int = 0
-    own_mean: int = 0
-    own_tangent: int = 0
-    factors: int = 0
-    second_factors: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        rows: _Rows,
-        y: Tensor,
-        own: "Own | None",
-        second: Tensor | None = None,
-        tangent: Tensor | None = None,
-    ) -> "_Adjoint":
-        """Args: tangent: that of the output, where it has a link."""
-        if own is None:
-            return cls(rows.image(y), rows.image(second))
-        at, c = own.link.index, y.shape[1] * 4  # bytes
-        factors = own.first.data_ptr() + at * _FIRST_FACTORS * c
-        if second is None:
-            return cls(rows.image(y), 0, rows.image(own.y), rows.vector(own.mean), 0, factors)
-        second_factors = own.link.second.data_ptr() + at * _FACTORS * c
-        images = rows.image(y), rows.image(second), rows.image(own.y)
-        return cls(*images, rows.vector(own.mean), rows.image(tangent), factors, second_factors)
+_FIRST_FACTORS, _FACTORS, _BENDS = 3, 5, 5  # rows, see lanes.h
 
 
-_FIRST_FACTORS, _FACTORS, _BENDS = 3, 5, 5  # rows, see lanes.h and mix.cpp
+def _adjoint(
+    rows: _Rows,
+    y: Tensor,
+    own: "Own | None",
+    second: Tensor | None = None,
+    tangent: Tensor | None = None,
+) -> tuple[int, ...]:
+    """Of an output of sepconv, in the order of the C++ structure: `row`, then the addresses.
+
+    Args:
+        tangent: that of the output, where it has a link.
+    """
+    if own is None:
+        return y.shape[1], rows.image(y), rows.image(second), 0, 0, 0, 0, 0
+    row = own.first.stride(-2)
+    place = own.link.index * row * 4  # bytes, of a row of factors
+    factors = own.first.data_ptr() + place * _FIRST_FACTORS
+    images = row, rows.part(y, row), rows.part(second, row), rows.part(own.y, row), rows.vector(own.mean)
+    if second is None:
+        return *images, 0, factors, 0
+    seconds = own.link.sums.data_ptr() + place * _FACTORS + 4 * (own.channels.start or 0)
+    return *images, rows.part(tangent, row), factors, seconds
 
 
 def _task(
     rows: _Rows,
     task: Task,
     weights: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None] = (None, None),
-    adjoint: Sequence[int] = (0,) * 7,
+    tangents: Sequence[Tensor | None],
+    adjoint: Sequence[int],
     outputs: Sequence[int] = (0, 0, 0, 0),
 ) -> None:
-    """weights: depthwise and pointwise; adjoint: an _Adjoint; outputs: y or its tangent, statistics, and the
-    gradients of the weights."""
+    """weights: depthwise and pointwise; adjoint: see `_adjoint`; outputs: y or its tangent, statistics, and
+    the gradients of the weights."""
     source, stride, dilation, offset = task
     d, p = weights
-    kernel = 0 if d is None else d.shape[-1]
-    rows.append(source, kernel, stride, dilation, offset, p.shape[0])
+    row, *adjoint = adjoint
+    rows.append(source, 0 if d is None else d.shape[-1], stride, dilation, offset, p.shape[0], row)
     rows.append(*map(rows.vector, weights), *map(rows.vector, tangents), *adjoint, *outputs)
+
+
+_NO_ADJOINT = (0,) * 7
+
+
+class _Outputs:
+    """Of tasks, the channels of `join` neighbours side by side in one tensor [N, join * K, HO, WO]."""
+
+    def __init__(
+        self, sources: Sequence[Tensor], tasks: Sequence[Task], pointwise: Sequence[Tensor], join: int
+    ):
+        self.tensors, self.join, self.k = [], join, pointwise[0].shape[0]
+        for task in tasks[::join]:
+            n, _, h, w = sources[task.source].shape
+            self.tensors.append(_image(n, join * self.k, -(-h // task.stride), -(-w // task.stride)))
+
+    @property
+    def row(self) -> int:
+        return self.join * self.k
+
+    def address(self, task: int) -> int:
+        return self.tensors[task // self.join].data_ptr() + task % self.join * self.k * 4
 
 
 def _sepconv(sweep: str, sources: _Rows, n_sources: int, tasks: _Rows, n_tasks: int) -> None:
@@ -185,30 +223,30 @@ def sepconv_forward(
     tasks: Sequence[Task],
     depthwise_weights: Sequence[Tensor | None],
     pointwise_weights: Sequence[Tensor],
+    join: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
     """y_t = P_t (D_t * relu(h)) of every task, and the statistics.
 
     Returns:
         y of each task, [N, K, ceil(H / stride), ceil(W / stride)]; and of each the mean, biased variance
-        and 1 / sqrt(variance + 1e-5), [tasks, 3, K].
+        and 1 / sqrt(variance + 1e-5), [tasks, 3, K]. The channels of `join` neighbours are side by side.
 
     Raises:
         ValueError: a single value a channel, which has no variance.
     """
-    inputs, table, outputs = _Rows(), _Rows(), []
+    inputs, table = _Rows(), _Rows()
     for x, norm in zip(sources, normalizers, strict=True):
-        _source(inputs, x, norm, None, 0, 0)
-    statistics = torch.empty(len(tasks), 3, pointwise_weights[0].shape[0])
-    of_task, row = statistics.data_ptr(), statistics.stride(0) * statistics.itemsize
-    for task, d, p in zip(tasks, depthwise_weights, pointwise_weights, strict=True):
-        n, _, h, w = sources[task.source].shape
-        y = _image(n, p.shape[0], -(-h // task.stride), -(-w // task.stride))
-        _refuse_one_value(y)
-        _task(table, task, (d, p), outputs=(y.data_ptr(), of_task, 0, 0))
-        of_task += row
-        outputs.append(y)
+        _source(inputs, x, norm)
+    outputs = _Outputs(sources, tasks, pointwise_weights, join)
+    _refuse_one_value(outputs.tensors[0])
+    statistics = torch.empty(len(outputs.tensors), 3, outputs.row)
+    start, size = statistics.data_ptr(), 4 * 3 * outputs.row
+    for index, (task, d, p) in enumerate(zip(tasks, depthwise_weights, pointwise_weights, strict=True)):
+        of_task = start + index // join * size + index % join * outputs.k * 4
+        at = outputs.address(index), of_task, 0, 0
+        _task(table, task, (d, p), (None, None), (outputs.row, *_NO_ADJOINT), at)
     _sepconv("forward", inputs, len(sources), table, len(tasks))
-    return outputs, statistics
+    return outputs.tensors, statistics
 
 
 def sepconv_backward(
@@ -220,17 +258,20 @@ def sepconv_backward(
     adjoints: Sequence[Tensor],
     weight_gradients: bool,
     owns: "Sequence[Own | None]" = (),
+    source_links: Sequence[Link] = (),
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """H = [h > 0] D' * P' Y of every source, summed over its tasks, back through its batch norm; and the
     gradients dP = P' z and dD of the weights (docs/mathematics.md), None where they are not asked for.
 
     Args:
-        adjoints: Y of each task, as y; of one with a link, which is in `owns`, that of the node.
+        adjoints: Y of each task, as y; of one with a link, which is in `owns`, what the reader hands back.
+        source_links: with these H is not taken through the batch norm; the links' giver does.
     """
     found = [_image(*x.shape) for x in sources]
     inputs, table = _Rows(), _Rows()
-    for x, norm, adjoint in zip(sources, normalizers, found, strict=True):
-        _source(inputs, x, norm, None, adjoint.data_ptr(), 0)
+    factors = _factors(source_links, _FIRST_FACTORS, sources)
+    for x, norm, adjoint, at in zip(sources, normalizers, found, factors, strict=True):
+        _source(inputs, x, norm, None, adjoint.data_ptr(), at)
     d_gradients: list[Tensor | None] = [None] * len(tasks)
     p_gradients: list[Tensor | None] = [None] * len(tasks)
     for index, task in enumerate(tasks):
@@ -242,10 +283,21 @@ def sepconv_backward(
             if d is not None:
                 d_gradients[index] = torch.empty(d.shape)
                 d_at = d_gradients[index].data_ptr()
-        adjoint = _Adjoint.of(table, adjoints[index], owns[index] if owns else None)
-        _task(table, task, (d, p), adjoint=adjoint, outputs=(0, 0, d_at, p_at))
+        adjoint = _adjoint(table, adjoints[index], owns[index] if owns else None)
+        _task(table, task, (d, p), (None, None), adjoint, (0, 0, d_at, p_at))
     _sepconv("backward", inputs, len(sources), table, len(tasks))
     return found, d_gradients, p_gradients
+
+
+def _factors(links: Sequence[Link], rows: int, sources: Sequence[Tensor]) -> Sequence[int]:
+    """Has the links hold factors of their tensors, the sources, yet to be written; their addresses, or 0."""
+    if not links:
+        return [0] * len(sources)
+    factors = torch.empty(len(links), rows, sources[0].shape[1])
+    for link in links:
+        link.sums = factors
+    start, size = factors.data_ptr(), 4 * rows * factors.shape[2]
+    return range(start, start + size * len(links), size)
 
 
 class _SepConvLeft(NamedTuple):
@@ -255,9 +307,10 @@ class _SepConvLeft(NamedTuple):
     source_tangents: Sequence[Tensor | None]
     depthwise_tangents: Sequence[Tensor | None]
     pointwise_tangents: Sequence[Tensor | None]
-    bends: Tensor  # [sources, 2, C], where batch norm moves with the source
-    outputs: Sequence[Tensor | None]  # yd
+    bends: Tensor  # [sources, 5, C], where batch norm moves with the source
+    outputs: Sequence[Tensor | None]  # yd of every task
     owns: "Sequence[Own | None]"
+    source_links: Sequence[Link]
 
 
 def sepconv_tangent_forward(
@@ -271,25 +324,32 @@ def sepconv_tangent_forward(
     depthwise_tangents: Sequence[Tensor | None],
     pointwise_tangents: Sequence[Tensor | None],
     owns: "Sequence[Own | None]" = (),
-) -> tuple[list[Tensor | None], _SepConvLeft]:
-    """yd of every task, and what `sepconv_second` needs. A tangent that is None is zero, and so is a yd.
+    join: int = 1,
+    source_links: Sequence[Link] = (),
+    firsts: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], _SepConvLeft]:
+    """yd of every task, joined as the outputs are, and what `sepconv_second` needs. A tangent that is None is
+    zero. `firsts` are the sources' adjoints that `sepconv_backward` gave, where they have links.
 
     yd = P (D * ad + Dd * a) + Pd (D * a)
     """
-    bends = torch.empty(len(sources), 2, sources[0].shape[1])
-    inputs, table, outputs = _Rows(), _Rows(), []
-    _sources_with_tangents(inputs, sources, normalizers, source_tangents, bends)
+    bends = torch.empty(len(sources), _BENDS, sources[0].shape[1])
+    inputs, table = _Rows(), _Rows()
+    firsts = firsts or [None] * len(sources)
+    addresses = _bends(bends, normalizers, source_tangents)
+    for args in zip(sources, normalizers, source_tangents, firsts, addresses, strict=True):
+        x, norm, xd, first, at = args
+        _source(inputs, x, norm, xd, first=first, bends=at)
+    outputs = _Outputs(sources, tasks, pointwise_weights, join)
     for index, task in enumerate(tasks):
-        dd, pd = depthwise_tangents[index], pointwise_tangents[index]
-        moves = any(t is not None for t in (dd, pd, source_tangents[task.source]))
-        outputs.append(_image(*adjoints[index].shape) if moves else None)
         weights = depthwise_weights[index], pointwise_weights[index]
-        y_at = outputs[-1].data_ptr() if moves else 0
-        _task(table, task, weights, (dd, pd), outputs=(y_at, 0, 0, 0))
+        tangents = depthwise_tangents[index], pointwise_tangents[index]
+        at = outputs.address(index), 0, 0, 0
+        _task(table, task, weights, tangents, (outputs.row, *_NO_ADJOINT), at)
     _sepconv("tangent", inputs, len(sources), table, len(tasks))
-    return outputs, _SepConvLeft(
-        adjoints, source_tangents, depthwise_tangents, pointwise_tangents, bends, outputs, owns
-    )
+    by_task = [part for y in outputs.tensors for part in ((y,) if join == 1 else y.chunk(join, dim=1))]
+    tangents = source_tangents, depthwise_tangents, pointwise_tangents
+    return outputs.tensors, _SepConvLeft(adjoints, *tangents, bends, by_task, owns, source_links)
 
 
 def sepconv_second(
@@ -303,34 +363,35 @@ def sepconv_second(
 ) -> list[Tensor]:
     """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero):
 
-    [h > 0] ( D' * (P' Yd + Pd' Y) + Dd' * P' Y ), back through its batch norm, which moves.
+    [h > 0] ( D' * (P' Yd + Pd' Y) + Dd' * P' Y ), back through its batch norm, which moves, or with links
+    left to their giver.
     """
     found = [_image(*x.shape) for x in sources]
     inputs, table = _Rows(), _Rows()
-    _sources_with_tangents(inputs, sources, normalizers, left.source_tangents, left.bends, found)
+    factors = _factors(left.source_links, _FACTORS, sources)
+    addresses = _bends(left.bends, normalizers, left.source_tangents)
+    given = sources, normalizers, left.source_tangents, found, factors, addresses
+    for x, norm, xd, adjoint, at, bends in zip(*given, strict=True):
+        _source(inputs, x, norm, xd, adjoint.data_ptr(), at, None, bends)
     owns = left.owns or [None] * len(tasks)
     for index, task in enumerate(tasks):
         weights = depthwise_weights[index], pointwise_weights[index]
         tangents = left.depthwise_tangents[index], left.pointwise_tangents[index]
-        adjoint = _Adjoint.of(table, left.adjoints[index], owns[index], adjoints[index], left.outputs[index])
-        _task(table, task, weights, tangents, adjoint)
+        given = left.adjoints[index], owns[index], adjoints[index], left.outputs[index]
+        _task(table, task, weights, tangents, _adjoint(table, *given))
     _sepconv("second", inputs, len(sources), table, len(tasks))
     return found
 
 
-def _sources_with_tangents(
-    rows: _Rows,
-    sources: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    tangents: Sequence[Tensor | None],
-    bends: Tensor,
-    adjoints: Sequence[Tensor | None] = (),
-) -> None:
-    at, row = bends.data_ptr(), bends.stride(0) * bends.itemsize
-    for index, (x, norm, xd) in enumerate(zip(sources, normalizers, tangents, strict=True)):
-        moves = xd is not None and norm is not None and norm.batch
-        adjoint = adjoints[index].data_ptr() if adjoints else 0
-        _source(rows, x, norm, xd, adjoint, at + index * row if moves else 0)
+def _bends(
+    bends: Tensor, normalizers: Sequence[Normalizer | None], tangents: Sequence[Tensor | None]
+) -> list[int]:
+    """The address of each source's; 0 where it has no batch norm that moves along the tangent."""
+    start, size = bends.data_ptr(), bends.stride(0) * 4
+    return [
+        start + i * size if xd is not None and norm is not None and norm.batch else 0
+        for i, (norm, xd) in enumerate(zip(normalizers, tangents, strict=True))
+    ]
 
 
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -352,14 +413,21 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return maximum, average, position, statistics
 
 
-def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, average: Tensor) -> Tensor:
-    """The adjoint of x from those of the two pools. Of x only the shape is used."""
+def pool_backward(
+    x: Tensor,
+    position: Tensor,
+    stride: int,
+    maximum: Tensor,
+    average: Tensor,
+    terms: Sequence[Tensor] = (),
+) -> Tensor:
+    """The adjoint of x from those of the two pools, and the sum of `terms`. Of x only the shape is used."""
     n, c, h, w = x.shape
     rows, found = _Rows(), _image(n, c, h, w)
     pools = rows.image(maximum), rows.image(average), position.data_ptr()
     rows.append(0, *pools, 0, found.data_ptr(), n, h, w, c, stride)
     _pool("backward", rows)
-    return found
+    return add([found, *terms]) if terms else found
 
 
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -397,45 +465,34 @@ def mix_backward(
     normalizers: Sequence[Normalizer | None],
     p: Tensor,
     g: Tensor,
-    spread: Sequence[bool | Link] = (),
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), or g where it is `spread`; and the sums of g h_k:
-    [candidates, C]."""
-    rows = _Rows()
-    adjoints, factors, sums = _backward(
-        rows, candidates, normalizers, _places(rows, p), [g] * len(candidates), spread
-    )
-    for link in _links(spread):
-        link.first = factors
-    return adjoints, sums
-
-
-def _backward(
-    rows: _Rows,
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Sequence[int],
-    gs: Sequence[Tensor],
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Adjoints, factors and sums, of candidates with an adjoint each."""
-    count, c = len(candidates), candidates[0].shape[1]
-    sums, factors = torch.empty(count, c), torch.empty(count, _FIRST_FACTORS, c)
-    adjoints = _adjoints(gs, spread)
-    for k, (y, norm, at) in enumerate(zip(candidates, normalizers, weights, strict=True)):
-        adjoint = 0 if spread and spread[k] else adjoints[k].data_ptr()
-        _candidate(rows, y, norm, at, rows.image(gs[k]), adjoint=adjoint)
-    _mix("backward", rows, candidates, sums=sums, factors=factors)
-    return adjoints, factors, sums
+    """The adjoint of every candidate, p_k B_k(g), or g where it has a link; the sums of g h_k:
+    [candidates, C]; and dL/dp, their sums over channels."""
+    rows, count, c = _Rows(), len(candidates), g.shape[1]
+    sums, gained = torch.empty(count, c), torch.empty(count)
+    adjoints = _adjoints(g, count, links)
+    g_at = rows.image(g)
+    for y, norm, at, adjoint in zip(candidates, normalizers, _places(rows, p), adjoints, strict=True):
+        _candidate(rows, y, norm, at, g_at, adjoint=0 if adjoint is g else adjoint.data_ptr())
+    factors = _link_factors(links, _FIRST_FACTORS, count, c)
+    _mix("backward", rows, candidates, sums=sums, factors=factors, p_gained=gained)
+    return adjoints, sums, gained
 
 
-def _adjoints(gs: Sequence[Tensor], spread: Sequence[bool | Link]) -> list[Tensor]:
-    """What a candidate is given: g where it is `spread`, else a tensor to write."""
-    return [g if spread and spread[k] else _image(*g.shape) for k, g in enumerate(gs)]
+def _adjoints(g: Tensor, count: int, links: Sequence[Link | None]) -> list[Tensor]:
+    """What a candidate is given: g where it has a link, else a tensor to write."""
+    if not links:
+        return [_image(*g.shape) for _ in range(count)]
+    return [_image(*g.shape) if link is None else g for link in links]
 
 
-def _links(spread: Sequence[bool | Link]) -> list[Link]:
-    return [link for link in spread if isinstance(link, Link)]
+def _link_factors(links: Sequence[Link | None], rows: int, count: int, c: int) -> Tensor:
+    factors = torch.empty(count, rows, c)
+    for link in links:
+        if link is not None:
+            link.sums = factors
+    return factors
 
 
 class _MixLeft(NamedTuple):
@@ -444,6 +501,7 @@ class _MixLeft(NamedTuple):
     g: Tensor
     tangents: Sequence[Tensor | None]  # yd
     bends: Tensor
+    gained: Tensor  # by dL/dp
 
 
 def mix_tangent_forward(
@@ -453,32 +511,16 @@ def mix_tangent_forward(
     g: Tensor,
     sums: Tensor,
     tangents: Sequence[Tensor | None],
-    spread: Sequence[bool | Link] = (),
-) -> tuple[Tensor, Tensor, _MixLeft]:
-    """od = sum over k of p_k hd_k, what dL/dp gains, and what `mix_second` needs; `sums` are what
-    `mix_backward` returned. A tangent that is None is zero."""
-    rows, out, p_gained = _Rows(), _image(*g.shape), torch.empty_like(p)
-    gs = [g] * len(candidates)
-    bends = _tangent(rows, candidates, normalizers, _places(rows, p), gs, sums, tangents, out, p_gained)
-    return out, p_gained, _MixLeft(g, tangents, bends)
-
-
-def _tangent(
-    rows: _Rows,
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Sequence[int],
-    gs: Sequence[Tensor],
-    sums: Tensor,
-    tangents: Sequence[Tensor | None],
-    out: Tensor | None = None,
-    p_gained: Tensor | None = None,
-) -> Tensor:
-    bends = torch.empty(len(candidates), _BENDS, candidates[0].shape[1])
-    for y, norm, at, g, yd in zip(candidates, normalizers, weights, gs, tangents, strict=True):
-        _candidate(rows, y, norm, at, rows.image(g), rows.image(yd))
-    _mix("tangent", rows, candidates, out=out, sums=sums, bends=bends, p_gained=p_gained)
-    return bends
+    links: Sequence[Link | None] = (),
+) -> tuple[Tensor, _MixLeft]:
+    """od = sum over k of p_k hd_k, and what `mix_second` needs; `sums` are what `mix_backward` returned. A
+    tangent that is None is zero."""
+    rows, out, gained = _Rows(), _image(*g.shape), torch.empty_like(p)
+    bends, g_at = torch.empty(len(candidates), _BENDS, g.shape[1]), rows.image(g)
+    for y, norm, at, yd in zip(candidates, normalizers, _places(rows, p), tangents, strict=True):
+        _candidate(rows, y, norm, at, g_at, rows.image(yd))
+    _mix("tangent", rows, candidates, out=out, sums=sums, bends=bends, p_gained=gained)
+    return out, _MixLeft(g, tangents, bends, gained)
 
 
 def mix_second(
@@ -487,119 +529,28 @@ def mix_second(
     p: Tensor,
     g: Tensor,
     left: _MixLeft,
-    spread: Sequence[bool | Link] = (),
+    links: Sequence[Link | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate (or g where it is `spread`), and the sums of g h_k:
-    [candidates, C]; g is the node's second adjoint."""
-    rows, count = _Rows(), len(candidates)
-    adjoints, factors, sums = _second(
+    """The second adjoint of every candidate (or g where it has a link), and that of p, with what it gains in
+    the tangent sweep; g is the node's second adjoint."""
+    rows, count, gained = _Rows(), len(candidates), torch.empty_like(left.gained)
+    adjoints = _adjoints(g, count, links)
+    g_at, first = rows.image(g), rows.image(left.g)
+    given = candidates, normalizers, _places(rows, p), left.tangents, adjoints
+    for y, norm, at, yd, adjoint in zip(*given, strict=True):
+        written = 0 if adjoint is g else adjoint.data_ptr()
+        _candidate(rows, y, norm, at, first, rows.image(yd), g_at, written)
+    factors = _link_factors(links, _FACTORS, count, g.shape[1])
+    _mix(
+        "second",
         rows,
         candidates,
-        normalizers,
-        _places(rows, p),
-        [g] * count,
-        [left.g] * count,
-        left.tangents,
-        left.bends,
-        spread,
+        bends=left.bends,
+        factors=factors,
+        p_gained=gained,
+        p_before=left.gained,
     )
-    for link in _links(spread):
-        link.second = factors
-    return adjoints, sums
-
-
-def _second(
-    rows: _Rows,
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Sequence[int],
-    gs: Sequence[Tensor],
-    firsts: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-    bends: Tensor,
-    spread: Sequence[bool | Link] = (),
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Second adjoints, factors and sums, of candidates with first and second adjoints each."""
-    count, c = len(candidates), candidates[0].shape[1]
-    sums, factors = torch.empty(count, c), torch.empty(count, _FACTORS, c)
-    adjoints = _adjoints(gs, spread)
-    for k, (y, norm, at) in enumerate(zip(candidates, normalizers, weights, strict=True)):
-        images = map(rows.image, (firsts[k], tangents[k], gs[k]))
-        _candidate(rows, y, norm, at, *images, 0 if spread and spread[k] else adjoints[k].data_ptr())
-    _mix("second", rows, candidates, sums=sums, bends=bends, factors=factors)
-    return adjoints, factors, sums
-
-
-# Spread: tensors that several mixes read
-
-
-def spread_backward(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-) -> tuple[list[Tensor] | Tensor, ...]:
-    """B_c(G_c) of every tensor, with G_c the sum over readers j of p_jc G_j; and for `spread_second` the G_c
-    of those that are normalised, and the sums of G_c h_c.
-
-    `places` and `adjoints` are by reader, then by tensor."""
-    found, normed = _weighed(weights, places, adjoints, len(tensors)), _normed(normalizers)
-    if not normed:
-        return found, weights.new_empty(0)
-    given, norms, gs = _at(normed, tensors), _at(normed, normalizers), _at(normed, found)
-    adjoints, _, sums = _backward(_Rows(), given, norms, [0] * len(normed), gs)
-    for c, adjoint in zip(normed, adjoints, strict=True):
-        found[c] = adjoint
-    return found, *gs, sums
-
-
-def spread_second(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    weights: Tensor,
-    places: Sequence[int],
-    adjoints: Sequence[Tensor],
-    *left: Tensor | Sequence[Tensor | None],
-) -> list[Tensor]:
-    """The second adjoint of every tensor; `left` is what `spread_backward` returned after the adjoints, and
-    the tensors' tangents."""
-    found, normed = _weighed(weights, places, adjoints, len(tensors)), _normed(normalizers)
-    if not normed:
-        return found
-    *firsts, sums, tangents = left
-    given, norms, moved = _at(normed, tensors), _at(normed, normalizers), _at(normed, tangents)
-    ones = [0] * len(normed)
-    bends = _tangent(_Rows(), given, norms, ones, firsts, sums, moved)
-    gs = _at(normed, found)
-    for c, adjoint in zip(
-        normed, _second(_Rows(), given, norms, ones, gs, firsts, moved, bends)[0], strict=True
-    ):
-        found[c] = adjoint
-    return found
-
-
-def _weighed(
-    weights: Tensor, places: Sequence[int], adjoints: Sequence[Tensor], tensors: int
-) -> list[Tensor]:
-    """The sum over readers of p_jc G_j, of every tensor."""
-    found = []
-    for c in range(tensors):
-        rows, out = _Rows(), _image(*adjoints[c].shape)
-        at = rows.vector(weights)
-        for place, g in zip(places[c::tensors], adjoints[c::tensors], strict=True):
-            _candidate(rows, g, None, at + 4 * place)
-        _mix("forward", rows, adjoints[c::tensors], out=out)
-        found.append(out)
-    return found
-
-
-def _normed(normalizers: Sequence[Normalizer | None]) -> list[int]:
-    return [c for c, norm in enumerate(normalizers) if norm is not None]
-
-
-def _at(indices: Sequence[int], values: Sequence) -> list:
-    return [values[index] for index in indices]
+    return adjoints, gained
 
 
 def _places(rows: _Rows, p: Tensor) -> range:
@@ -631,11 +582,56 @@ def _mix(
     bends: Tensor | None = None,
     factors: Tensor | None = None,
     p_gained: Tensor | None = None,
+    p_before: Tensor | None = None,
 ) -> None:
     n, c, h, w = candidates[0].shape
+    tensors = out, sums, bends, factors, p_gained, p_before
     call = _Rows()
-    call.append(
-        rows.address, *(0 if t is None else t.data_ptr() for t in (out, sums, bends, factors, p_gained))
-    )
+    call.append(rows.address, *(0 if t is None else t.data_ptr() for t in tensors))
     call.append(len(candidates), n * h * w, c)
     getattr(_library(), f"darts_mix_{sweep}")(call.address, torch.get_num_threads())
+
+
+def spread_backward(
+    tensors: Sequence[Tensor], normalizers: Sequence[Normalizer | None], readers: Sequence[Reader]
+) -> list[Tensor]:
+    """B_c of the sum over readers j of p_jc G_j, for every tensor."""
+    return _spread(tensors, normalizers, readers, _FIRST_FACTORS)
+
+
+def spread_second(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    seconds: Sequence[Reader],
+    firsts: Sequence[Reader],
+    tangents: Sequence[Tensor | None],
+    tangent_sums: Sequence[None],
+) -> list[Tensor]:
+    """The second adjoint of every tensor, from its tangent; the factors hold what `tangent_sums` would."""
+    return _spread(tensors, normalizers, seconds, _FACTORS, firsts, tangents)
+
+
+def _spread(
+    tensors: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    readers: Sequence[Reader],
+    rows: int,
+    firsts: Sequence[Reader] = (),
+    tangents: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
+    n, c, h, w = tensors[0].shape
+    found, of_readers, table, call = [_image(n, c, h, w) for _ in tensors], _Rows(), _Rows(), _Rows()
+    given = [of_readers.image(reader.adjoint) for reader in readers]
+    before = [of_readers.image(first.adjoint) for first in firsts] or [0] * len(readers)
+    for i in range(len(tensors)):
+        for g, first, reader in zip(given, before, readers, strict=True):
+            of_readers.append(g, first, reader.sums.data_ptr() + reader.places[i] * rows * c * 4)
+    size = len(of_readers.values) // len(tensors) * 8
+    tangents = tangents or [None] * len(tensors)
+    for i, (y, norm, yd, out) in enumerate(zip(tensors, normalizers, tangents, found, strict=True)):
+        mean, _, _ = table.norm(norm)
+        at = of_readers.address + i * size
+        table.append(table.image(y), mean, table.image(yd), out.data_ptr(), at)
+    call.append(table.address, len(tensors), len(readers), n * h * w, c)
+    _library().darts_spread(call.address, torch.get_num_threads())
+    return found

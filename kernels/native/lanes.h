@@ -214,4 +214,30 @@ struct Factors {
   }
 };
 
+// What a tangent sweep leaves for the second backward sweep, of what a batch norm reads: the means over pixels
+// of yd, h yd, g h, g hd and g, g the first adjoint of h.
+enum { MEAN_YD, MEAN_H_YD, MEAN_G_H, MEAN_G_HD, MEAN_G, BENDS };
+
+// Writes a channel's factors of scale B(g) / r = scale (g - mean(g) - h mean(g h)); where the statistics are
+// constants, of scale g. Rows are `row` apart.
+INLINE void write_factors(float* into, int64_t row, double scale, double r, double g_mean, double gh_mean,
+                          bool moves) {
+  into[OF_G * row] = float(scale);
+  into[OF_Y * row] = moves ? float(-scale * r * gh_mean) : 0.f;
+  into[OF_ONE * row] = moves ? float(-scale * g_mean) : 0.f;
+}
+
+// Of the second adjoint, scale / r [ B(gd) - r (t B(g) + s hd + u h) ]; bends null: the tangent is zero.
+INLINE void write_second_factors(float* into, int64_t row, double scale, double r, double gd_mean, double gdh_mean,
+                                 const float* bends, bool moves) {
+  auto bend = [&](int which) { return bends ? double(bends[which * row]) : 0.0; };
+  double t = bend(MEAN_H_YD), s = bend(MEAN_G_H), of_first = -scale * r * t, of_tangent = -scale * r * s;
+  double of_one = -scale * gd_mean - of_first * bend(MEAN_G) - of_tangent * bend(MEAN_YD);
+  into[OF_G * row] = float(scale);
+  into[OF_Y * row] = moves ? float(scale * r * (2 * r * s * t - gdh_mean - bend(MEAN_G_HD))) : 0.f;
+  into[OF_ONE * row] = moves ? float(of_one) : 0.f;
+  into[OF_FIRST * row] = moves ? float(of_first) : 0.f;
+  into[OF_TANGENT * row] = moves ? float(of_tangent) : 0.f;
+}
+
 }  // namespace

@@ -1,6 +1,6 @@
 // The mix: candidates, batch-normalised on load, weighed and summed into a node; all candidates of a node in
 // one pass over memory, a chunk of pixels after the other, so that what they share stays in the first cache.
-// The last three functions also serve `spread`, whose tensors have an adjoint each, and no node.
+// And `spread`: what the mixes that read a tensor hand back of it, summed.
 #include "lanes.h"
 
 extern "C" {
@@ -8,7 +8,7 @@ extern "C" {
 // Tensors [m, c]. mean null: h is y. Pointers that a function does not use are null.
 struct Candidate {
   const float *y, *mean, *r;
-  const float* p;        // its weight; null: one
+  const float* p;        // its weight
   const float* g;        // the node's adjoint, the same of every candidate of a mix
   const float* tangent;  // of y; null: zero
   const float* second;   // the node's second adjoint
@@ -18,12 +18,32 @@ struct Candidate {
 
 struct Mix {
   const Candidate* candidates;
-  float* out;       // the node, or its tangent (null: not wanted)
-  float* sums;      // [count, c], of g h; in `second` of second h; in `tangent` those of `backward` are read
+  float* out;       // the node, or its tangent
+  float* sums;      // [count, c], of g h: `backward` writes them, `tangent` reads them
   float* bends;     // [count, BENDS, c], what `tangent` leaves for `second`
   float* factors;   // [count, 3 in `backward`, 5 in `second`, c]: see Factors
-  float* p_gained;  // [count]; null: not wanted
+  float* p_gained;  // [count]: the sums of `sums` over channels; of u; or in `second` both
+  const float* p_before;  // in `second` what `tangent` wrote there
   int64_t count, m, c;
+};
+
+// What one mix hands back of a tensor
+struct Reader {
+  const float* g;        // the node's adjoint, or in the second sweep the second one
+  const float* first;    // the first adjoint in the second sweep; else null
+  const float* factors;  // of this tensor, [3 or 5, c]
+};
+
+struct Shared {  // a tensor
+  const float *y, *mean;  // mean null: y is not normalised, nor read
+  const float* tangent;   // in the second sweep; null: zero
+  float* adjoint;         // the sum
+  const Reader* readers;
+};
+
+struct Spread {
+  const Shared* tensors;
+  int64_t count, readers, m, c;
 };
 }
 
@@ -33,7 +53,8 @@ constexpr int64_t CHUNK = 4096;  // floats: 16 KB of the node, 16 KB of its adjo
 
 struct Chunks {
   int64_t pixels, count;
-  explicit Chunks(const Mix& q)
+  template <class Call>
+  explicit Chunks(const Call& q)
       : pixels(CHUNK / q.c > 0 ? CHUNK / q.c : 1), count((q.m + pixels - 1) / pixels) {}
   int64_t last(int64_t chunk, int64_t m) const { return (chunk + 1) * pixels < m ? (chunk + 1) * pixels : m; }
 };
@@ -50,10 +71,6 @@ struct Norms {
       }
   }
 };
-
-double weight_of(const Candidate& candidate) { return candidate.p ? double(*candidate.p) : 1.0; }
-
-enum { MEAN_YD, MEAN_H_YD, MEAN_G_H, MEAN_G_HD, MEAN_G, BENDS };
 
 // The sums over pixels of g h and of g, [count, 2, c], where g is the member that is given.
 const double* adjoint_sums(const Mix& q, const Norms& norms, const float* Candidate::*g_of, int threads) {
@@ -124,7 +141,7 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
   Chunks chunks(q);
   float* scale = of_call.take(q.count * q.c);
   for (int64_t k = 0; k < q.count; ++k)
-    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = float(weight_of(q.candidates[k])) * norms.r[k * q.c + i];
+    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = *q.candidates[k].p * norms.r[k * q.c + i];
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
@@ -159,18 +176,18 @@ extern "C" void darts_mix_backward(const Mix* call, int threads) {
   of_call.reset();
   Norms norms(q);
   const double* totals = adjoint_sums(q, norms, &Candidate::g, threads);
-  for (int64_t k = 0; k < q.count; ++k)
+  for (int64_t k = 0; k < q.count; ++k) {
+    const Candidate& candidate = q.candidates[k];
+    double gained = 0, m = double(q.m);
     for (int64_t i = 0; i < q.c; ++i) {
-      const Candidate& candidate = q.candidates[k];
-      double gh = totals[2 * k * q.c + i], g = totals[(2 * k + 1) * q.c + i], m = double(q.m);
-      double r = norms.r[k * q.c + i], scale = weight_of(candidate) * r;
-      bool moves = candidate.mean && candidate.batch;
-      float* factors = q.factors + k * FIRST_FACTORS * q.c + i;
+      double gh = totals[2 * k * q.c + i], g = totals[(2 * k + 1) * q.c + i], r = norms.r[k * q.c + i];
       q.sums[k * q.c + i] = float(gh);
-      factors[OF_G * q.c] = float(scale);
-      factors[OF_Y * q.c] = moves ? float(-scale * r * gh / m) : 0.f;
-      factors[OF_ONE * q.c] = moves ? float(-scale * g / m) : 0.f;
+      gained += gh;
+      write_factors(q.factors + k * FIRST_FACTORS * q.c + i, q.c, *candidate.p * r, r, g / m, gh / m,
+                    candidate.mean && candidate.batch);
     }
+    q.p_gained[k] = float(gained);
+  }
   write_adjoints<false>(q, norms, threads);
 }
 
@@ -230,9 +247,8 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
       into[MEAN_YD * q.c] = float(yd), into[MEAN_H_YD * q.c] = float(t), into[MEAN_G_H * q.c] = float(s);
       into[MEAN_G_HD * q.c] = float(u), into[MEAN_G * q.c] = float(g);
     }
-    if (q.p_gained) q.p_gained[k] = float(gained);
+    q.p_gained[k] = float(gained);
   }
-  if (q.out == nullptr) return;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
@@ -243,7 +259,7 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
       for_channels(q.c, [&](auto zero, int64_t i) {
         using T = decltype(zero);
         const float* bends = q.bends + k * BENDS * q.c + i;
-        T r = load<T>(norms.r + k * q.c + i), scale = float(weight_of(candidate)) * r;
+        T r = load<T>(norms.r + k * q.c + i), scale = *candidate.p * r;
         if (!candidate.mean || !candidate.batch) {
           for (int64_t j = first * q.c + i; j < last * q.c; j += q.c)
             store(q.out + j, load<T>(q.out + j) + scale * load<T>(candidate.tangent + j));
@@ -266,24 +282,63 @@ extern "C" void darts_mix_second(const Mix* call, int threads) {
   of_call.reset();
   Norms norms(q);
   const double* totals = adjoint_sums(q, norms, &Candidate::second, threads);
-  for (int64_t k = 0; k < q.count; ++k)
+  for (int64_t k = 0; k < q.count; ++k) {
+    const Candidate& candidate = q.candidates[k];
+    double gained = q.p_before[k], m = double(q.m);
     for (int64_t i = 0; i < q.c; ++i) {
-      const Candidate& candidate = q.candidates[k];
-      double m = double(q.m), gdh = totals[2 * k * q.c + i], gd = totals[(2 * k + 1) * q.c + i] / m;
-      double r = norms.r[k * q.c + i], scale = weight_of(candidate) * r;
-      const float* bends = q.bends + k * BENDS * q.c + i;
-      auto bend = [&](int row) { return double(bends[row * q.c]); };
-      double t = bend(MEAN_H_YD), s = bend(MEAN_G_H), u = bend(MEAN_G_HD);
-      double of_first = -scale * r * t, of_tangent = -scale * r * s;
-      double of_one = -scale * gd - of_first * bend(MEAN_G) - of_tangent * bend(MEAN_YD);
-      bool moves = candidate.mean && candidate.batch;
-      float* factors = q.factors + k * FACTORS * q.c + i;
-      q.sums[k * q.c + i] = float(gdh);
-      factors[OF_G * q.c] = float(scale);
-      factors[OF_Y * q.c] = moves ? float(scale * r * (2 * r * s * t - gdh / m - u)) : 0.f;
-      factors[OF_ONE * q.c] = moves ? float(of_one) : 0.f;
-      factors[OF_FIRST * q.c] = float(of_first);
-      factors[OF_TANGENT * q.c] = float(of_tangent);
+      double gdh = totals[2 * k * q.c + i], gd = totals[(2 * k + 1) * q.c + i], r = norms.r[k * q.c + i];
+      gained += gdh;
+      write_second_factors(q.factors + k * FACTORS * q.c + i, q.c, *candidate.p * r, r, gd / m, gdh / m,
+                           q.bends + k * BENDS * q.c + i, candidate.mean && candidate.batch);
     }
+    q.p_gained[k] = float(gained);
+  }
   write_adjoints<true>(q, norms, threads);
+}
+
+// The adjoint of every tensor, or the second one: the sum of what its readers hand back, by their factors.
+extern "C" void darts_spread(const Spread* call, int threads) {
+  const Spread& q = *call;
+  Chunks chunks(q);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    for (int64_t t = 0; t < q.count; ++t) {
+      const Shared& tensor = q.tensors[t];
+      for_channels(q.c, [&](auto zero, int64_t i) {
+        using T = decltype(zero);
+        auto total = [&](int row) {
+          T sum = {};
+          for (int64_t j = 0; j < q.readers; ++j) sum += load<T>(tensor.readers[j].factors + row * q.c + i);
+          return sum;
+        };
+        float* out = tensor.adjoint + i;
+        if (tensor.mean) {
+          T of_y = total(OF_Y), one = total(OF_ONE), mean = load<T>(tensor.mean + i);
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+            store(out + j, of_y * (load<T>(tensor.y + i + j) - mean) + one);
+        } else {
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c) store(out + j, T{});
+        }
+        if (tensor.mean && tensor.tangent) {
+          T of_tangent = total(OF_TANGENT);
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+            store(out + j, load<T>(out + j) + of_tangent * load<T>(tensor.tangent + i + j));
+        }
+        for (int64_t k = 0; k < q.readers; ++k) {
+          const Reader& reader = tensor.readers[k];
+          T of_g = load<T>(reader.factors + OF_G * q.c + i);
+          if (tensor.mean && tensor.tangent) {
+            T of_first = load<T>(reader.factors + OF_FIRST * q.c + i);
+            for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+              store(out + j, load<T>(out + j) + of_g * load<T>(reader.g + i + j) +
+                                 of_first * load<T>(reader.first + i + j));
+          } else {
+            for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+              store(out + j, load<T>(out + j) + of_g * load<T>(reader.g + i + j));
+          }
+        }
+      });
+    }
+  }
 }

@@ -14,17 +14,24 @@ extern "C" {
 struct Source {
   const float *x, *x_tangent, *mean, *r;
   float* adjoint;  // of x in `backward`, the second one in `second`
-  float* bends;    // [2, c]: the means of xd and h xd, from `tangent` for `second`
+  // With `factors` [3, c] or in `second` [5, c] of h instead, from which these make that of x (see Factors),
+  // and `tangent` and `second` are given what `backward` wrote, `first`.
+  float* factors;
+  const float* first;
+  float* bends;    // [BENDS, c], from `tangent` for `second`; without `first` the first two; null: x has no
+                   // tangent, or no batch norm that moves with it
   int64_t batch;   // whether mean and r are those of x, and not constants
   int64_t n, h, w, c;
 };
 
 struct Task {
   int64_t source, kernel, stride, dilation, offset, k;  // kernel 0: no depthwise part; k: channels of y
+  int64_t row;  // channels of the tensor that y is a part of: from a pixel, or a row of numbers, to the next
   const float *d, *p, *d_tangent, *p_tangent;           // [c, 1, kernel, kernel] and [k, c]
   const float *y_adjoint, *y_second;                    // [n, ho, wo, k]; the second may be zero: null
-  // Of an output y that a mix reads by a link: y_adjoint and y_second are the node's, and y's own are made of
-  // them by the factors, [3, k] and [5, k] (see Factors), y, its mean [k] and its tangent (null: zero).
+  // Of an output y that is read by a link: y_adjoint and y_second are those of its batch norm or of a node
+  // that sums it, and y's own are made of them by the factors, [3, k] and [5, k], of y (`own`), its mean [k]
+  // and its tangent (null: zero).
   const float *own, *own_mean, *own_tangent, *factors, *second_factors;
   float *y, *statistics;                                // y, or its tangent; [3, k]
   float *d_gradient, *p_gradient;
@@ -124,7 +131,7 @@ INLINE void pointwise_sum(const float* z, ptrdiff_t block, int blocks, const flo
   }
 }
 
-// One block of output channels of n pixels, written into y [n, k], and their sums.
+// One block of output channels of n pixels, written into y, pixels k apart, and their sums.
 void pointwise_out(const float* z, ptrdiff_t block, int blocks, const float* weights, float* y, int64_t k,
                    int count, int64_t n, Sums& sums) {
   int64_t j = 0;
@@ -346,22 +353,22 @@ void depthwise(const Half& half, const Stencil& st, const float* a, int64_t y, i
               st.weights + b * st.block, out + b * out_block + r * half.wo * LANES, LANES, half.wo, false);
 }
 
-// Pixels [n, c] into blocks of lanes; where one block is all there is, they are in lanes already.
-const float* in_lanes(const float* pixels, int64_t n, int64_t c, float* scratch, ptrdiff_t block) {
-  if (c == LANES) return pixels;
+// Pixels [n, c], `row` apart, into blocks of lanes; where one block is all there is, they are in lanes already.
+const float* in_lanes(const float* pixels, int64_t n, int64_t c, int64_t row, float* scratch, ptrdiff_t block) {
+  if (c == LANES && row == LANES) return pixels;
   for (int b = 0; b < blocks_of(c); ++b) {
     int count = lanes_of(c, b);
     for (int64_t j = 0; j < n; ++j)
-      store(scratch + b * block + j * LANES, load_some(pixels + j * c + b * LANES, count));
+      store(scratch + b * block + j * LANES, load_some(pixels + j * row + b * LANES, count));
   }
   return scratch;
 }
 
-// Rows of numbers a channel, [rows][c], padded to whole blocks
-float* padded(const float* from, int64_t rows, int64_t c) {
+// Rows of c numbers, `pitch` apart, padded to whole blocks
+float* padded(const float* from, int64_t rows, int64_t c, int64_t pitch) {
   int64_t width = blocks_of(c) * LANES;
   float* found = of_call.zeros(rows * width);
-  for (int64_t row = 0; row < rows; ++row) std::memcpy(found + row * width, from + row * c, size_t(c) * sizeof(float));
+  for (int64_t row = 0; row < rows; ++row) std::memcpy(found + row * width, from + row * pitch, size_t(c) * sizeof(float));
   return found;
 }
 
@@ -373,16 +380,16 @@ struct Adjoint {
   explicit Adjoint(const Half& half) : half(half) {
     const Task& t = half.task;
     if (t.own == nullptr) return;
-    mean = padded(t.own_mean, 1, half.k), first = padded(t.factors, FIRST_FACTORS, half.k);
-    if (t.second_factors) second = padded(t.second_factors, FACTORS, half.k);
+    mean = padded(t.own_mean, 1, half.k, half.k), first = padded(t.factors, FIRST_FACTORS, half.k, t.row);
+    if (t.second_factors) second = padded(t.second_factors, FACTORS, half.k, t.row);
   }
 
   // Of n pixels from number `pixel` on; in the tensor itself where that is in lanes already.
   const float* lanes(int64_t pixel, int64_t n, bool of_second, float* scratch, ptrdiff_t block) const {
     const Task& t = half.task;
-    int64_t k = half.k, at = pixel * k;
+    int64_t row = t.row, at = pixel * row;
     const float* g = (of_second ? t.y_second : t.y_adjoint) + at;
-    if (t.own == nullptr) return in_lanes(g, n, k, scratch, block);
+    if (t.own == nullptr) return in_lanes(g, n, half.k, row, scratch, block);
     for (int b = 0; b < half.kb; ++b, at += LANES, g += LANES) {
       Factors<V> factors((of_second ? second : first) + b * LANES, half.kb * LANES, of_second,
                          load<V>(mean + b * LANES));
@@ -390,15 +397,15 @@ struct Adjoint {
       auto pixels = [&](int count) {
         for (int64_t j = 0; j < n; ++j)
           store(scratch + b * block + j * LANES,
-                factors.of(load_some(g + j * k, count), load_some(y + j * k, count)));
+                factors.of(load_some(g + j * row, count), load_some(y + j * row, count)));
         if (!of_second || t.own_tangent == nullptr) return;
         const float *yd = t.own_tangent + at, *g_first = t.y_adjoint + at;
         for (int64_t j = 0; j < n; ++j) {
           float* found = scratch + b * block + j * LANES;
-          store(found, factors.and_of(load<V>(found), load_some(g_first + j * k, count), load_some(yd + j * k, count)));
+          store(found, factors.and_of(load<V>(found), load_some(g_first + j * row, count), load_some(yd + j * row, count)));
         }
       };
-      int count = lanes_of(k, b);
+      int count = lanes_of(half.k, b);
       count == LANES ? pixels(LANES) : pixels(count);
     }
     return scratch;
@@ -420,7 +427,6 @@ struct Norm {
     for (int64_t i = 0; i < s.c; ++i) {
       mean[i] = s.mean[i];
       r[i] = s.r[i];
-      if (s.bends) xd_mean[i] = s.bends[i], t[i] = s.bends[s.c + i];
     }
   }
 };
@@ -564,7 +570,7 @@ extern "C" void darts_sepconv_forward(const Source* sources, int64_t n_sources, 
           int64_t rows = y + half.group < half.ho ? half.group : half.ho - y, pixels = rows * half.wo;
           ptrdiff_t block = pixels * LANES;
           depthwise(half, stencils[t], a, y, rows, z, block);
-          float* out = half.task.y + (image * half.ho + y) * half.wo * half.k;
+          float* out = half.task.y + (image * half.ho + y) * half.wo * half.task.row;
           for (int b = 0; b < half.kb; ++b) {
             const float* weights = p[t] + ptrdiff_t(b) * half.cb * LANES * LANES;
             double* at = of_part + b * LANES;
@@ -574,7 +580,7 @@ extern "C" void darts_sepconv_forward(const Source* sources, int64_t n_sources, 
               flush(at, pixel[0]);
             }
             Sums found = {narrow(at, V{}), {}, {}};
-            pointwise_out(z, block, half.cb, weights, out + b * LANES, half.k, lanes_of(half.k, b), pixels,
+            pointwise_out(z, block, half.cb, weights, out + b * LANES, half.task.row, lanes_of(half.k, b), pixels,
                           found);
             flush(at + width, found.sum);
             flush(at + 2 * width, found.squares);
@@ -595,8 +601,8 @@ extern "C" void darts_sepconv_forward(const Source* sources, int64_t n_sources, 
         moments.merge(double(images * half.ho * half.wo), at[0], at[width], at[2 * width]);
       }
       half.task.statistics[i] = float(moments.mean);
-      half.task.statistics[half.k + i] = moments.variance();
-      half.task.statistics[2 * half.k + i] = moments.r();
+      half.task.statistics[half.task.row + i] = moments.variance();
+      half.task.statistics[2 * half.task.row + i] = moments.r();
     }
   }
 }
@@ -735,6 +741,11 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
       for (int q = 0; q < 2; ++q)
         means[s][q * sources[s].c + i] =
             sums.mean(int(s), call.parts[s], q, i, double(sources[s].n * sources[s].h * sources[s].w));
+    if (sources[s].factors == nullptr) continue;
+    for (int64_t i = 0; i < sources[s].c; ++i)
+      write_factors(sources[s].factors + i, sources[s].c, call.norms[s].r[i], call.norms[s].r[i], means[s][i],
+                    means[s][sources[s].c + i], call.norms[s].batch);
+    means[s] = nullptr;
   }
   for_units(call, sources, threads, [&](int s, int64_t, int64_t first, int64_t last) {
     const Source& source = sources[s];
@@ -759,8 +770,8 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
   Call call(sources, n_sources, tasks, n_tasks);
   auto count_of = [&](int64_t s) { return double(sources[s].n * sources[s].h * sources[s].w); };
 
-  // What hd = B(xd) needs: the means of xd and h xd
-  ChannelSums before(call, 2);
+  // The sums of xd, h xd and of what `first` is for: G xd, G, G h
+  ChannelSums before(call, 5);
   for_units(call, sources, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Source& source = sources[s];
     const Norm& norm = call.norms[s];
@@ -770,14 +781,21 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
       using T = decltype(zero);
       T mean = load<T>(norm.mean + i), r = load<T>(norm.r + i);
       for (int64_t row = first * source.h; row < last * source.h; ++row) {
-        T sum = {}, with_h = {};
+        T sum = {}, with_h = {}, with_g = {}, of_g = {}, of_gh = {};
         for (int64_t j = row * source.w; j < (row + 1) * source.w; ++j) {
-          T xd = load<T>(source.x_tangent + j * c + i);
+          T xd = load<T>(source.x_tangent + j * c + i), h = (load<T>(source.x + j * c + i) - mean) * r;
           sum += xd;
-          with_h += xd * ((load<T>(source.x + j * c + i) - mean) * r);
+          with_h += xd * h;
+          if (source.first == nullptr) continue;
+          T g = load<T>(source.first + j * c + i);
+          with_g += xd * g, of_g += g, of_gh += g * h;
         }
         flush(before.at(s, part, 0) + i, sum);
         flush(before.at(s, part, 1) + i, with_h);
+        if (source.first == nullptr) continue;
+        flush(before.at(s, part, 2) + i, with_g);
+        flush(before.at(s, part, 3) + i, of_g);
+        flush(before.at(s, part, 4) + i, of_gh);
       }
     });
   });
@@ -785,8 +803,15 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
     const Norm& norm = call.norms[s];
     if (sources[s].x_tangent == nullptr || !norm.present || !norm.batch) continue;
     for (int64_t i = 0; i < sources[s].c; ++i) {
-      norm.xd_mean[i] = sources[s].bends[i] = before.mean(int(s), call.parts[s], 0, i, count_of(s));
-      norm.t[i] = sources[s].bends[sources[s].c + i] = before.mean(int(s), call.parts[s], 1, i, count_of(s));
+      auto mean_of = [&](int quantity) { return before.mean(int(s), call.parts[s], quantity, i, count_of(s)); };
+      int64_t c = sources[s].c;
+      float* bends = sources[s].bends + i;
+      bends[MEAN_YD * c] = norm.xd_mean[i] = mean_of(0);
+      bends[MEAN_H_YD * c] = norm.t[i] = mean_of(1);
+      if (sources[s].first == nullptr) continue;
+      double xd = norm.xd_mean[i], t = norm.t[i], g_xd = mean_of(2), g = mean_of(3), gh = mean_of(4);
+      bends[MEAN_G_H * c] = float(gh), bends[MEAN_G * c] = float(g);
+      bends[MEAN_G_HD * c] = float(norm.r[i] * (g_xd - g * xd - gh * t));
     }
   }
 
@@ -825,11 +850,11 @@ extern "C" void darts_sepconv_tangent(const Source* sources, int64_t n_sources, 
           ptrdiff_t block = pixels * LANES;
           depthwise(half, of_task.z, a, y, rows, z, block);
           depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
-          float* out = half.task.y + (image * half.ho + y) * half.wo * half.k;
+          float* out = half.task.y + (image * half.ho + y) * half.wo * half.task.row;
           Sums unused = {};
           for (int b = 0; b < half.kb; ++b)
             pointwise_out(z, block, 2 * half.cb, of_task.both + ptrdiff_t(b) * 2 * half.cb * LANES * LANES,
-                          out + b * LANES, half.k, lanes_of(half.k, b), pixels, unused);
+                          out + b * LANES, half.task.row, lanes_of(half.k, b), pixels, unused);
         }
       }
     }
@@ -844,8 +869,12 @@ extern "C" void darts_sepconv_second(const Source* sources, int64_t n_sources, c
   std::vector<float*> first_adjoint(n_sources);  // G = [h > 0] of the first backward's, where it is needed
   for (int64_t s = 0; s < n_sources; ++s) {
     const Source& source = sources[s];
-    if (source.x_tangent && call.norms[s].present && call.norms[s].batch)
+    if (source.x_tangent && call.norms[s].present && call.norms[s].batch && !source.factors)
       first_adjoint[s] = of_call.take(source.n * source.h * source.w * source.c);
+    for (int64_t i = 0; source.bends && i < source.c; ++i) {
+      call.norms[s].xd_mean[i] = source.bends[MEAN_YD * source.c + i];
+      call.norms[s].t[i] = source.bends[MEAN_H_YD * source.c + i];
+    }
   }
   struct Prepared {
     std::vector<Stencil> first, second;  // D' * Z, and Dd' * Z + D' * Zd
@@ -926,6 +955,12 @@ extern "C" void darts_sepconv_second(const Source* sources, int64_t n_sources, c
     for (int64_t i = 0; i < sources[s].c; ++i)
       for (int quantity = 0; quantity < 5; ++quantity)
         means[s][quantity * sources[s].c + i] = sums.mean(int(s), call.parts[s], quantity, i, count_of(s));
+    if (sources[s].factors == nullptr) continue;
+    for (int64_t i = 0; i < sources[s].c; ++i)
+      write_second_factors(sources[s].factors + i, sources[s].c, call.norms[s].r[i], call.norms[s].r[i], means[s][i],
+                           means[s][sources[s].c + i], sources[s].bends ? sources[s].bends + i : nullptr,
+                           call.norms[s].batch);
+    means[s] = nullptr;
   }
   for_units(call, sources, threads, [&](int s, int64_t, int64_t first, int64_t last) {
     const Source& source = sources[s];
