@@ -158,15 +158,16 @@ def compilation(bench: Bench) -> None:
                     return
                 time.sleep(0.2)
 
-        for dtype in ["float16"] if bench.quick else ["float16", "float32", "bfloat16"]:
-            planned = launches_to_compile(bench, dtype)  # while the type before is still being compiled
+        kinds = ["float16", "float32", "training float16", "training float32", "bfloat16"]
+        for kind in kinds[: 1 if bench.quick else None]:
+            planned = launches_to_compile(bench, kind)  # while the kind before is still being compiled
             wait()
             if crew:
                 facts["seconds so far"] = round(time.monotonic() - started, 1)
-            facts[f"{dtype}: kernels"] = len(planned)
+            facts[f"{kind}: kernels"] = len(planned)
             crew = [
                 context.Process(
-                    target=_compile, args=(bench, planned[i::workers], Path(folder) / f"{dtype}{i}")
+                    target=_compile, args=(bench, planned[i::workers], Path(folder) / f"{kind}{i}")
                 )
                 for i in range(workers)
             ]
@@ -178,21 +179,43 @@ def compilation(bench: Bench) -> None:
         raise RuntimeError(f"exit codes {[p.exitcode for p in crew]}; {facts['failed']}")
 
 
-def launches_to_compile(bench: Bench, dtype: str) -> list:
-    """Those that differ for the compiler, of the race, of an epoch's last batch, and of the agreement."""
+def launches_to_compile(bench: Bench, kind: str) -> list:
+    """Those that differ for the compiler, with activations of a type: of the race, of an epoch's last batch
+    and of the agreement; or of the training of DARTS_V2."""
     from darts_fast.kernels import aot
 
+    if kind.startswith("training"):
+        launches = launches_of_a_training(kind.split()[1])
+    else:
+        settings = [bench.setting]
+        if not bench.quick:
+            one = bench.setting
+            settings += [one._replace(batch_size=16, layers=3), one._replace(batch_size=40)]
+        launches = [planned for setting in settings for planned in launches_of_a_step(setting, kind)]
     found = {}
-    settings = [bench.setting]
-    if not bench.quick:
-        settings += [bench.setting._replace(batch_size=16, layers=3), bench.setting._replace(batch_size=40)]
-    for setting in settings:
-        for planned in launches_of_a_step(setting, dtype):
-            divisible = [v % 16 == 0 for v in planned.arguments.values() if isinstance(v, int)]
-            name = planned.kernel.fn.__name__
-            key = name, str(aot.signature(planned)), str(planned.constants), str(divisible)
-            found.setdefault(key, planned)
+    for planned in launches:
+        divisible = [v % 16 == 0 for v in planned.arguments.values() if isinstance(v, int)]
+        name = planned.kernel.fn.__name__
+        key = name, str(aot.signature(planned)), str(planned.constants), str(divisible)
+        found.setdefault(key, planned)
     return list(found.values())[: 2 if bench.quick else None]
+
+
+def launches_of_a_training(dtype: str) -> list:
+    """The Triton launches of a training step of DARTS_V2 at the paper's setting, recorded without a GPU."""
+    from darts_fast import load_genotype, network
+    from darts_fast.kernels import triton_backend
+    from darts_fast.kernels.backends import using
+    from darts_fast.kernels.triton_launch import observed
+
+    with torch.device("meta"):
+        module = network(load_genotype("DARTS_V2"), 10, 36, 20, auxiliary=True, fused=True)
+        images = torch.zeros(96, 3, 32, 32)
+    found: list = []
+    with using(triton_backend), observed(found.append):
+        outputs = module(images, None if dtype == "float32" else TYPES[dtype])
+        torch.autograd.grad([y.sum() for y in outputs], list(module.parameters()), materialize_grads=True)
+    return found
 
 
 def _compile(bench: Bench, launches: list, log: Path) -> None:
@@ -497,7 +520,8 @@ def time_line(bench: Bench) -> None:
         name = "fused, ATen" if race.missing(race.VARIANTS["fused, C++"], bench.device) else "fused, C++"
     with strict_float32():
         runner = race.Runner(name, bench.setting, bench.device)
-        profiler = profiling.Profiler(1 if bench.quick else 3, bench.device)
+        trial = runner.phases.args[0].graph.trial if runner.variant.captured else None
+        profiler = profiling.Profiler(1 if bench.quick else 3, bench.device, trial)
         for _ in range(profiling.WARM_UP + profiler.steps):
             with profiler.step():
                 runner.take()
@@ -512,6 +536,11 @@ def time_line(bench: Bench) -> None:
     bench.fact("ms a step, under the profiler", f"{1e3 * found.seconds / found.steps:.2f}")
     bench.fact("the device computes for", f"{found.busy / found.seconds:.0%} of it")
     bench.part["lanes"] = lanes(events, bench.cuda)
+    header, rows = ["phase", "launches a step", "ms a step"], []
+    for row in found.phases:
+        cells = f"{row.launches / found.steps:.0f}", f"{1e3 * row.seconds / found.steps:.3f}"
+        rows.append([row.name, *cells])
+    bench.table("phases, on the device", header, rows)
     header = ["operation", "launches a step", "ms a step", "of all"]
     total = sum(row.seconds for row in found.operations) or 1.0
     rows = [

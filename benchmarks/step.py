@@ -2,14 +2,16 @@
 
     python benchmarks/step.py [--device cpu] [--batch_size 16 --init_channels 16 --layers 8 --size 32]
         [--threads N] [--repeats 5] [--only VARIANT ...] [--compile_seconds 0] [--results DIR]
-    python benchmarks/step.py --sweep batch_size=8,16,32,64 ...
+    python benchmarks/step.py --sweep batch_size=8,16,32,64 [--cpu_time] ...
 
 Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
 variant; the textbook's time over the variant's, pair by pair; peak memory, measured on CUDA and else counted;
 launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of the device's
 measured copy rate; the p50 of every phase. What cannot run here is named with the reason. `--sweep` races the
 variants at each value of batch_size, init_channels, layers, size or threads, all values in turns, and draws a
-plot. Every variant adds a line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
+plot; over batch_size it also fits the part of a step that is the same for any number of images. `--cpu_time`
+takes the seconds of the processor for those of the wall, on a machine with other work. Every variant adds a
+line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
 """
 
 import argparse
@@ -204,7 +206,9 @@ def check_on(
 
 class Runner:
     """A variant at a setting on a device, ready to take steps. `peak`: bytes at most allocated for it, on
-    CUDA."""
+    CUDA. `clock` gives seconds on a CPU."""
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self, name: str, setting: Setting, device: torch.device, compile_seconds: int = 0):
         self.name, self.variant, self.setting, self.device = name, VARIANTS[name], setting, device
@@ -233,8 +237,8 @@ class Runner:
             self.phases = (FusedStep if fused else TextbookStep)(network, config).phases
         with limit:
             self.take()
-        self.take()
         if device.type == "cuda":
+            self.take()
             self.peak = torch.cuda.max_memory_allocated(device) - before
 
     def take(self) -> dict[str, float]:
@@ -244,7 +248,7 @@ class Runner:
         if self.device.type == "cpu" and torch.get_num_threads() != self.setting.threads:
             torch.set_num_threads(self.setting.threads)
         with using(chosen) if chosen else nullcontext():
-            return timed(self.phases(*self.batches, LR), self.device)
+            return timed(self.phases(*self.batches, LR), self.device, self.clock)
 
 
 def _captured(step: SearchStep, buffers: list[Batch], *_: Any) -> Iterator[str]:
@@ -260,12 +264,14 @@ def _captured(step: SearchStep, buffers: list[Batch], *_: Any) -> Iterator[str]:
     yield "step"
 
 
-def timed(phases: Iterator[str], device: torch.device) -> dict[str, float]:
-    """Seconds of each phase and of the whole step, on the device's own clock."""
-    names, marks = [], [_mark(device)]
+def timed(
+    phases: Iterator[str], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of each phase and of the whole step, on CUDA on the device's own clock."""
+    names, marks = [], [_mark(device, clock)]
     for name in phases:
         names.append(name)
-        marks.append(_mark(device))
+        marks.append(_mark(device, clock))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     found = {
@@ -274,9 +280,9 @@ def timed(phases: Iterator[str], device: torch.device) -> dict[str, float]:
     return {**found, "step": _between(marks[0], marks[-1])}
 
 
-def _mark(device: torch.device) -> Any:
+def _mark(device: torch.device, clock: Callable[[], float]) -> Any:
     if device.type != "cuda":
-        return time.perf_counter()
+        return clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -467,6 +473,25 @@ def growth(found: list[dict[str, Any]], name: str) -> tuple[list[str], list[list
     return header, rows
 
 
+def fits(found: list[dict[str, Any]]) -> list[str]:
+    """Of a sweep over batch_size, a line a variant: ms = a + b * images, by least squares of relative errors;
+    and a over the launches: what one costs whatever it computes."""
+    lines = []
+    for variant in dict.fromkeys(record["variant"] for record in found):
+        own = [record for record in found if record["variant"] == variant]
+        n = torch.tensor([[1.0, r["setting"]["batch_size"]] for r in own], dtype=torch.float64)
+        t = torch.tensor([[1e3 * r["seconds"]["step"][1]] for r in own], dtype=torch.float64)
+        a, b = torch.linalg.lstsq(n / t, torch.ones_like(t)).solution.flatten().tolist()
+        off = float((n @ torch.tensor([[a], [b]], dtype=torch.float64) / t - 1).abs().max())
+        line = f"{variant}: {a:.0f} ms + {b:.1f} ms an image, within {off:.0%}"
+        if "launches" in own[0]:
+            line += f"; {1e3 * a / own[0]['launches']:.1f} us for each of {own[0]['launches']:,} launches"
+            slope = (own[-1]["bytes"] - own[0]["bytes"]) / float(n[-1, 1] - n[0, 1])
+            line += f", {slope / b / 1e6:.1f} GB/s"
+        lines.append(line)
+    return lines
+
+
 def plot(found: list[dict[str, Any]], name: str, where: str) -> str:
     """A sweep as SVG."""
     series: dict[str, list[tuple[float, float]]] = {}
@@ -485,18 +510,23 @@ def main() -> int:
         parser.add_argument(
             f"--{name}", type=int, default=torch.get_num_threads() if name == "threads" else value
         )
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after two not timed")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after one not timed")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
         "--compile_seconds", type=int, default=0, help="what torch.compile may take; 0: it is left out"
     )
     parser.add_argument("--sweep", type=_sweep, metavar="NAME=A,B,...")
+    parser.add_argument("--cpu_time", action="store_true", help="seconds of the processor, with one thread")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
+    if args.cpu_time:
+        if (args.device, args.threads) != ("cpu", 1) or (args.sweep and args.sweep[0] == "threads"):
+            parser.error("--cpu_time is for --device cpu --threads 1")
+        Runner.clock = staticmethod(time.process_time)
     device = torch.device(args.device)
     base = Setting(**{name: getattr(args, name) for name in Setting._fields})
     name, values = args.sweep or ("batch_size", [base.batch_size])
@@ -515,20 +545,28 @@ def main() -> int:
         rate = copy_rate(device)
     for variant, reason in left_out.items():
         print(f"left out: {variant} ({reason})")
-    found = records(entrants, rows, rate)
+    # Counting takes seconds a variant and value; a sweep needs it for the line that `fits` prints.
+    found = records(entrants, rows, rate, count=not args.sweep or name == "batch_size")
     if args.sweep:
         print(markdown(*growth(found, name)))
+        if name == "batch_size" and len(values) > 1:
+            print(*fits(found), sep="\n")
     else:
         print(markdown(COLUMNS, table(found)), markdown(*phase_table(found)), sep="\n\n")
         print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")
+    clock = "cpu" if args.cpu_time else "wall"
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{file_name(args.sweep and name, base, conditions['device'])}.jsonl"
     with path.open("a") as file:
         for record in found:
-            file.write(json.dumps({**record, **conditions, "repeats": args.repeats, "copy": rate}) + "\n")
+            file.write(
+                json.dumps({**record, **conditions, "clock": clock, "repeats": args.repeats, "copy": rate})
+                + "\n"
+            )
     print(f"added to {path}")
     if args.sweep:
         fixed = ", ".join(f"{key} {value}" for key, value in base._asdict().items() if key != name)
+        fixed += ", CPU time" if args.cpu_time else ""
         path.with_suffix(".svg").write_text(plot(found, name, fixed))
         print(f"drawn: {path.with_suffix('.svg')}")
     return 0

@@ -75,8 +75,6 @@ def test_phase(benchmark, timed, checked, setting, device, phase, name):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_training_step(benchmark, timed, setting, device, fused):
     benchmark.group = f"training step of DARTS_V2: {words(setting)}"
-    if fused and device.type != "cpu":
-        pytest.skip("run_from.py --fused trains on the CPU")
     torch.manual_seed(0)
     modules = [
         network(load_genotype("DARTS_V2"), 10, setting.init_channels, setting.layers, fused=f).to(device)

@@ -320,4 +320,4 @@ def dropped(x: Tensor, probability: float | Tensor, generator: torch.Generator |
     """Drop path: x [N, C, H, W] with each image zeroed with this probability, the others scaled up for it."""
     keep = 1.0 - probability
     drawn = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=x.device)  # from 0 to below 1
-    return x / keep * (drawn < keep).to(x.dtype)
+    return x * ((drawn < keep).to(x.dtype) / keep)

@@ -78,10 +78,10 @@ class FusedCell(MixedCell):
             if source >= INPUTS:
                 states.append(self._node(source - INPUTS, candidates, weights[source - INPUTS]))
             edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
-            # What is not used of a state's readers has no adjoint, and costs nothing.
-            output, *readers = kernels.share(states[source], 3 + len(edges))
+            output = states[source]
             if edges:
-                candidates |= self._candidates(readers, edges)
+                output, found = self._candidates(output, edges)
+                candidates |= found
             if source >= INPUTS:
                 outputs.append(output)
         if self._observed:
@@ -95,42 +95,41 @@ class FusedCell(MixedCell):
         tensors, statistics, links = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
         return kernels.mix(tensors, statistics, weights, self.training, links)
 
-    def _candidates(self, readers: list[Tensor], edges: list[int]) -> dict[int, list[Candidate]]:
-        """Every candidate of the edges that leave a state, `readers` of which are to be read."""
-        for_convolutions, for_pools, *for_skips = readers
+    def _candidates(self, x: Tensor, edges: list[int]) -> tuple[Tensor, dict[int, list[Candidate]]]:
+        """The state x for the cell's output, and every candidate of the edges that leave it."""
         stride = 2 if self.reduction and EDGES[edges[0]][0] < INPUTS else 1
-        if self.training and kernels.second_backward_in_one(for_pools):
-            skips = [] if stride == 2 else for_skips[:1]
-            found = self._spread_pools(for_pools, skips, edges, stride)
+        if self.training and kernels.second_backward_in_one(x):
+            found, (output, for_convolutions, for_skips) = self._spread(x, edges, stride)
         else:
+            # What is not used of a state's readers has no adjoint, and costs nothing.
+            output, for_convolutions, for_pools, for_skips, *identities = kernels.share(x, 4 + len(edges))
             found = self._pools(for_pools, edges, stride)
             if stride == 1:
-                for edge, skip in zip(edges, for_skips, strict=True):
+                for edge, skip in zip(edges, identities, strict=True):
                     found[edge].append(Candidate(skip, None))
         if stride == 2:
-            skips = self._factorized_reduces(
-                [self.edges[edge]["skip_connect"] for edge in edges], for_skips[0]
-            )
-            for edge, skip in zip(edges, skips, strict=True):
+            modules = [self.edges[edge]["skip_connect"] for edge in edges]
+            for edge, skip in zip(edges, self._factorized_reduces(modules, for_skips), strict=True):
                 found[edge].append(skip)
         convolutions = self._convolutions(for_convolutions, edges, stride)
-        return {edge: [*found[edge], *convolutions[edge]] for edge in edges}
+        return output, {edge: [*found[edge], *convolutions[edge]] for edge in edges}
 
-    def _spread_pools(
-        self, x: Tensor, skips: list[Tensor], edges: list[int], stride: int
-    ) -> dict[int, list[Candidate]]:
-        """The pools, and the skip if it is the identity: the first columns after that of `none`."""
-        *pools, statistics = kernels.pool(x, stride)
+    def _spread(
+        self, x: Tensor, edges: list[int], stride: int
+    ) -> tuple[dict[int, list[Candidate]], tuple[Tensor, ...]]:
+        """The pools, and the skip if it is the identity: the first columns after that of `none`; and x for
+        three others."""
+        skips = [None] if stride == 1 else []
+        links = [[kernels.Link() for _ in [*POOLS, *skips]] for _ in edges]
+        handed, statistics, others = kernels.spread(x, stride, links, 3)
         for edge in edges:
-            for name, y, found in zip(POOLS, pools, statistics, strict=True):
+            for name, y, found in zip(POOLS, handed[0], statistics, strict=False):
                 self._statistics(self.edges[edge][name][1], y, found)
-        tensors, given = [*pools, *skips], [*statistics, *[None] * len(skips)]
-        links = [[kernels.Link() for _ in tensors] for _ in edges]
-        handed = kernels.spread(tensors, given, links)
+        given = [*statistics, *skips]
         return {
             edge: [Candidate(*of_one) for of_one in zip(row, given, by_tensor, strict=True)]
             for edge, row, by_tensor in zip(edges, handed, links, strict=True)
-        }
+        }, others
 
     def _pools(self, x: Tensor, edges: list[int], stride: int) -> dict[int, list[Candidate]]:
         *pools, statistics = kernels.pool(x, stride)

@@ -141,7 +141,8 @@ class Loop(ABC):
                     self.announce()
                     self._save()
                 if self.config.profile and not (self.folder.path / FOLDER).exists():
-                    self.profiler = Profiler(self.config.profile, self.device)
+                    trial = self.take.trial if self.captured else None
+                    self.profiler = Profiler(self.config.profile, self.device, trial)
                 while self.epoch < self.config.epochs:
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())

@@ -459,7 +459,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 70rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .verdict { border-left: 4px solid var(--bar); background: var(--card); padding: .75rem 1rem;
   font-weight: 600; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem;
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .75rem;
   margin: 1rem 0; }
 dl div { background: var(--card); padding: .5rem .75rem; border-radius: 6px; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; overflow-wrap: anywhere; }
@@ -484,7 +484,11 @@ def page(profile: Profile, text: str, rate: float, settings: dict[str, Any]) -> 
     """report.html: one file that asks for no other."""
     e = html.escape
     facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(v)}</dd></div>" for k, v in _facts(profile, rate, settings))
-    parts = [f'<p class="verdict">{e(text)}</p><dl>{facts}</dl>', "<h2>Time of a step</h2>", _bars(profile)]
+    parts = [
+        f'<p class="verdict">{e(text)}</p><dl>{facts}</dl>',
+        f"<h2>Time of a step on {profile.device}</h2>",
+        _bars(profile),
+    ]
     if profile.memory:
         parts += [f"<h2>Memory on {profile.device}</h2>", _curve(profile.memory)]
     for title, header, rows in _tables(profile, rate):
@@ -510,8 +514,12 @@ def page(profile: Profile, text: str, rate: float, settings: dict[str, Any]) -> 
 
 
 def _bars(profile: Profile) -> str:
+    """A bar a phase: the host's time on a CPU, its kernels' on CUDA, and there what the device waits."""
     n, parts = max(1, profile.steps), []
-    for name, seconds in profile.host.items():
+    rows = [(row.name, row.seconds) for row in profile.phases]
+    if profile.device == "cuda":
+        rows.append(("the device waits", profile.seconds - profile.busy))
+    for name, seconds in rows:
         share = seconds / profile.seconds if profile.seconds else 0.0
         parts.append(
             f"<p><span>{html.escape(name)}</span><span>{1e3 * seconds / n:.2f} ms, {share:.0%}</span></p>"

@@ -5,7 +5,8 @@
     pool      max and average pool of a state
     share     a tensor for several readers, whose adjoints are then summed in one pass
     concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat
-    spread    a state's pools and skip for the mixes that read them, whose adjoints then take one batch norm
+    spread    a state for all that read it: its pools and skip for mixes, and itself, whose adjoints then take
+              one pass
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
     normalize batch norm with affine parameters, of stems and of derived networks
     statistics_of   mean, variance and 1 / sqrt(variance) of each channel

@@ -165,8 +165,10 @@ def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
 
 
 def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> None:
-    y = [_image(dtype, c, size) for _ in range(2 + skip)]
-    norms = [_normalizer(dtype, c), _normalizer(dtype, c), *[None] * skip]
+    pools, norms = [_image(dtype, c, size) for _ in range(2)], [_normalizer(dtype, c) for _ in range(2)]
+    stride = 1 if skip else 2
+    x = _image(dtype, c, stride * size)
+    terms = [x] * (2 if skip else 3)  # the convolutions' and the output's, or the factorized reduces'
     wide = torch.promote_types(dtype, torch.float32)
     nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]  # their candidates
     readers = [
@@ -174,13 +176,16 @@ def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> No
             _image(dtype, c, size),
             torch.empty(2, k, c, dtype=wide),
             torch.empty(k, dtype=wide),
-            tuple(range(len(y))),
+            tuple(range(2 + skip)),
         )
         for k in nodes
     ]
-    triton_backend.spread_backward(y, norms, readers)
+    tensors, norms = [*pools, x][: 2 + skip], [*norms, None][: 2 + skip]
+    found = triton_backend.spread_backward(tensors, norms, readers)
     sums = [torch.empty(4, k, c, dtype=wide) for k in nodes]
-    triton_backend.spread_second(y, norms, readers, readers[:], y, sums)
+    triton_backend.spread_second(tensors, norms, readers, readers[:], found, sums)
+    position = torch.empty_like(pools[0], dtype=torch.int8)
+    triton_backend.pool_backward(x, position, stride, *found[:2], [*found[2:], *terms])
 
 
 # Compilation

@@ -1,5 +1,7 @@
 """The two pools of a state in Triton: `pool_forward`, `pool_backward`, `pool_tangent` of the interface."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from darts_fast.kernels.triton_launch import (
     launch,
     merge_statistics,
     refuse_single_value,
+    row_stride,
     store_statistics,
 )
 
@@ -105,8 +108,10 @@ def pool_bwd_kernel(
     p_max,  # [N, HO, WO, C], adjoints; so are the next two
     p_average,
     p_position,
+    p_terms,  # tuple of [N, H, W, TERM_ROWS[k] >= C], which are added
     p_found,  # [N, H, W, C]
     positions,  # N * H * W
+    TERM_ROWS: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -142,8 +147,12 @@ def pool_bwd_kernel(
         b_count = valid_taps(o_oy, STRIDE, H) * valid_taps(o_ox, STRIDE, W)
         b_count = tl.where(m_in, b_count, 1).to(ACC)
         b_found += tl.where(b_position == i_tap, b_max, 0.0) + b_average / b_count[:, None]
+    m_out = m_p[:, None] & m_c[None, :]
+    for k in tl.static_range(len(TERM_ROWS)):
+        o_k = i_first * TERM_ROWS[k] + (o_t[:, None] * TERM_ROWS[k] + o_c[None, :])
+        b_found += tl.load(p_terms[k] + o_k, mask=m_out, other=0.0).to(ACC)
     o_out = i_first * C + (o_t[:, None] * C + o_c[None, :])
-    tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
+    tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_out)
 
 
 # Half the elements of other kernels: nine taps are loaded ahead, and a tile of 2,048 took 196 registers a
@@ -210,10 +219,19 @@ def _launch_forward(
     )
 
 
-def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, average: Tensor) -> Tensor:
-    """The adjoint of x from those of the two pools; of x only the shape and dtype are used."""
+def pool_backward(
+    x: Tensor,
+    position: Tensor,
+    stride: int,
+    maximum: Tensor,
+    average: Tensor,
+    terms: Sequence[Tensor] = (),
+) -> Tensor:
+    """The adjoint of x from those of the two pools, and the sum of `terms`, which may be slices of channels;
+    of x only the shape and dtype are used."""
     n, c, height, width = x.shape
     maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
+    terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (found,) = images(1, x.shape, x.dtype, x.device)
     block_p, block_c = elementwise_tile(c, POOL_TILE)
     launch(
@@ -223,10 +241,11 @@ def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, ave
             "p_max": maximum,
             "p_average": average,
             "p_position": position,
+            "p_terms": tuple(terms) or (maximum,),
             "p_found": found,
             "positions": n * height * width,
         },
-        _sizes(x, maximum, stride),
+        {"TERM_ROWS": tuple(row_stride(t) for t in terms), **_sizes(x, maximum, stride)},
     )
     return found
 

@@ -5,7 +5,7 @@ Imported only where Triton kernels run, are compiled or are counted: importing i
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +58,16 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, warps: int = 4) -> None:
-    """Launches, unless the tensors are on the meta device, where there is only to observe."""
+    """Launches on the tensors' device, on its current stream; on the meta device there is only to observe."""
     planned = Launch(kernel, grid, arguments, constants, warps)
     for observer in _observers:
         observer(planned)
-    if planned.tensors()[0].device.type != "meta":
-        kernel[grid](**arguments, **constants, num_warps=warps)
+    first = next(iter(arguments.values()))
+    device = (first[0] if isinstance(first, tuple) else first).device
+    if device.type != "meta":
+        # Triton launches on the current device, wherever the pointers are.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](**arguments, **constants, num_warps=warps)
 
 
 # Tiles: BLOCK_P positions x BLOCK_C channels a program.
@@ -148,21 +152,33 @@ class Table(NamedTuple):
         )
 
 
+COUNTERS = 1024  # more than any grid's second and third dimension make
+STREAMS = 64  # of a device: more than PyTorch's pool has
+
+_rows: dict[tuple[torch.device, int], int] = {}  # of the counters of a device, by stream
+
+
 @functools.cache
-def _counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
-COUNTERS = 4096  # more than any grid's second and third dimension make
+def _counters(device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first launch on a device cannot be captured: call the function once before")
+    found = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the other streams' launches come after
+    return found
 
 
 def counters(like: Tensor, count: int) -> Tensor:
-    """Zeros that `last_program` counts in and leaves zero: one tensor for all launches of a stream, which run
-    one after the other. Made once, outside of what is captured where a step ran before."""
-    stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
+    """Zeros that `last_program` counts in and leaves zero: one row for all launches of a stream, which run
+    one after the other; what is captured uses that of the stream it was captured on, and graphs captured on
+    one stream must not be replayed side by side."""
     if count > COUNTERS:
         raise ValueError(f"a launch with {count} sums, where there are counters for {COUNTERS}")
-    return _counters(like.device, stream)[:count]
+    stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
+    row = _rows.setdefault((like.device, stream), sum(device == like.device for device, _ in _rows))
+    if row >= STREAMS:
+        raise RuntimeError(f"kernels were launched on more than {STREAMS} streams of {like.device}")
+    return _counters(like.device)[row, :count]
 
 
 def refuse_single_value(positions: int) -> None:

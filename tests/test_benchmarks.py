@@ -192,3 +192,19 @@ def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
         assert record["seconds"]["step"][0] <= record["seconds"]["step"][1] <= record["seconds"]["step"][2]
     picture = ElementTree.parse(lines.with_suffix(".svg"))
     assert len(picture.findall(".//{*}circle")) == 4
+
+
+def test_the_fit_of_a_sweep():
+    def record(images):
+        step = 0.001 * (340 + 2 * images)
+        return {
+            "variant": "a",
+            "setting": {"batch_size": images},
+            "seconds": {"step": [step] * 3},
+            "launches": 34_000,
+            "bytes": 7e6 + 4e6 * images,
+        }
+
+    assert step.fits([record(n) for n in (8, 16, 64)]) == [
+        "a: 340 ms + 2.0 ms an image, within 0%; 10.0 us for each of 34,000 launches, 2.0 GB/s"
+    ]

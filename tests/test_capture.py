@@ -226,14 +226,13 @@ def test_a_trial_leaves_no_trace(kind, settings):
 
 def test_the_traffic_of_a_step_is_said():
     """On a CPU, where what the C++ kernels do is not seen, by ATen's."""
-    found = loop("training")
+    found, given = loop("training"), inputs("training", 1)
     with using(torch_backend):
         with Traffic() as counted:
-            found._take(**inputs("training", 1))
-        launches, _, moved, *unit = found.traffic().split()
-    assert unit == ["GB", "read", "and", "written"]
-    assert int(launches.replace(",", "")) == pytest.approx(counted.total.launches, rel=1e-3)
-    assert float(moved) == pytest.approx(counted.total.bytes / 1e9, rel=1e-2)
+            found._take(**given)
+        launches, moved = counted.total
+        assert found.traffic() == f"{launches:,} launches, {moved / 1e9:.3g} GB read and written"
+    assert launches > 1000 and moved > 1e6
 
 
 @pytest.mark.parametrize(("kind", "settings"), WHOLE[:3], ids=str)

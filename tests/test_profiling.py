@@ -187,20 +187,50 @@ def test_the_verdict(profile, settings, words):
     assert words in found and found.count(". ") == 0
 
 
+def opened(page, tmp_path):
+    """The document, what the browser complained of, and the addresses it asked the network for."""
+    netlog = tmp_path / "net.json"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'p'}"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += ["--no-first-run", f"--log-net-log={netlog}", "--net-log-capture-mode=Everything"]
+    command += ["--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # The browser has requests of its own, which are not in the name of a file's page.
+    asked = [line for line in netlog.read_text().splitlines() if '"network_isolation_key":"file:' in line]
+    return done.stdout, complaints, [re.search(r'"url":"([^"]+)"', line).group(1) for line in asked]
+
+
 # Only a browser tells whether a page has errors; it is no dependency of the project.
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
-def test_the_page_in_a_browser(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_page_in_a_browser(tmp_path, device):
     memory = [(i / 100, i * 1000) for i in range(50)]
-    shown = Profile(
-        "cpu", 1, 1.0, 0.9, [Row("data", 3, 1.0, 0)], {"data": 1.0}, [Row("a<b>", 3, 0.9, 9)], memory
-    )
+    rows = [Row("data", 3, 0.4, 0), Row("virtual step", 3, 0.3, 0)]
+    host = {"data": 0.5, "virtual step": 0.5}
+    shown = Profile(device, 1, 1.0, 0.7, rows, host, [Row("a<b>", 3, 0.9, 9)], memory)
     text = profiling.page(shown, "Bound by <nothing>.", 1e9, {"fused": True})
     assert not re.search(r"""(src|href)=(?!["']?data:)""", text) and "url(" not in text
     path = tmp_path / "report.html"
     path.write_text(text)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'p'}"]
-    command += ["--enable-logging=stderr", "--v=0", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("<svg") == 2 and "Bound by &lt;nothing&gt;." in done.stdout
-    assert "a&lt;b&gt;" in done.stdout
-    assert "CONSOLE" not in done.stderr
+    document, complaints, asked = opened(path, tmp_path)
+    assert "Bound by &lt;nothing&gt;." in document and "a&lt;b&gt;" in document
+    bars = re.findall(r'aria-label="(\d+%)"', document)
+    assert bars == ["40%", "30%"] + (["30%"] if device == "cuda" else [])
+    assert document.count("<polygon") == 1
+    assert not complaints
+    assert not asked
+    path.write_text('<img src="http://127.0.0.1:9/asked.png">')
+    assert "http://127.0.0.1:9/asked.png" in opened(path, tmp_path)[2], "requests are not seen"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
+def test_the_page_of_a_run_in_a_browser(in_tmp, data):
+    path = (search(small(profile=1), data).path / "profile" / "report.html").resolve()
+    document, complaints, asked = opened(path, in_tmp)
+    for name in [*SECOND_ORDER, "weight update"]:
+        assert f"<span>{name}</span>" in document
+    heights = re.search(r'<polygon class="fill" points="([^"]+)"', document).group(1).split()
+    assert len(heights) > 50 and "nan" not in document.lower().split("<table")[0]
+    assert not complaints
+    assert not asked

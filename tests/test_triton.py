@@ -266,45 +266,49 @@ def test_mix(shape, count, batch, dtype):
     compare(found, expected, dtype)
 
 
+def linked_case(shape, dtype):
+    """x, the weights of three depthwise and four pointwise convolutions, p and the adjoint of the mix."""
+    c = shape[1]
+    shapes = [(c, 1, 3, 3), (c, 1, 5, 5), (c, 1, 3, 3), *[(c, c, 1, 1)] * 4]
+    weights = [weight(s, dtype, 10 + i) for i, s in enumerate(shapes)]
+    return images(shape, dtype, 0), weights, weight((5,), dtype, 20), images(shape, dtype, 21)
+
+
+def linked_sweeps(module, x, weights, p, g, joined):
+    """A 1x1 convolution with its batch norm, and of that a mix of a dilated and a separable convolution with
+    links, two pools and a skip that are spread: all four sweeps; or the same without links and spread."""
+    x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
+    with using(module):
+        one = [kernels.Link()] if joined else ()
+        (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:], links=one)
+        state = kernels.mix([y], [found], p.new_ones(1), True, one)
+        if joined:
+            spread = [kernels.Link() for _ in range(3)]
+            ((*others,),), statistics, (for_convolutions,) = kernels.spread(state, 1, [spread], 1)
+        else:
+            for_convolutions, for_pools, skip = kernels.share(state, 3)
+            *pools, statistics = kernels.pool(for_pools, 1)
+            others, spread = [*pools, skip], ()
+        links = [kernels.Link(), kernels.Link()] if joined else ()
+        tasks = [Task(), Task(dilation=2)]
+        y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=links)
+        halves, links = links[1:], [*links[:1], kernels.Link()] if joined else ()
+        second, last = kernels.sepconv(
+            y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, links[1:], source_links=halves
+        )
+        norms = [*statistics, None, found[0], *last]
+        o = kernels.mix([*others, y[0], *second], norms, p, True, [*spread, *links])
+        first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
+        v = [(1 + w.detach()) / 8 for w in weights]
+        return [o.detach(), *first, *torch.autograd.grad(first[: len(weights)], [p, x], v)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
-    """A 1x1 convolution with its batch norm, and of that a mix of a dilated and a separable convolution with
-    links, two pools and a skip that are spread: the four sweeps, against the same without links and spread,
-    by ATen in float64."""
-    shape, v_seed = (2, 6, 5, 4), 40
-    x = images(shape, dtype, 0)
-    shapes = [(6, 1, 3, 3), (6, 1, 5, 5), (6, 1, 3, 3), *[(6, 6, 1, 1)] * 4]
-    weights = [weight(s, dtype, 10 + i) for i, s in enumerate(shapes)]
-    p, g = weight((5,), dtype, 20), images(shape, dtype, 21)
-
-    def sweeps(module, x, weights, p, joined):
-        x, p, *weights = (t.detach().requires_grad_() for t in (x, p, *weights))
-        with using(module):
-            one = [kernels.Link()] if joined else ()
-            (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:], links=one)
-            for_convolutions, for_pools, skip = kernels.share(
-                kernels.mix([y], [found], p.new_ones(1), True, one), 3
-            )
-            links = [kernels.Link(), kernels.Link()] if joined else ()
-            tasks = [Task(), Task(dilation=2)]
-            y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=links)
-            halves, links = links[1:], [*links[:1], kernels.Link()] if joined else ()
-            second, last = kernels.sepconv(
-                y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, links[1:], source_links=halves
-            )
-            y, found = [y[0], *second], [found[0], *last]
-            *pools, statistics = kernels.pool(for_pools, 1)
-            others, norms = [*pools, skip], [*statistics, None]
-            if joined:
-                links = [*(kernels.Link() for _ in others), *links]
-                ((*others,),) = kernels.spread(others, norms, [links[:3]])
-            o = kernels.mix([*others, *y], [*norms, *found], p, True, links)
-            first = torch.autograd.grad(o, [*weights, p, x], g.to(x.dtype), create_graph=True)
-            v = [weight(w.shape, dtype, v_seed + i).to(w.dtype) for i, w in enumerate(weights)]
-            return [o, *first, *torch.autograd.grad(first[: len(weights)], [p, x], v)]
-
-    found = sweeps(triton_backend, x, weights, p, True)
-    expected = sweeps(torch_backend, *widened((x, weights, p)), False)
+    """Against the same without links and spread, by ATen in float64."""
+    given = linked_case((2, 6, 5, 4), dtype)
+    found = linked_sweeps(triton_backend, *given, True)
+    expected = linked_sweeps(torch_backend, *widened(given), False)
     # A bfloat16 network rounds between its functions, too.
     bound = BOUNDS[dtype] * (3 if dtype == torch.bfloat16 else 1)
     errors = [relative_error(f, e) for f, e in zip(found, expected, strict=True)]

@@ -420,14 +420,21 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return maximum, average, position, statistics
 
 
-def pool_backward(x: Tensor, position: Tensor, stride: int, maximum: Tensor, average: Tensor) -> Tensor:
-    """The adjoint of x from those of the two pools. Of x only the shape is used."""
+def pool_backward(
+    x: Tensor,
+    position: Tensor,
+    stride: int,
+    maximum: Tensor,
+    average: Tensor,
+    terms: Sequence[Tensor] = (),
+) -> Tensor:
+    """The adjoint of x from those of the two pools, and the sum of `terms`. Of x only the shape is used."""
     n, c, h, w = x.shape
     rows, found = _Rows(), _image(n, c, h, w)
     pools = rows.image(maximum), rows.image(average), position.data_ptr()
     rows.append(0, *pools, 0, found.data_ptr(), n, h, w, c, stride)
     _pool("backward", rows)
-    return found
+    return add([found, *terms]) if terms else found
 
 
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:

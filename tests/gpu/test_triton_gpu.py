@@ -1,5 +1,10 @@
 """The Triton kernels on a GPU, at the sizes of the paper's supernet, against ATen in float64 there."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import relative_error
@@ -16,6 +21,8 @@ from test_triton import (  # noqa: E402
     images,
     last_sweeps_of_mix,
     last_sweeps_of_sepconv,
+    linked_case,
+    linked_sweeps,
     narrowed,
     normalizer,
     weight,
@@ -155,3 +162,140 @@ def test_hessian_vector_product_of_a_supernet(size):
     for f, a, e in zip(found, again, expected, strict=True):
         assert relative_error(f.cpu(), e.cpu()) <= 1e-9
         assert torch.equal(f, a), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_add(dtype):
+    terms = [images((64, 16, 32, 32), dtype, i).cuda() for i in range(3)]
+    check(lambda *given: triton_backend.add(given), terms, dtype, sum(t.double() for t in terms))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", SIZES[:3])
+def test_factorized_reduces_of_a_state_in_one_call(shape, dtype):
+    c = shape[1]
+    tasks = [Task(stride=2, offset=offset) for _ in range(4) for offset in (0, 1)]
+    p = [weight((c // 2, c, 1, 1), dtype, 20 + i) for i in range(8)]
+    arguments = to_cuda(([images(shape, dtype, 0)], [None], tasks, [None] * 8, p))
+    y, statistics = torch_backend.sepconv_forward(*widened(arguments))
+    y = [torch.cat(y[i : i + 2], dim=1) for i in range(0, 8, 2)]
+    statistics = statistics.unflatten(0, (4, 2)).transpose(1, 2).flatten(2)
+    check("sepconv_forward", (*arguments, 2), dtype, (y, statistics))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", SIZES)
+def test_links_and_spread(shape, dtype):
+    """In float64 against ATen (narrower types cross kinks, see tests/test_float32.py); in each type the same
+    bits twice, on two streams at once, and in a graph replayed twice."""
+    given = to_cuda(linked_case(shape, dtype))
+
+    def sweeps():
+        return linked_sweeps(triton_backend, *given, True)
+
+    found = sweeps()
+    assert all(f.isfinite().all() for f in found)
+    if dtype == torch.float64:
+        expected = linked_sweeps(torch_backend, *given, False)
+        for f, e in zip(found, expected, strict=True):
+            assert relative_error(f.cpu(), e.cpu()) <= 1e-9
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    at_once = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            at_once.append(sweeps())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sweeps()
+    for again in (sweeps(), *at_once, captured, captured):
+        if again is captured:
+            graph.replay()
+        for f, a in zip(found, again, strict=True):
+            assert torch.equal(f, a), "two runs differ"
+
+
+PAD = 1024  # elements before and behind every tensor: aligned as the allocator's
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [SIZES[0], SIZES[3]])
+def test_nothing_is_read_or_written_beside_a_tensor(shape, dtype, monkeypatch):
+    """Every tensor lies between two pads of NaN (integers: 99): what is read there spoils the results, and
+    what is written there is seen. So does what is read before it was written."""
+    buffers = []
+
+    def padded(t):
+        fill = float("nan") if t.is_floating_point() else 99
+        buffer = torch.full((t.numel() + 2 * PAD,), fill, dtype=t.dtype, device=t.device)
+        buffers.append(buffer)
+        return buffer.as_strided(t.shape, t.stride(), PAD)
+
+    def allocating(allocate):
+        def allocated(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return padded(tensor) if tensor.is_cuda and tensor.numel() else tensor
+
+        return allocated
+
+    given = linked_case(shape, dtype)
+    expected = linked_sweeps(triton_backend, *to_cuda(given), True)
+    monkeypatch.setattr(torch, "empty", allocating(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocating(torch.Tensor.new_empty))
+
+    def guarded(tree):
+        return padded(tree).copy_(tree) if isinstance(tree, torch.Tensor) else [guarded(t) for t in tree]
+
+    found = linked_sweeps(triton_backend, *guarded(to_cuda(given)), True)
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+    assert len(buffers) > 50
+    for buffer in buffers:
+        pads = torch.cat([buffer[:PAD], buffer[-PAD:]])
+        assert pads.isnan().all() if buffer.is_floating_point() else (pads == 99).all()
+
+
+def test_offsets_beyond_32_bits():
+    """The last images of a batch of 2^31 elements and more give what they give alone."""
+    n, c, size, last = 2**31 // (16 * 32 * 32) + 72, 16, 32, 64
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB of GPU memory")
+    like = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = torch.empty(n, size, size, c, **like).permute(0, 3, 1, 2)
+    x[:-last] = 1.0
+    x[-last:] = images((last, c, size, size), torch.bfloat16, 0).cuda()
+    end = x[-last:]
+    d, p = [weight((c, 1, 3, 3), x.dtype, 1).cuda()], [weight((c, c, 1, 1), x.dtype, 2).cuda()]
+
+    def sepconv(x):
+        y, _ = triton_backend.sepconv_forward([x], [None], [Task()], d, p)
+        return y[0], *triton_backend.sepconv_backward([x], [None], [Task()], d, p, [x], False)[0]
+
+    def mix(x):
+        norm = torch_backend.Normalizer(*torch.ones(3, c, device="cuda").unbind(), True)
+        return triton_backend.mix_forward([x, x], [norm, None], torch.ones(2, device="cuda"))
+
+    def pool(x):
+        maximum, average, position, _ = triton_backend.pool_forward(x, 1)
+        return maximum, average, position, triton_backend.pool_backward(x, position, 1, maximum, average)
+
+    for function in (sepconv, mix, pool):
+        for whole, alone in zip(leaves(function(x)), leaves(function(end)), strict=True):
+            assert torch.equal(whole[-last:], alone), function.__name__
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer of the CUDA toolkit is not on PATH"
+)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", __file__, "-k", "links_and_spread and shape3"]
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
