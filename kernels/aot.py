@@ -122,9 +122,10 @@ def _sepconv(
     for y, found, candidates in zip(outputs, statistics, nodes or [], strict=bool(nodes)):
         link = Link()
         link.weights, link.index = found.new_empty(candidates) if candidates > 0 else None, 0
+        link.norm = Normalizer(*found.unbind(), True)
         link.tangent_sums = found.new_empty(4, abs(candidates), join * k)
         link.sums = found.new_empty(2, abs(candidates), join * k)
-        owns += owns_of(link, y, found, join)
+        owns += owns_of(link, y, join)
     source_links = [Link() for _ in sources] if norms else []
     adjoints = parts(outputs, join)
     for weight_gradients in (True, False):

@@ -292,11 +292,12 @@ def test_links_and_spread_in_a_mix(shape, stride):
             state = kernels.mix([y], [found], p.new_ones(1), True, one)
             spread = links(3 if stride == 1 else 2)
             if joined:
-                ((*others,),), of_pools, (for_convolutions, skip) = kernels.spread(state, stride, [spread], 2)
+                (others,), of_pools, (for_convolutions, skip) = kernels.spread(state, stride, [spread], 2)
             else:
                 for_convolutions, for_pools, skip = kernels.share(state, 3)
                 *others, of_pools = kernels.pool(for_pools, stride)
-                others += [skip] if stride == 1 else []
+                others = [*others, skip] if stride == 1 else others
+            of_others = [*of_pools, *[None] * (len(others) - 2)]
             tasks = [Task(0, stride), Task(0, stride, 2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
             last = links(1)
@@ -305,7 +306,6 @@ def test_links_and_spread_in_a_mix(shape, stride):
             )
             candidates, norms = [y[0], *second], [found[0], *statistics]
             given = [*of_first[:1], *last]
-            of_others = [*of_pools, None][: len(others)]
             if stride == 2:
                 halves, of_halves = [Task(0, 2, 1, offset) for offset in (0, 1)], links(1)
                 y, found = kernels.sepconv([skip], halves, [None] * 2, weights[7:], links=of_halves, join=2)
