@@ -454,7 +454,8 @@ def kernels(bench: Bench) -> None:
         shown = [
             [
                 _label(p), "x".join(map(str, p.grid)), str(count), f"{1e6 * seconds:.1f}",
-                f"{p.bytes() / 1e6:.2f}", f"{p.bytes() / seconds / 1e9:.0f}", f"{share:.0%}", bound, *_compiled(p),
+                f"{p.bytes() / 1e6:.2f}", f"{p.bytes() / seconds / 1e9:.0f}", f"{share:.0%}", bound,
+                *_compiled(p),
             ]
             for p, count, seconds, share, bound in rows[:30]
         ]  # fmt: skip
