@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from darts_fast.kernels.first_derivative import refuse_second_derivative
+from darts_fast.kernels.torch_backend import Normalizer
 
 
 class Handover:
@@ -42,13 +43,15 @@ class Link:
     its p, and the giver takes p B(G) of it where it loads it: no adjoint of a candidate is written. Here the
     reader leaves the per-channel sums that B needs, in the pass in which it hands G on.
 
-    `weights` holds p at `index`; None: p is 1. `sums` [2, candidates, C] are those of the adjoint that was
-    handed on last, and of that times h; `tangent_sums` [4, candidates, C] those of the reader's last tangent
-    sweep: of yd, yd h, yd G and G. The tensor's row in them is number `index`.
+    `weights` holds p at `index`; None: p is 1. `norm` is what the reader normalises it by. `sums`
+    [2, candidates, C] are those of the adjoint that was handed on last, and of that times h; `tangent_sums`
+    [4, candidates, C] those of the reader's last tangent sweep: of yd, yd h, yd G and G. The tensor's row in
+    them is number `index`.
     """
 
     weights: Tensor | None
     index: int
+    norm: Normalizer | None
     sums: Tensor | None = None
     tangent_sums: Tensor | None = None
 

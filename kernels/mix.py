@@ -55,26 +55,24 @@ class _Mix(torch.autograd.Function):
         weights: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.batch, ctx.links, ctx.handover = batch, links, Handover()
-        for k, link in enumerate(links):
+        ctx.norms, ctx.links, ctx.handover = _normalizers(statistics, batch), links, Handover()
+        held = weights.detach()
+        for k, (link, norm) in enumerate(zip(links, ctx.norms, strict=bool(links))):
             if link is not None:
-                link.weights, link.index = weights.detach(), k
+                link.weights, link.index, link.norm = held, k, norm
         ctx.set_materialize_grads(False)
         token = weights.new_empty(0)
-        ctx.save_for_backward(*statistics, weights, *candidates, token)
-        return backend(candidates[0]).mix_forward(candidates, _normalizers(statistics, batch), weights), token
+        ctx.save_for_backward(weights, *candidates, token)
+        return backend(candidates[0]).mix_forward(candidates, ctx.norms, weights), token
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, token = ctx.saved_tensors
-        n = len(saved) // 2
-        statistics, (weights, *candidates) = saved[:n], saved[n:]
+        weights, *candidates, token = ctx.saved_tensors
         g = torch.zeros_like(candidates[0]) if g is None else g.contiguous(memory_format=torch.channels_last)
         weights_wanted, left = ctx.needs_input_grad[3], ctx.handover.take()
         if not left:
             found = _MixBackward.apply(
-                statistics,
-                ctx.batch,
+                ctx.norms,
                 ctx.links,
                 weights_wanted,
                 ctx.handover,
@@ -87,7 +85,7 @@ class _Mix(torch.autograd.Function):
 
         def second() -> tuple[Tensor | None, ...]:
             adjoints, gained = backend(g).mix_second(
-                candidates, _normalizers(statistics, ctx.batch), weights, g, left[0], *_given(ctx.links)
+                candidates, ctx.norms, weights, g, left[0], *_given(ctx.links)
             )
             return gained if weights_wanted else None, *adjoints
 
@@ -102,8 +100,7 @@ class _MixBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        statistics: tuple[Tensor | None, ...],
-        batch: bool,
+        norms: list[Normalizer | None],
         links: tuple[Link | None, ...],
         weights_wanted: bool,
         handover: Handover,
@@ -112,12 +109,11 @@ class _MixBackward(torch.autograd.Function):
         g: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        norms = _normalizers(statistics, batch)
         adjoints, sums, *gained = backend(g).mix_backward(candidates, norms, weights, g, *_given(links))
-        ctx.batch, ctx.links, ctx.handover, ctx.n = batch, links, handover, len(candidates)
+        ctx.norms, ctx.links, ctx.handover = norms, links, handover
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
-        ctx.save_for_backward(*statistics, *candidates, weights, g, sums, *kept)
+        ctx.save_for_backward(*candidates, weights, g, sums, *kept)
         if weights_wanted and not gained:
             gained = [sums.sum(1).to(weights.dtype)]
         return gained[0] if weights_wanted else None, *adjoints
@@ -129,19 +125,19 @@ class _MixBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if weights_tangent is not None:
             refuse_second_derivative("the weights of a mix")
-        n, saved = ctx.n, ctx.saved_tensors
-        norms, candidates = _normalizers(saved[:n], ctx.batch), saved[n : 2 * n]
-        weights, g, sums, *adjoints = saved[2 * n :]
+        norms, saved = ctx.norms, ctx.saved_tensors
+        n = len(norms)
+        candidates, (weights, g, sums, *adjoints) = saved[:n], saved[n:]
         if second_backward_in_one(g):
             output, left = backend(g).mix_tangent_forward(
                 candidates, norms, weights, g, sums, tangents, *_given(ctx.links)
             )
             ctx.handover.leave(left)
-            return None, None, None, None, None, weights.new_empty(0), None, output, *[None] * n
+            return None, None, None, None, weights.new_empty(0), None, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
             candidates, norms, weights, g, adjoints, sums, tangents
         )
-        return None, None, None, None, None, None, weights_gained, output, *gained
+        return None, None, None, None, None, weights_gained, output, *gained
 
 
 def _given(links: tuple[Link | None, ...]) -> list[tuple[Link | None, ...]]:

@@ -76,7 +76,8 @@ class _Rows:
     (ctypes.Structure, field by field, took three times as long: a twentieth of a search step.)"""
 
     def __init__(self):
-        self.values, self.copies = array("q"), []
+        self.values: list[int] = []
+        self.copies: list[Tensor | array] = []
 
     def image(self, tensor: Tensor | None) -> int:
         """The address of activations [N, C, H, W], in channels-last memory."""
@@ -118,15 +119,21 @@ class _Rows:
         return (0, 0, 0) if norm is None else (self.vector(norm.mean), self.vector(norm.r), norm.batch)
 
     def append(self, *fields: int) -> None:
-        self.values.extend(fields)
+        self.values += fields
 
-    @property
     def address(self) -> int:
-        return self.values.buffer_info()[0]
+        """Of the table as it is now."""
+        table = array("q", self.values)
+        self.copies.append(table)
+        return table.buffer_info()[0]
 
 
 def _image(n: int, c: int, h: int, w: int) -> Tensor:
     return torch.empty((n, c, h, w), dtype=torch.float32, memory_format=torch.channels_last)
+
+
+def _image_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _source(
@@ -184,9 +191,9 @@ def _task(
     the gradients of the weights."""
     source, stride, dilation, offset = task
     d, p = weights
-    row, *adjoint = adjoint
-    rows.append(source, 0 if d is None else d.shape[-1], stride, dilation, offset, p.shape[0], row)
-    rows.append(*map(rows.vector, weights), *map(rows.vector, tangents), *adjoint, *outputs)
+    size, (dd, pd), vector = 0 if d is None else d.shape[-1], tangents, rows.vector
+    rows.values += (source, size, stride, dilation, offset, p.shape[0], adjoint[0])
+    rows.values += (vector(d), vector(p), vector(dd), vector(pd), *adjoint[1:], *outputs)
 
 
 _NO_ADJOINT = (0,) * 7
@@ -213,7 +220,7 @@ class _Outputs:
 
 def _sepconv(sweep: str, sources: _Rows, n_sources: int, tasks: _Rows, n_tasks: int) -> None:
     getattr(_library(), f"darts_sepconv_{sweep}")(
-        sources.address, n_sources, tasks.address, n_tasks, torch.get_num_threads()
+        sources.address(), n_sources, tasks.address(), n_tasks, torch.get_num_threads()
     )
 
 
@@ -267,7 +274,7 @@ def sepconv_backward(
         adjoints: Y of each task, as y; of one with a link, which is in `owns`, what the reader hands back.
         source_links: with these H is not taken through the batch norm; the links' giver does.
     """
-    found = [_image(*x.shape) for x in sources]
+    found = [_image_like(x) for x in sources]
     inputs, table = _Rows(), _Rows()
     factors = _factors(source_links, _FIRST_FACTORS, sources)
     for x, norm, adjoint, at in zip(sources, normalizers, found, factors, strict=True):
@@ -366,7 +373,7 @@ def sepconv_second(
     [h > 0] ( D' * (P' Yd + Pd' Y) + Dd' * P' Y ), back through its batch norm, which moves, or with links
     left to their giver.
     """
-    found = [_image(*x.shape) for x in sources]
+    found = [_image_like(x) for x in sources]
     inputs, table = _Rows(), _Rows()
     factors = _factors(left.source_links, _FACTORS, sources)
     addresses = _bends(left.bends, normalizers, left.source_tangents)
@@ -441,7 +448,7 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
 
 
 def _pool(sweep: str, rows: _Rows) -> None:
-    getattr(_library(), f"darts_pool_{sweep}")(rows.address, torch.get_num_threads())
+    getattr(_library(), f"darts_pool_{sweep}")(rows.address(), torch.get_num_threads())
 
 
 def _refuse_one_value(y: Tensor) -> None:
@@ -483,8 +490,8 @@ def mix_backward(
 def _adjoints(g: Tensor, count: int, links: Sequence[Link | None]) -> list[Tensor]:
     """What a candidate is given: g where it has a link, else a tensor to write."""
     if not links:
-        return [_image(*g.shape) for _ in range(count)]
-    return [_image(*g.shape) if link is None else g for link in links]
+        return [_image_like(g) for _ in range(count)]
+    return [_image_like(g) if link is None else g for link in links]
 
 
 def _link_factors(links: Sequence[Link | None], rows: int, count: int, c: int) -> Tensor:
@@ -587,9 +594,9 @@ def _mix(
     n, c, h, w = candidates[0].shape
     tensors = out, sums, bends, factors, p_gained, p_before
     call = _Rows()
-    call.append(rows.address, *(0 if t is None else t.data_ptr() for t in tensors))
+    call.append(rows.address(), *(0 if t is None else t.data_ptr() for t in tensors))
     call.append(len(candidates), n * h * w, c)
-    getattr(_library(), f"darts_mix_{sweep}")(call.address, torch.get_num_threads())
+    getattr(_library(), f"darts_mix_{sweep}")(call.address(), torch.get_num_threads())
 
 
 def spread_backward(
@@ -620,18 +627,18 @@ def _spread(
     tangents: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     n, c, h, w = tensors[0].shape
-    found, of_readers, table, call = [_image(n, c, h, w) for _ in tensors], _Rows(), _Rows(), _Rows()
+    found, of_readers, table, call = [_image_like(y) for y in tensors], _Rows(), _Rows(), _Rows()
     given = [of_readers.image(reader.adjoint) for reader in readers]
     before = [of_readers.image(first.adjoint) for first in firsts] or [0] * len(readers)
     for i in range(len(tensors)):
         for g, first, reader in zip(given, before, readers, strict=True):
             of_readers.append(g, first, reader.sums.data_ptr() + reader.places[i] * rows * c * 4)
-    size = len(of_readers.values) // len(tensors) * 8
+    size, start = len(of_readers.values) // len(tensors) * 8, of_readers.address()
     tangents = tangents or [None] * len(tensors)
     for i, (y, norm, yd, out) in enumerate(zip(tensors, normalizers, tangents, found, strict=True)):
         mean, _, _ = table.norm(norm)
-        at = of_readers.address + i * size
+        at = start + i * size
         table.append(table.image(y), mean, table.image(yd), out.data_ptr(), at)
-    call.append(table.address, len(tensors), len(readers), n * h * w, c)
-    _library().darts_spread(call.address, torch.get_num_threads())
+    call.append(table.address(), len(tensors), len(readers), n * h * w, c)
+    _library().darts_spread(call.address(), torch.get_num_threads())
     return found
