@@ -290,7 +290,14 @@ def test_links_and_spread_in_a_mix(shape, stride):
             one, of_first = links(1), links(2)
             (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:7], links=one)
             state = kernels.mix([y], [found], p.new_ones(1), True, one)
-            for_convolutions, for_pools, skip = kernels.share(state, 3)
+            spread = links(3 if stride == 1 else 2)
+            if joined:
+                (others,), of_pools, (for_convolutions, skip) = kernels.spread(state, stride, [spread], 2)
+            else:
+                for_convolutions, for_pools, skip = kernels.share(state, 3)
+                *others, of_pools = kernels.pool(for_pools, stride)
+                others = [*others, skip] if stride == 1 else others
+            of_others = [*of_pools, *[None] * (len(others) - 2)]
             tasks = [Task(0, stride), Task(0, stride, 2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
             last = links(1)
@@ -299,17 +306,10 @@ def test_links_and_spread_in_a_mix(shape, stride):
             )
             candidates, norms = [y[0], *second], [found[0], *statistics]
             given = [*of_first[:1], *last]
-            *pools, statistics = kernels.pool(for_pools, stride)
-            others, of_others = [*pools], [*statistics]
-            if stride == 1:
-                others, of_others = [*others, skip], [*of_others, None]
-            else:
+            if stride == 2:
                 halves, of_halves = [Task(0, 2, 1, offset) for offset in (0, 1)], links(1)
                 y, found = kernels.sepconv([skip], halves, [None] * 2, weights[7:], links=of_halves, join=2)
                 candidates, norms, given = [*candidates, *y], [*norms, *found], [*given, *of_halves]
-            spread = links(len(others))
-            if joined:
-                ((*others,),) = kernels.spread(others, of_others, [spread])
             o = kernels.mix([*others, *candidates], [*of_others, *norms], p, True, [*spread, *given])
             used = weights if stride == 2 else weights[:7]
             first = torch.autograd.grad(o, [*used, p, x], adjoint, create_graph=True)
