@@ -220,7 +220,11 @@ def test_pool(shape, stride):
     assert_agree([maximum, average, statistics], [*expected[:2], expected[3]])
     a, b = (image(g, *maximum.shape) for _ in range(2))
     found = native.pool_backward(x, position, stride, a, b)
-    assert_agree(found, torch_backend.pool_backward(x.double(), expected[2], stride, a.double(), b.double()))
+    exact = torch_backend.pool_backward(x.double(), expected[2], stride, a.double(), b.double())
+    assert_agree(found, exact)
+    terms = [image(g, *shape) for _ in range(3)]
+    found = native.pool_backward(x, position, stride, a, b, terms)
+    assert_agree(found, exact + sum(t.double() for t in terms))
     xd = image(g, *shape)
     found = native.pool_tangent(xd, position, stride)
     assert_agree(found, torch_backend.pool_tangent(xd.double(), expected[2], stride))
@@ -290,26 +294,28 @@ def test_links_and_spread_in_a_mix(shape, stride):
             one, of_first = links(1), links(2)
             (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:7], links=one)
             state = kernels.mix([y], [found], p.new_ones(1), True, one)
-            for_convolutions, for_pools, skip = kernels.share(state, 3)
+            n, spread = 3 if stride == 1 else 2, []
+            if joined:
+                spread = links(n)
+                (others,), statistics, rest = kernels.spread(state, stride, [spread], 2)
+                for_convolutions, skip = rest
+            else:
+                for_convolutions, for_pools, skip = kernels.share(state, 3)
+                *pools, statistics = kernels.pool(for_pools, stride)
+                others = [*pools, skip][:n]
+            of_others = [*statistics, None][:n]
             tasks = [Task(0, stride), Task(0, stride, 2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
             last = links(1)
-            second, statistics = kernels.sepconv(
+            second, of_second = kernels.sepconv(
                 y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, last, source_links=of_first[1:]
             )
-            candidates, norms = [y[0], *second], [found[0], *statistics]
+            candidates, norms = [y[0], *second], [found[0], *of_second]
             given = [*of_first[:1], *last]
-            *pools, statistics = kernels.pool(for_pools, stride)
-            others, of_others = [*pools], [*statistics]
-            if stride == 1:
-                others, of_others = [*others, skip], [*of_others, None]
-            else:
+            if stride == 2:
                 halves, of_halves = [Task(0, 2, 1, offset) for offset in (0, 1)], links(1)
                 y, found = kernels.sepconv([skip], halves, [None] * 2, weights[7:], links=of_halves, join=2)
                 candidates, norms, given = [*candidates, *y], [*norms, *found], [*given, *of_halves]
-            spread = links(len(others))
-            if joined:
-                ((*others,),) = kernels.spread(others, of_others, [spread])
             o = kernels.mix([*others, *candidates], [*of_others, *norms], p, True, [*spread, *given])
             used = weights if stride == 2 else weights[:7]
             first = torch.autograd.grad(o, [*used, p, x], adjoint, create_graph=True)
