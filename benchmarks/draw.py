@@ -11,7 +11,7 @@ STYLE = "font-family='Helvetica,Arial,sans-serif' font-size='13'"
 
 
 def lines(
-    title: str, x_label: str, y_label: str, series: dict[str, Sequence[tuple[float, float]]], width: int = 640
+    title: str, x_label: str, y_label: str, series: dict[str, Sequence[tuple[float, float]]], width: int = 720
 ) -> str:
     """A line a series through its points (x, y), all positive; both axes are logarithmic and have a tick at
     each x and at 1, 2 and 5 times each power of ten."""
@@ -31,7 +31,7 @@ def lines(
     def up(y: float) -> float:
         return bottom - (bottom - top) * math.log(y / low) / math.log(high / low)
 
-    parts = [_text(left, 22, title, "font-weight='bold'")]
+    parts = [_text(10, 22, title, "font-weight='bold'")]
     for tick in ticks:
         if low <= tick <= high:
             y = up(tick)
@@ -64,7 +64,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], full: float, width:
         y = 40 + 24 * index
         length = max(0.0, min(1.0, value / full if full else 0.0)) * (width - start - 150)
         parts.append(
-            _text(start - 8, y + 13, name if len(name) < 44 else name[:42] + "…", "text-anchor='end'")
+            _text(start - 8, y + 13, name if len(name) < 40 else name[:38] + "…", "text-anchor='end'")
         )
         parts.append(f"<rect x='{start}' y='{y}' width='{length:.1f}' height='17' fill='{COLOURS[0]}'/>")
         parts.append(_text(start + length + 6, y + 13, text))
@@ -79,7 +79,7 @@ def lanes(title: str, rows: dict[str, Sequence[tuple[float, float]]], width: int
     for index, (name, row) in enumerate(rows.items()):
         y = 40 + 24 * index
         parts.append(
-            _text(start - 8, y + 13, name if len(name) < 44 else name[:42] + "…", "text-anchor='end'")
+            _text(start - 8, y + 13, name if len(name) < 40 else name[:38] + "…", "text-anchor='end'")
         )
         path = "".join(
             f"M{start + scale * a:.2f} {y}h{max(0.3, scale * b):.2f}v17H{start + scale * a:.2f}z"

@@ -37,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draw  # noqa: E402
 import step as race  # noqa: E402
+import traffic  # noqa: E402
 from fused_step import FusedStep  # noqa: E402
 
 from darts_fast import profiling  # noqa: E402
@@ -420,7 +421,7 @@ def kernels(bench: Bench) -> None:
                 repeats=5 if bench.cuda else 1,
                 inner=10 if bench.cuda else 1,
             )
-            depthwise, pointwise = operations(planned)
+            depthwise, pointwise = traffic.operations(planned)
             least = {"bytes": planned.bytes() / copy}
             if dot and fma:
                 least["operations"] = depthwise / fma + pointwise / dot
@@ -449,10 +450,12 @@ def kernels(bench: Bench) -> None:
             )
         bench.table(f"{dtype}, by kernel", header, summed)
         header = ["launch", "grid", "a step", "us", "MB", "GB/s", "of its roofline", "bound by"]
+        header += ["registers", "spills"]
         shown = [
             [
                 _label(p), "x".join(map(str, p.grid)), str(count), f"{1e6 * seconds:.1f}",
                 f"{p.bytes() / 1e6:.2f}", f"{p.bytes() / seconds / 1e9:.0f}", f"{share:.0%}", bound,
+                *_compiled(p),
             ]
             for p, count, seconds, share, bound in rows[:30]
         ]  # fmt: skip
@@ -486,31 +489,21 @@ def _observed(bench: Bench, dtype: str) -> list[tuple[Any, int]]:
     return [(planned, count) for planned, count in found.values()]
 
 
-def _again(planned: Any) -> None:
-    planned.kernel[planned.grid](**planned.arguments, **planned.constants, num_warps=planned.warps)
+def _again(planned: Any) -> Any:
+    """Launches it; the compiled kernel."""
+    return planned.kernel[planned.grid](**planned.arguments, **planned.constants, num_warps=planned.warps)
+
+
+def _compiled(planned: Any) -> list[str]:
+    """Registers a thread and spills; empty where the launcher does not tell."""
+    found = _again(planned)
+    return [str(getattr(found, name, "")) for name in ("n_regs", "n_spills")]
 
 
 def _label(planned: Any) -> str:
     from darts_fast.kernels import aot
 
     return f"{planned.kernel.fn.__name__} {aot.setting(planned)}"
-
-
-def operations(planned: Any) -> tuple[int, int]:
-    """Of the depthwise and of the pointwise parts of a launch, by the equations (a multiply-add is two);
-    (0, 0) for the kernels that only move and add."""
-    constants, name = planned.constants, planned.kernel.fn.__name__
-    if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
-        return 0, 0
-    per = 2 * planned.arguments["positions"] * constants["C"] * (1 + bool(constants.get("TANGENT")))
-    taps = sum(k * k for k, has in zip(constants["KERNELS"], constants["HAS_D"], strict=True) if has)
-    depthwise, pointwise = per * taps, per * constants.get("K", 0) * len(constants["KERNELS"])
-    if name == "sepconv_bwd_kernel":
-        return depthwise, 0
-    if name == "sepconv_bwd_pointwise_kernel":
-        weights = planned.arguments["p_partials"] is not planned.arguments["p_z"]  # their gradients, too
-        return 2 * depthwise * weights, pointwise * (1 + weights)
-    return depthwise, pointwise
 
 
 def time_line(bench: Bench) -> None:
@@ -596,49 +589,52 @@ def search(bench: Bench) -> None:
     """Steps of the search as run.py takes them, images included; projected, then whole epochs."""
     from darts_fast.search import Search
 
-    data = dataset(bench)
-    for amp in (True, False):
+    data, makes = dataset(bench), {}
+    for flags in ("--fused --amp", "--fused"):
         config = SearchConfig(
-            dataset="cifar10", fused=True, amp=amp, device=bench.args.device, epochs=50,
+            dataset="cifar10", fused=True, amp="amp" in flags, device=bench.args.device, epochs=50,
             batch_size=bench.setting.batch_size, init_channels=bench.setting.init_channels,
             layers=bench.setting.layers,
         )  # fmt: skip
-        name = "--fused --amp" if amp else "--fused"
-        _epochs(bench, f"search on {data.name}, {name}", lambda c=config: Search(c, data), config.epochs, amp)
+        makes[f"search on {data.name}, {flags}"] = lambda c=config: Search(c, data)
+    _epochs_of_each(bench, makes)
 
 
 def training(bench: Bench) -> None:
     """Steps of run_from.py on DARTS_V2, images, auxiliary head and drop path included."""
-    from darts_fast.errors import InputError
     from darts_fast.train import Training
 
-    data = dataset(bench)
+    data, makes = dataset(bench), {}
     small = {"init_channels": 4, "layers": 3, "batch_size": 8} if bench.quick else {}
-    flags = {"plain": {}, "--fused": {"fused": True}, "--fused --amp": {"fused": True, "amp": True}}
-    known = {field.name for field in TrainConfig.__dataclass_fields__.values()}
-    for name, given in flags.items():
-        if not given.keys() <= known:
-            bench.fact(f"training of DARTS_V2, {name}", "run_from.py has no such flag")
-            continue
+    for flags in ("--fused --amp", "--fused", "plain"):
         config = TrainConfig(
-            genotype="DARTS_V2", dataset="cifar10", device=bench.args.device, epochs=600, **small, **given
-        )
+            genotype="DARTS_V2", dataset="cifar10", fused="fused" in flags, amp="amp" in flags,
+            device=bench.args.device, epochs=600, **small,
+        )  # fmt: skip
+        makes[f"training of DARTS_V2 on {data.name}, {flags}"] = lambda c=config: Training(c, data)
+    _epochs_of_each(bench, makes)
+
+
+def _epochs_of_each(bench: Bench, makes: dict[str, Callable]) -> None:
+    """The first, the fastest, takes a whole epoch where there is time; one that fails leaves the others."""
+    errors = []
+    for name, make in makes.items():
         try:
-            whole = len(given) == len(flags["--fused --amp"])
-            _epochs(
-                bench, f"training of DARTS_V2 on {data.name}, {name}", lambda c=config: Training(c, data),
-                config.epochs, whole,
-            )  # fmt: skip
-        except InputError as error:
-            bench.fact(f"training of DARTS_V2, {name}", f"left out: {error}")
+            _epochs(bench, name, make, whole=not errors and name == next(iter(makes)))
+        except Exception as error:
+            bench.fact(f"{name}: failed", repr(error)[:500])
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
-def _epochs(bench: Bench, name: str, make: Callable, epochs: int, whole: bool) -> None:
-    """Times steps of a Loop, projects its epochs, and where there is time takes one."""
+def _epochs(bench: Bench, name: str, make: Callable, whole: bool) -> None:
+    """Times steps of the Loop that `make` makes, projects its epochs, and with `whole` takes one in time."""
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     with strict_float32():
         loop = make()
+        epochs = loop.config.epochs
         loop.begin_epoch()
         lr = loop.learning_rate()
 

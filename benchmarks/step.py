@@ -498,7 +498,7 @@ def plot(found: list[dict[str, Any]], name: str, where: str) -> str:
     for record in found:
         point = record["setting"][name], 1e3 * record["seconds"]["step"][1]
         series.setdefault(record["variant"], []).append(point)
-    return draw.lines(f"One second-order step, {where}", name, "ms a step (p50)", series)
+    return draw.lines(f"One step: {where}", name, "ms a step (p50)", series)
 
 
 def main() -> int:

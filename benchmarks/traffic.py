@@ -4,7 +4,8 @@
 
 The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view,
 or one of a Triton kernel as its launcher makes it; its bytes are those of the distinct elements of its tensor
-arguments and results (darts_fast/traffic.py). tests/test_benchmarks.py holds both counts against real runs.
+arguments and results (darts_fast/traffic.py); its operations, where Triton's kernels are counted, are those
+of the equations. tests/test_benchmarks.py holds both counts against real runs.
 """
 
 import argparse
@@ -46,6 +47,23 @@ def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:
     return found
 
 
+def operations(planned: Any) -> tuple[int, int]:
+    """Of the depthwise and of the pointwise parts of a launch, by the equations (a multiply-add is two);
+    (0, 0) for the kernels that only move and add."""
+    constants, name = planned.constants, planned.kernel.fn.__name__
+    if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
+        return 0, 0
+    per = 2 * planned.arguments["positions"] * constants["C"] * (1 + bool(constants.get("TANGENT")))
+    taps = sum(k * k for k, has in zip(constants["KERNELS"], constants["HAS_D"], strict=True) if has)
+    depthwise, pointwise = per * taps, per * constants.get("K", 0) * len(constants["KERNELS"])
+    if name == "sepconv_bwd_kernel":
+        return depthwise, 0
+    if name == "sepconv_bwd_pointwise_kernel":
+        weights = planned.arguments["p_partials"] is not planned.arguments["p_z"]  # their gradients, too
+        return 2 * depthwise * weights, pointwise * (1 + weights)
+    return depthwise, pointwise
+
+
 def count(
     fused: bool,
     batch_size: int,
@@ -72,17 +90,24 @@ def count(
             step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
     batch = images, labels
     with ExitStack() as stack:
-        traffic = Traffic()
+        traffic, done = Traffic(), []
         if triton:
             from darts_fast.kernels import triton_backend, triton_launch
 
             stack.enter_context(using(triton_backend))
             stack.enter_context(triton_launch.observed(traffic.launched))
+            stack.enter_context(triton_launch.observed(lambda planned: done.append(operations(planned))))
         else:
             stack.enter_context(using(torch_backend))  # also on a CPU, whose C++ kernels are not counted
         stack.enter_context(traffic)
         found = phases(step.phases(batch, batch, 0.025), traffic)
-    return {"phases": found, "total": traffic.total, "peak": traffic.peak, "by_name": traffic.by_name}
+    return {
+        "phases": found,
+        "total": traffic.total,
+        "peak": traffic.peak,
+        "by_name": traffic.by_name,
+        "operations": [sum(part) for part in zip(*done, strict=True)],
+    }
 
 
 VARIANTS = {
@@ -117,6 +142,9 @@ def main() -> None:
         for phase, (launches, moved) in [*found["phases"].items(), ("total", found["total"])]:
             print(f"{phase:<32}{launches:>10,}{moved / 1e9:>9.1f}")
         print(f"{'peak of live bytes':<32}{'':>10}{found['peak'] / 1e9:>9.1f}")
+        if found["operations"]:
+            depthwise, pointwise = (f"{part / 1e9:,.0f}" for part in found["operations"])
+            print(f"GFLOP of separable halves: {depthwise} depthwise, {pointwise} pointwise")
         for operation, (launches, moved) in sorted(
             found["by_name"].items(), key=lambda item: item[1].bytes, reverse=True
         )[: args.top]:

@@ -208,9 +208,8 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
             for e in events
             if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
         }
-        replays = {
-            e["args"]["correlation"]: [] for e in events if e["name"] == "cudaGraphLaunch" and "args" in e
-        }
+        graphs = [e for e in events if e["name"] in ("cudaGraphLaunch", "cuGraphLaunch")]
+        replays: dict[Any, list[int]] = {e.get("args", {}).get("correlation"): [] for e in graphs}
         calls = {e["args"].get("External id"): e["args"] for e in operations}
         order = []  # of the phases of the uncaptured step's kernels
         for kernel in sorted(kernels, key=lambda e: e["ts"]):

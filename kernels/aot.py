@@ -7,7 +7,8 @@ Every kernel is compiled as the launchers launch it at the paper's setting (16 c
 the launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
 registers a thread, shared memory, stack and local memory, spill instructions, the narrowest and widest global
 loads in bits, tensor-core instructions, and the share of a multiprocessor's threads that can be resident.
-Exits with 1 where a kernel spills or uses local memory. `--quick` takes 16 channels and one task list.
+Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes 16
+channels and one task list.
 """
 
 import argparse
@@ -351,8 +352,8 @@ def main() -> int:
             f"  {r.kernel} {r.setting}",
             flush=True,
         )
-    bad = [r for r in found if r.spills or r.local]
-    print(f"{len(found)} compilations, {len(bad)} with spills or local memory")
+    bad = [r for r in found if r.spills or r.local or not r.occupancy]
+    print(f"{len(found)} compilations, {len(bad)} with spills, local memory or no room for a block")
     if args.json:
         result = {"triton": triton.__version__, "kernels": [r._asdict() for r in found]}
         Path(args.json).write_text(json.dumps(result, indent=1))

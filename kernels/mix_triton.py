@@ -699,6 +699,6 @@ def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:
     in one load. With 16 a thread, 14 candidates spilled; with 8, 35 did.
     """
     c = y.shape[1]
-    block_p, block_c = elementwise_tile(c, elements)
+    block_p, block_c = elementwise_tile(c, y.dtype, elements)
     sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[accumulator(y.dtype)]}
     return sizes, (triton.cdiv(_positions(y), block_p), triton.cdiv(c, block_c))

@@ -169,7 +169,7 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     refuse_single_value(positions)
     maximum, average = images(2, shape, x.dtype, x.device)
     (position,) = images(1, shape, torch.int8, x.device)
-    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    block_p, block_c = elementwise_tile(c, x.dtype, POOL_TILE)
     tiles = triton.cdiv(positions, block_p)
     dtype = accumulator(x.dtype)
     partials, statistics = x.new_empty(2, tiles, 2, c, dtype=dtype), x.new_empty(2, 3, c, dtype=dtype)
@@ -199,7 +199,7 @@ def _launch_forward(
     partials, found, counts = (x, x, x) if statistics is None else statistics
     n, c, height, width = x.shape
     out_height, out_width = maximum.shape[2:]
-    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    block_p, block_c = elementwise_tile(c, x.dtype, POOL_TILE)
     tiles = triton.cdiv(n * out_height * out_width, block_p)
     launch(
         pool_fwd_kernel,
@@ -233,7 +233,7 @@ def pool_backward(
     maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
     terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (found,) = images(1, x.shape, x.dtype, x.device)
-    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    block_p, block_c = elementwise_tile(c, x.dtype, POOL_TILE)
     launch(
         pool_bwd_kernel,
         (triton.cdiv(n * height * width, block_p), triton.cdiv(c, block_c)),
@@ -252,7 +252,7 @@ def pool_backward(
 
 def _sizes(x: Tensor, pooled: Tensor, stride: int) -> dict:
     _, c, height, width = x.shape
-    block_p, block_c = elementwise_tile(c, POOL_TILE)
+    block_p, block_c = elementwise_tile(c, x.dtype, POOL_TILE)
     return {
         "H": height,
         "W": width,

@@ -90,11 +90,11 @@ def dot_channel_block(channels: int, dtype: torch.dtype) -> int:
     return min(32, channel_block(channels)) if dtype.itemsize == 2 else 16
 
 
-def elementwise_tile(channels: int, elements: int = 2048) -> tuple[int, int]:
+def elementwise_tile(channels: int, dtype: torch.dtype, elements: int = 2048) -> tuple[int, int]:
     """(BLOCK_P, BLOCK_C) of kernels without a dot: 2,048 elements, 16 a thread of 4 warps, so that a thread
-    has four 128-bit float32 loads under way for each of its operands."""
+    has four 128-bit float32 loads under way for each of its operands. Of float64, half as many."""
     block_c = channel_block(channels)
-    return elements // block_c, block_c
+    return elements * 4 // max(4, dtype.itemsize) // block_c, block_c
 
 
 def splits_of(tiles: int, entries: int, programs: int = 1024) -> int:

@@ -165,7 +165,7 @@ def test_a_launch_does_the_operations_of_its_equations():
         triton_backend.sepconv_backward(*arguments, y, False)
     pixels = 2 * 8 * 8
     depthwise, pointwise = 2 * pixels * 16 * (9 + 25), 2 * 2 * pixels * 16 * 16
-    by_name = [(planned.kernel.fn.__name__, gpu_report.operations(planned)) for planned in found]
+    by_name = [(planned.kernel.fn.__name__, traffic.operations(planned)) for planned in found]
     assert by_name == [
         ("sepconv_fwd_kernel", (depthwise, pointwise)),
         ("sepconv_bwd_pointwise_kernel", (2 * depthwise, 2 * pointwise)),

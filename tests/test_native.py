@@ -294,16 +294,14 @@ def test_links_and_spread_in_a_mix(shape, stride):
             one, of_first = links(1), links(2)
             (y,), (found,) = kernels.sepconv([x], [Task()], [None], weights[6:7], links=one)
             state = kernels.mix([y], [found], p.new_ones(1), True, one)
-            n, spread = 3 if stride == 1 else 2, []
+            spread = links(3 if stride == 1 else 2)
             if joined:
-                spread = links(n)
-                (others,), statistics, rest = kernels.spread(state, stride, [spread], 2)
-                for_convolutions, skip = rest
+                (others,), of_pools, (for_convolutions, skip) = kernels.spread(state, stride, [spread], 2)
             else:
                 for_convolutions, for_pools, skip = kernels.share(state, 3)
-                *pools, statistics = kernels.pool(for_pools, stride)
-                others = [*pools, skip][:n]
-            of_others = [*statistics, None][:n]
+                *others, of_pools = kernels.pool(for_pools, stride)
+                others = [*others, skip] if stride == 1 else others
+            of_others = [*of_pools, *[None] * (len(others) - 2)]
             tasks = [Task(0, stride), Task(0, stride, 2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
             last = links(1)
