@@ -899,8 +899,10 @@ def _launch_backward(
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
-    # With stride 2, 2,048 elements of float32 spilled 4 registers (64 channels, sm_80).
-    block_p, block_c = elementwise_tile(c, x.dtype, 1024 if call.tasks[0].stride > 1 else 2048)
+    # Of first halves in float32, 2,048 elements spilled 2 registers (16 channels, sm_90), with stride 2 4 (64
+    # channels, sm_80).
+    half = call.tasks[0].stride > 1 or (x.element_size() > 2 and not table.batch)
+    block_p, block_c = elementwise_tile(c, x.dtype, 1024 if half else 2048)
     tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None
