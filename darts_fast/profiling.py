@@ -309,7 +309,10 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 
 
 def is_arithmetic(name: str) -> bool:
-    """Whether an operation multiplies matrices; all others only move their operands."""
+    """Whether an operation multiplies matrices; all others only move their operands. Triton's kernels of
+    separable convolutions count with these: a step does 7 operations a byte (benchmarks/traffic.py)."""
+    if name.startswith("sepconv_") and name.endswith("_kernel"):
+        return False
     words = ("conv", "gemm", "::mm", "addmm", "::bmm", "sepconv", "fprop", "dgrad", "wgrad", "cutlass")
     return any(word in name.lower() for word in words)
 
@@ -354,8 +357,12 @@ def verdict(profile: Profile, settings: dict[str, Any], captured: bool) -> str:
     what = (
         f"arithmetic: convolutions and matrix products take {arithmetic:.0%} of the time in operations"
         if arithmetic > 0.5
-        else f"memory traffic: {1 - arithmetic:.0%} of the time in operations goes into batch norm, pools, "
-        "sums and copies, which only move their operands"
+        else f"memory traffic: {1 - arithmetic:.0%} of the time in operations goes into "
+        + (
+            "kernels that move more than they multiply"
+            if cuda and fused
+            else "batch norm, pools, sums and copies, which only move their operands"
+        )
     )
     if not fused:
         advice = use_fused

@@ -798,11 +798,11 @@ def _launch_pointwise(
     taps = max(call.kernels()) ** 2
     block_c = dot_channel_block(c, x.dtype)
     # Weight gradients of wide types have a dot over positions, which the compiler unrolls: 64 spilled. So did
-    # the second sweep at 64 channels, and took 168 KiB of shared memory, where sm_80 has 163. The 1x1
-    # convolutions of 64 outputs spilled with 32, too, and float64 took 176 KiB.
+    # the second sweep at 64 channels, and took 168 KiB of shared memory, where sm_80 has 163. 1x1
+    # convolutions of 32 and 64 outputs spilled with 32, too, and float64 took 176 KiB.
     block_p = BLOCK_P
     if x.element_size() > 2 and (weight_gradients or left):
-        block_p = BLOCK_P // 4 if direct and k > 32 else BLOCK_P // 2
+        block_p = BLOCK_P // 4 if k > 16 and not any(call.has_depthwise) else BLOCK_P // 2
     if x.element_size() > 4:
         block_p = BLOCK_P // 4
     splits = triton.cdiv(call.positions(), block_p)
@@ -899,7 +899,8 @@ def _launch_backward(
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
-    block_p, block_c = elementwise_tile(c, x.dtype)
+    # With stride 2, 2,048 elements of float32 spilled 4 registers (64 channels, sm_80).
+    block_p, block_c = elementwise_tile(c, x.dtype, 1024 if call.tasks[0].stride > 1 else 2048)
     tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None

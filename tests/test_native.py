@@ -220,7 +220,11 @@ def test_pool(shape, stride):
     assert_agree([maximum, average, statistics], [*expected[:2], expected[3]])
     a, b = (image(g, *maximum.shape) for _ in range(2))
     found = native.pool_backward(x, position, stride, a, b)
-    assert_agree(found, torch_backend.pool_backward(x.double(), expected[2], stride, a.double(), b.double()))
+    exact = torch_backend.pool_backward(x.double(), expected[2], stride, a.double(), b.double())
+    assert_agree(found, exact)
+    terms = [image(g, *shape) for _ in range(3)]
+    found = native.pool_backward(x, position, stride, a, b, terms)
+    assert_agree(found, exact + sum(t.double() for t in terms))
     xd = image(g, *shape)
     found = native.pool_tangent(xd, position, stride)
     assert_agree(found, torch_backend.pool_tangent(xd.double(), expected[2], stride))
@@ -301,10 +305,10 @@ def test_links_and_spread_in_a_mix(shape, stride):
             tasks = [Task(0, stride), Task(0, stride, 2)]
             y, found = kernels.sepconv([for_convolutions], tasks, weights[:2], weights[3:5], links=of_first)
             last = links(1)
-            second, statistics = kernels.sepconv(
+            second, of_second = kernels.sepconv(
                 y[1:], [Task()], weights[2:3], weights[5:6], found[1:], True, last, source_links=of_first[1:]
             )
-            candidates, norms = [y[0], *second], [found[0], *statistics]
+            candidates, norms = [y[0], *second], [found[0], *of_second]
             given = [*of_first[:1], *last]
             if stride == 2:
                 halves, of_halves = [Task(0, 2, 1, offset) for offset in (0, 1)], links(1)
@@ -330,14 +334,19 @@ def test_links_and_spread_in_a_mix(shape, stride):
 
 def test_nothing_of_a_step_is_kept():
     """What a tangent sweep left and no second sweep took holds the whole graph, if it is held."""
+
+    def alive():
+        gc.collect()
+        return sum(type(found) is Handover for found in gc.get_objects())
+
+    before = alive()  # of other tests
     network = Supernet(4, 10, 3, fused=True)
     weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     gradients = architect.gradients(network.loss(images, labels, weights, alphas), weights, create_graph=True)
     architect.exact_hvp(gradients, alphas, architect.detached(weights))
     del gradients
-    gc.collect()
-    assert not any(isinstance(found, Handover) for found in gc.get_objects())
+    assert alive() == before
 
 
 def test_nan_is_not_hidden():

@@ -177,6 +177,7 @@ def profile_of(operations, busy=0.9, device="cuda", data=0.0):
         (profile_of([Row("sepconv_forward", 9, 0.9, 0)]), {}, "Bound by arithmetic"),
         (profile_of([Row("conv2d", 9000, 0.9, 9000 * 60_000)], 0.9, "cpu"), {}, "Bound by dispatch"),
         (profile_of([Row("conv2d", 9000, 0.9, 9000 * 70_000)], 0.9, "cpu"), {}, "Bound by arithmetic"),
+        (profile_of([Row("sepconv_fwd_kernel", 9, 0.9, 0)]), {"fused": True}, "move more than they multiply"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "hvp": "exact"}, "--amp halves"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": False}, "Bound by memory traffic"),
         (profile_of([Row("mix", 9, 0.9, 0)]), {"fused": True, "amp": True, "hvp": "exact"}, "every flag"),

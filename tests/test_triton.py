@@ -57,7 +57,7 @@ def patched_once(monkeypatch):
         if scopes and function.__globals__.get("tl") is triton.language:  # a device function of ours
             return scopes[0]
         scope = patch(function)
-        if not scopes:
+        if scope is not None and not scopes:  # Triton 3.5 patches for good
             restore = scope.restore
             scope.restore = lambda: (scopes.clear(), restore())
             scopes.append(scope)

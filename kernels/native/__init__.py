@@ -415,7 +415,7 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     position = torch.empty_like(maximum, dtype=torch.uint8)
     rows = _Rows()
     outputs = (tensor.data_ptr() for tensor in (maximum, average, position, statistics))
-    rows.append(rows.image(x), *outputs, 0, n, h, w, c, stride)
+    rows.append(rows.image(x), *outputs, 0, 0, 0, n, h, w, c, stride)
     _pool("forward", rows)
     return maximum, average, position, statistics
 
@@ -430,11 +430,12 @@ def pool_backward(
 ) -> Tensor:
     """The adjoint of x from those of the two pools, and the sum of `terms`. Of x only the shape is used."""
     n, c, h, w = x.shape
-    rows, found = _Rows(), _image(n, c, h, w)
+    rows, table, found = _Rows(), _Rows(), _image(n, c, h, w)
+    table.append(*map(rows.image, terms))
     pools = rows.image(maximum), rows.image(average), position.data_ptr()
-    rows.append(0, *pools, 0, found.data_ptr(), n, h, w, c, stride)
+    rows.append(0, *pools, 0, found.data_ptr(), table.address(), len(terms), n, h, w, c, stride)
     _pool("backward", rows)
-    return add([found, *terms]) if terms else found
+    return found
 
 
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -442,7 +443,7 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
     n, c, h, w = xd.shape
     rows, maximum, average = _Rows(), _image(*position.shape), _image(*position.shape)
     outputs = (tensor.data_ptr() for tensor in (maximum, average, position))
-    rows.append(rows.image(xd), *outputs, 0, 0, n, h, w, c, stride)
+    rows.append(rows.image(xd), *outputs, 0, 0, 0, 0, n, h, w, c, stride)
     _pool("tangent", rows)
     return maximum, average
 

@@ -10,6 +10,8 @@ struct Pool {
   uint8_t* position;  // of the maximum in its window, row-major: 0 to 8
   float* statistics;  // [2, 3, c]
   float* adjoint;     // of x
+  const float* const* terms;  // like x, summed with what the pools hand back
+  int64_t count;              // of the terms
   int64_t n, h, w, c, stride;
 };
 }
@@ -142,6 +144,8 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
       bool inner = q.stride == 1 && y >= 2 && y < q.h - 2;
       for (int64_t x = 0; x < q.w; ++x) {
         float* into = q.adjoint + (row * q.w + x) * q.c + i;
+        T terms = {};
+        for (int64_t k = 0; k < q.count; ++k) terms += load<T>(q.terms[k] + (row * q.w + x) * q.c + i);
         if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
           T of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)
@@ -151,7 +155,7 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
               of_maximum += Of<T>::load(q.position + at) == here ? load<T>(q.maximum + at) : T{};
               of_average += load<T>(q.average + at);
             }
-          store(into, of_maximum + of_average * (1.f / 9.f));
+          store(into, terms + of_maximum + of_average * (1.f / 9.f));
           continue;
         }
         Windows wx(x, q.stride, wo);
@@ -164,7 +168,7 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
             int64_t count = Window(oy, q.stride, q.h).count() * Window(ox, q.stride, q.w).count();
             sum += load<T>(q.average + at) * (1.f / float(count));
           }
-        store(into, sum);
+        store(into, terms + sum);
       }
     });
   }
