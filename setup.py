@@ -1,3 +1,4 @@
+import hashlib
 import platform
 from pathlib import Path
 
@@ -33,7 +34,17 @@ test_requirements = [
 LEVELS = {"_portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"_v3": ["-march=x86-64-v3"], "_v4": ["-march=x86-64-v4"]}
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-predictive-commoning", "-fopenmp"]
+# The sources' digest is built in: Python does not call what was built of others (kernels/native/__init__.py).
+SOURCES = sorted(path for end in ("cpp", "h") for path in Path("kernels/native").glob(f"*.{end}"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+FLAGS = [
+    f"-DDARTS_SOURCES={DIGEST}",
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-predictive-commoning",
+    "-fopenmp",
+]
 
 
 class BuildLevels(build_ext):
@@ -69,8 +80,8 @@ setup(
     ext_modules=[
         Extension(
             f"darts_fast.kernels.native.{name}",
-            sorted(str(path) for path in Path("kernels/native").glob("*.cpp")),
-            depends=["kernels/native/lanes.h"],
+            [str(path) for path in SOURCES if path.suffix == ".cpp"],
+            depends=[str(path) for path in SOURCES],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-fopenmp"],
             language="c++",

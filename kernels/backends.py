@@ -63,17 +63,14 @@ def used(like: Tensor) -> str:
     if like.device.type == "cuda":
         return "triton"
     if like.device.type == "cpu" and like.dtype == torch.float32:
-        return f"torch (ATen; native is faster but {NOT_BUILT})"
+        return f"torch (ATen; native is faster but {native.absence()})"
     return "torch (ATen)"
-
-
-NOT_BUILT = "was not built: no C++ compiler with OpenMP when darts_fast was installed"
 
 
 def available() -> dict[str, str]:
     """Each backend with what it is used for on this machine, or why it is not."""
     found = {"triton": "CUDA" if torch.cuda.is_available() else "no CUDA device"}
     if native.level() is None:
-        return {**found, "native": NOT_BUILT, "torch": "everything on the CPU"}
+        return {**found, "native": native.absence(), "torch": "everything on the CPU"}
     level = native.LEVELS[native.level()]
     return {**found, "native": f"float32 on the CPU, {level}", "torch": "everything else on the CPU"}

@@ -12,6 +12,7 @@ Tensors are float32 [N, C, H, W] in channels-last memory, what C++ sees as [n, h
 """
 
 import ctypes
+import hashlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -41,13 +42,32 @@ def _path(level: int) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def _digest() -> str:
+    """Of the sources beside this file, as setup.py takes it; empty where there are none (a wheel)."""
+    here = Path(__file__).resolve().parent
+    sources = sorted(path for end in ("cpp", "h") for path in here.glob(f"*.{end}"))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, sources))).hexdigest() if sources else ""
+
+
+@cache
+def absence() -> str | None:
+    """Why there are no kernels in C++; None where there are."""
+    if _path(0) is None:
+        return "was not built: no C++ compiler with OpenMP when darts_fast was installed"
+    built = ctypes.CDLL(str(_path(0))).darts_sources
+    built.restype = ctypes.c_char_p
+    # The tables that C++ reads are laid out by Python: of other sources the result would be garbage.
+    if built() and _digest() not in ("", built().decode()):
+        return "was built of other sources than are here: install darts_fast again"
+    return None
+
+
 @cache
 def level() -> int | None:
-    """The key of LEVELS that is used on this machine; None where the library was not built."""
-    portable = _path(0)
-    if portable is None:
+    """The key of LEVELS that is used on this machine; None where there is none, see `absence`."""
+    if absence() is not None:
         return None
-    most = ctypes.CDLL(str(portable)).darts_level()
+    most = ctypes.CDLL(str(_path(0))).darts_level()
     return max(found for found in LEVELS if found <= most and _path(found) is not None)
 
 

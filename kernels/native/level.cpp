@@ -1,4 +1,14 @@
-// What concerns the process: which of the libraries this processor can run: 4 (x86-64-v4, AVX-512), 3 (x86-64-v3, AVX2) or 0 (portable).
+// What concerns the process.
+
+// Of the sources, as setup.py takes it; empty: not to be compared.
+#ifndef DARTS_SOURCES
+#define DARTS_SOURCES
+#endif
+#define AS_TEXT(x) #x
+#define TEXT(x) AS_TEXT(x)
+extern "C" const char* darts_sources() { return TEXT(DARTS_SOURCES); }
+
+// Which of the libraries this processor can run: 4 (x86-64-v4, AVX-512), 3 (x86-64-v3, AVX2) or 0 (portable).
 extern "C" int darts_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();

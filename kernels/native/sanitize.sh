@@ -8,7 +8,7 @@ trap 'rm -rf "$folder"' EXIT
 g++ -shared -fPIC -std=c++17 -O1 -g -fopenmp -march=native -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined kernels/native/*.cpp -o "$folder/_portable.so"
 if [ $# -eq 0 ]; then # even and odd sizes, whole and broken registers of channels, both strides
-    set -- -k "sepconv and (shape2 or shape5 or shape7) or constant or without_depthwise or pool or mix and 7"
+    set -- -k "sepconv and (shape2 or shape5 or shape7) or constant or without_depthwise or pool or mix and 7 or links and shape0"
 fi
 # Leaks are not looked for: Python's own would be reported.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
