@@ -885,10 +885,6 @@ def main() -> int:
         (args.out / "report.json").write_text(json.dumps(sections, indent=1))
         (args.out / "report.md").write_text(markdown(sections, files))
 
-    def asked_to_end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, asked_to_end)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as parts:
         try:
@@ -911,4 +907,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())
