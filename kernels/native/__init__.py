@@ -74,7 +74,6 @@ def level() -> int | None:
 def library_of(level: int) -> ctypes.CDLL:
     """The library of a processor level, which must have been built."""
     library = ctypes.CDLL(str(_path(level)))
-    library.darts_keep_memory()
     sweeps = ["forward", "backward", "tangent", "second"]
     of_sepconv, of_others = [c_void_p, c_int64] * 2, [c_void_p]
     for name, table, last in (("sepconv", of_sepconv, 4), ("pool", of_others, 3), ("mix", of_others, 4)):

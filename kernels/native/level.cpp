@@ -22,17 +22,3 @@ extern "C" int darts_level() {
   return 0;
 #endif
 }
-
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
-// Has the C library keep what is freed, tensors up to 32 MB (the most that it takes) among it, for the next
-// allocation: giving it back and asking again costs a page fault per 4 KB.
-extern "C" void darts_keep_memory() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  mallopt(M_TRIM_THRESHOLD, 2147483647);
-  mallopt(M_TOP_PAD, 64 << 20);
-#endif
-}
