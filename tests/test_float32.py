@@ -9,8 +9,13 @@ import torch
 from conftest import relative_error
 from official import LAYOUTS, everything, official_network
 
+from darts_fast.config import SearchConfig
 from darts_fast.kernels import native, torch_backend
 from darts_fast.kernels.backends import using
+from darts_fast.search import SearchStep
+from darts_fast.supernet import Supernet
+
+BACKENDS = [torch_backend] if native.level() is None else [torch_backend, native]
 
 
 def errors(golden, network, layout=torch.contiguous_format):
@@ -38,8 +43,7 @@ def test_the_official_gradients_are_as_near_as_the_references_rounding_allows(go
     for layout in LAYOUTS:
         network = official_network(golden_search, torch.float32)
         found[f"reference, {layout}"] = errors(golden_search, network, layout)
-    backends = [torch_backend] if native.level() is None else [torch_backend, native]
-    for backend in backends:
+    for backend in BACKENDS:
         network = official_network(golden_search, torch.float32, fused=True)
         with using(backend):
             found[f"fused, {backend.__name__}"] = errors(golden_search, network)
@@ -51,3 +55,29 @@ def test_the_official_gradients_are_as_near_as_the_references_rounding_allows(go
         if not error <= allowed[name]
     }
     assert not over, over
+
+
+def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
+    """How far the alphas are after them from where the reference in float64 brings them."""
+    torch.manual_seed(0)
+    state = Supernet(4, 5, 3).state_dict()
+    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(40)]
+    generator = torch.Generator().manual_seed(0)
+
+    def displacement(dtype, fused=False, moved=0.0):
+        network = Supernet(4, 5, 3, fused=fused)
+        network.load_state_dict(state)
+        with torch.no_grad():
+            for w in network.weights().values():
+                w *= 1 + moved * torch.randn(w.shape, generator=generator)
+        step = SearchStep(network.to(dtype), SearchConfig())
+        for train, validation in zip(batches[::2], batches[1::2], strict=True):
+            step((train[0].to(dtype), train[1]), (validation[0].to(dtype), validation[1]), 0.025)
+        return torch.cat([(a - state[name]).flatten() for name, a in network.alphas().items()]).detach()
+
+    expected = displacement(torch.float64)
+    allowed = 2 * max(relative_error(displacement(torch.float32, moved=6e-8), expected) for _ in range(8))
+    for backend in BACKENDS:
+        with using(backend):
+            drift = relative_error(displacement(torch.float32, fused=True), expected)
+        assert drift <= allowed, (backend.__name__, drift, allowed)
