@@ -138,9 +138,8 @@ class FusedCell(MixedCell):
             edge: [self._statistics(*args) for args in zip(norms[edge], pools, statistics, strict=True)]
             for edge in edges
         }
-        # In evaluation each edge has its own running statistics; in training all have the same, and it is for
-        # the kernels to say what is faster: one batch norm for all edges, or one on load for each.
-        if not (self.training and kernels.pools_normalized_once(x)):
+        # In evaluation each edge has its own running statistics; in training all have the same.
+        if not self.training:
             return {
                 edge: [Candidate(y, s) for y, s in zip(pools, found[edge], strict=True)] for edge in edges
             }

@@ -16,7 +16,7 @@ it, and raise where they cannot: `torch.autograd.grad(weight_gradients, alphas, 
 tangent forward and the second backward sweep of docs/mathematics.md, without weight gradients.
 """
 
-from darts_fast.kernels.backends import pools_normalized_once, second_backward_in_one, used
+from darts_fast.kernels.backends import second_backward_in_one, used
 from darts_fast.kernels.concatenate import concatenate
 from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix import mix
@@ -34,7 +34,6 @@ __all__ = [
     "mix",
     "normalize",
     "pool",
-    "pools_normalized_once",
     "second_backward_in_one",
     "sepconv",
     "share",

@@ -43,13 +43,6 @@ def using(module: ModuleType) -> Iterator[None]:
         _chosen.pop()
 
 
-def pools_normalized_once(like: Tensor) -> bool:
-    """Whether to normalise a pool once for all edges from its state (by `mix` alone) is faster than to leave
-    it to the mix of each: not in C++, where a mix reads its candidates once either way, and the normalised
-    copies were 10 of the 16 mixes of a cell."""
-    return backend(like) is not native
-
-
 def second_backward_in_one(like: Tensor) -> bool:
     """Whether the backend has `..._tangent_forward` and `..._second` in place of `..._tangent`: the second
     backward sweep takes in one pass what the tangent sweep adds to it, see `handover`."""
