@@ -225,6 +225,7 @@ def test_the_page_in_a_browser(tmp_path, device):
     assert "http://127.0.0.1:9/asked.png" in opened(path, tmp_path)[2], "requests are not seen"
 
 
+# Only a browser tells whether a page has errors; it is no dependency of the project.
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
 def test_the_page_of_a_run_in_a_browser(in_tmp, data):
     path = (search(small(profile=1), data).path / "profile" / "report.html").resolve()

@@ -259,6 +259,7 @@ def test_nothing_is_read_or_written_beside_a_tensor(shape, dtype, monkeypatch):
 def test_offsets_beyond_32_bits():
     """The last images of a batch of 2^31 elements and more give what they give alone."""
     n, c, size, last = 2**31 // (16 * 32 * 32) + 72, 16, 32, 64
+    # 2^31 elements are 4 GB in bfloat16, and each of the three functions has up to six such tensors alive.
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GB of GPU memory")
     like = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -286,6 +287,7 @@ def test_offsets_beyond_32_bits():
         torch.cuda.empty_cache()
 
 
+# A tool of the CUDA toolkit, which the driver and Triton do without.
 @pytest.mark.skipif(
     shutil.which("compute-sanitizer") is None, reason="compute-sanitizer of the CUDA toolkit is not on PATH"
 )
