@@ -128,7 +128,7 @@ class Supernet(nn.Module):
         given = {**weights, **alphas}
         places = [self._owners[name] for name in given]
         own = [owner[key] for owner, key in places]
-        # What torch.func.functional_call does; that took 30 ms a step of 8 layers, this takes 2.
+        # What torch.func.functional_call does; that took 4.0 ms a call of 8 layers, this 0.3.
         try:
             for (owner, key), tensor in zip(places, given.values(), strict=True):
                 owner[key] = tensor
@@ -167,7 +167,7 @@ class _Split(torch.autograd.Function):
     """Consecutive parts of a tensor, in given shapes, as views.
 
     One node of the graph. The backward of a slice for each weight would write a tensor as long as all
-    weights for each; of a view for each, it ran 5,600 nodes a step, 35 ms on a CPU.
+    weights for each; of a view for each, it ran 5,600 nodes a step of 8 layers.
     """
 
     @staticmethod
