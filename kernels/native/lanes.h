@@ -60,6 +60,27 @@ INLINE void store_some(float* p, V v, int count) {
   for (int l = 0; l < count; ++l) p[l] = v[l];
 }
 
+// Past the caches, to an aligned address: what much else is written after before it is read. An ordinary store
+// reads the line first.
+INLINE void stream(float* p, V v) {
+#if defined(__AVX512F__)
+  __builtin_ia32_movntps512(p, v);
+#elif defined(__AVX__)
+  __builtin_ia32_movntps256(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+INLINE bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0; }
+
+// Ends what `stream` began, before another thread reads it.
+INLINE void end_of_streams() {
+#if defined(__AVX__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // relu(x); NaN stays NaN.
 INLINE V relu(V x) { return x < 0.f ? V{} : x; }
 
