@@ -108,7 +108,7 @@ def main() -> None:
 
     for kernel, dilation in product((3, 5), (1, 2)):
         x, tasks, label = image(), [Task(0, 1, dilation)] * TASKS, f"{kernel}x{kernel}, dilation {dilation}"
-        norms = [Normalizer(*torch_backend.statistics_of([x])[0], True)]
+        norms = [Normalizer(torch_backend.statistics_of([x])[0], True)]
         d, dd = ([torch.randn(c, 1, kernel, kernel) for _ in tasks] for _ in range(2))
         p, pd = ([torch.randn(c, c, 1, 1) for _ in tasks] for _ in range(2))
         start, y = ([x], norms, tasks, d, p), [image() for _ in tasks]
@@ -123,7 +123,7 @@ def main() -> None:
             pixels * 4 * (taps + c),
         )
     candidates = [image() for _ in range(21)]
-    norms = [Normalizer(*s, True) for s in torch_backend.statistics_of(candidates)]
+    norms = [Normalizer(s, True) for s in torch_backend.statistics_of(candidates)]
     start = candidates, norms, torch.rand(21)
     g = image()
     first = native.mix_backward(*start, g)

@@ -56,7 +56,7 @@ def one_thread():
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (3, 2), (5, 2)])
 def test_share_of_the_peak(benchmark, kernel, dilation, sweep):
     x, tasks = image(), [Task(0, 1, dilation)] * TASKS
-    norms = [Normalizer(*torch_backend.statistics_of([x])[0], True)]
+    norms = [Normalizer(torch_backend.statistics_of([x])[0], True)]
     d, dd = ([torch.randn(C, 1, kernel, kernel) for _ in tasks] for _ in range(2))
     p, pd = ([torch.randn(C, C, 1, 1) for _ in tasks] for _ in range(2))
     arguments = [[x], norms, tasks, d, p]
@@ -134,5 +134,5 @@ def wide(tree: object) -> object:
     if isinstance(tree, Tensor):
         return tree.double()
     if isinstance(tree, Normalizer):
-        return Normalizer(*map(wide, tree[:3]), tree.batch)
+        return Normalizer(wide(tree.statistics), tree.batch)
     return [wide(item) for item in tree] if isinstance(tree, list) and not isinstance(tree, Task) else tree

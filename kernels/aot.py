@@ -81,7 +81,7 @@ def _image(dtype: torch.dtype, c: int, size: int) -> Tensor:
 
 
 def _normalizer(dtype: torch.dtype, c: int) -> Normalizer:
-    return Normalizer(*torch.empty(3, c, dtype=torch.promote_types(dtype, torch.float32)).unbind(), True)
+    return Normalizer(torch.empty(3, c, dtype=torch.promote_types(dtype, torch.float32)), True)
 
 
 def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int) -> None:
@@ -122,7 +122,7 @@ def _sepconv(
     for y, found, candidates in zip(outputs, statistics, nodes or [], strict=bool(nodes)):
         link = Link()
         link.weights, link.index = found.new_empty(candidates) if candidates > 0 else None, 0
-        link.norm = Normalizer(*found.unbind(), True)
+        link.norm = Normalizer(found, True)
         link.tangent_sums = found.new_empty(4, abs(candidates), join * k)
         link.sums = found.new_empty(2, abs(candidates), join * k)
         owns += owns_of(link, y, join)

@@ -146,4 +146,4 @@ def _given(links: tuple[Link | None, ...]) -> list[tuple[Link | None, ...]]:
 
 
 def _normalizers(statistics: Sequence[Tensor | None], batch: bool) -> list[Normalizer | None]:
-    return [None if s is None else Normalizer(*s.unbind(), batch) for s in statistics]
+    return [None if s is None else Normalizer(s, batch) for s in statistics]

@@ -74,9 +74,7 @@ class Own(NamedTuple):
     sweep; all of the task's channels alone."""
 
     y: Tensor
-    mean: Tensor
-    variance: Tensor
-    r: Tensor
+    statistics: Tensor  # [3, C]
     link: Link
     first: Tensor  # [2, candidates, C]: of G, G h
     channels: slice = slice(None)  # of the output, those that are the task's
@@ -97,7 +95,7 @@ class _SepConv(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n = len(tensors) - 2 * len(tasks)
-        norms = [None] * n if statistics is None else [Normalizer(*s.unbind(), batch) for s in statistics]
+        norms = [None] * n if statistics is None else [Normalizer(s, batch) for s in statistics]
         ctx.tasks, ctx.norms, ctx.join, ctx.handover = tasks, norms, join, Handover()
         for i, link in enumerate(source_links):
             link.weights, link.index, link.norm = None, i, norms[i]
@@ -223,6 +221,8 @@ def _side_by_side(outputs: list[Tensor], join: int) -> list[Tensor]:
 
 def parts(adjoints: Sequence[Tensor | None], join: int) -> list[Tensor | None]:
     """Of every task, views of its output's."""
+    if join == 1:
+        return list(adjoints)
     return [part for y in adjoints for part in ([None] * join if y is None else y.chunk(join, dim=1))]
 
 
@@ -230,12 +230,12 @@ def owns_of(link: Link | None, y: Tensor, join: int) -> list[Own | None]:
     """Of the tasks of one output."""
     if link is None:
         return [None] * join
-    mean, variance, r, _ = link.norm
+    statistics = link.norm.statistics
     if join == 1:  # without slices, which took a hundredth of a step on the CPU
-        return [Own(y, mean, variance, r, link, link.sums)]
+        return [Own(y, statistics, link, link.sums)]
     k = y.shape[1] // join
     parts = [slice(i, i + k) for i in range(0, y.shape[1], k)]
-    return [Own(y[:, c], mean[c], variance[c], r[c], link, link.sums[..., c], c) for c in parts]
+    return [Own(y[:, c], statistics[:, c], link, link.sums[..., c], c) for c in parts]
 
 
 def _arguments(

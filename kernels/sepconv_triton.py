@@ -878,9 +878,11 @@ def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left:
     filled = [given[0] if own is None else own for own in owns]
     return {
         "p_own": tuple(y if own is None else own.y for own, y in zip(owns, adjoints, strict=True)),
-        "p_own_means": tuple(own.mean for own in filled),
-        "p_own_rs": tuple(own.r for own in filled),
-        "p_mix_weights": tuple(own.r if own.link.weights is None else own.link.weights for own in filled),
+        "p_own_means": tuple(own.statistics[0] for own in filled),
+        "p_own_rs": tuple(own.statistics[2] for own in filled),
+        "p_mix_weights": tuple(
+            own.statistics[2] if own.link.weights is None else own.link.weights for own in filled
+        ),
         "p_first_sums": tuple(own.first for own in filled),
         "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
         if left

@@ -155,7 +155,7 @@ def _tensors(
     x: Tensor, pools: Sequence[Tensor], statistics: Tensor, stride: int
 ) -> tuple[list[Tensor], list[Normalizer | None]]:
     """What a mix reads, and what it normalises each by."""
-    norms = [Normalizer(*of_one.unbind(), True) for of_one in statistics]
+    norms = [Normalizer(of_one, True) for of_one in statistics]
     return ([*pools, x], [*norms, None]) if stride == 1 else ([*pools], norms)
 
 

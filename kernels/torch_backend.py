@@ -69,13 +69,23 @@ def per_channel(x: Tensor) -> Tensor:
 
 
 class Normalizer(NamedTuple):
-    """The mean, biased variance and r [C] that y is normalised by; `batch` says that they are those of y
-    itself, so that they move with it, and not constants (evaluation mode)."""
+    """`statistics` [3, C] are the mean, biased variance and r that y is normalised by; `batch` says that they
+    are those of y itself, so that they move with it, and not constants (evaluation mode)."""
 
-    mean: Tensor
-    variance: Tensor
-    r: Tensor
+    statistics: Tensor
     batch: bool
+
+    @property
+    def mean(self) -> Tensor:
+        return self.statistics[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.statistics[1]
+
+    @property
+    def r(self) -> Tensor:
+        return self.statistics[2]
 
     def apply(self, y: Tensor) -> Tensor:
         """h"""

@@ -34,7 +34,7 @@ def wide(value):
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Normalizer):
-        return Normalizer(*(wide(t) for t in value[:3]), value.batch)
+        return Normalizer(wide(value.statistics), value.batch)
     if isinstance(value, Task) or not isinstance(value, (list, tuple)):
         return value
     return [wide(item) for item in value]
@@ -135,10 +135,13 @@ def arguments_of(shape, stride, normalized, kernels=KERNELS, batch=True, outputs
     sources = [image(g, *shape) * 2 + 3, image(g, *shape)]
     norms = [None, None]
     if normalized:
-        norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(sources)]
+        norms = [Normalizer(s, batch) for s in torch_backend.statistics_of(sources)]
         if not batch:
             constants = [torch.rand(2, c, generator=g) + 0.5 for _ in sources]
-            norms = [Normalizer(m, v, (v + torch_backend.EPSILON).rsqrt(), False) for m, v in constants]
+            norms = [
+                Normalizer(torch.stack([m, v, (v + torch_backend.EPSILON).rsqrt()]), False)
+                for m, v in constants
+            ]
     tasks, d, p = [], [], []
     for source in range(2):
         for kernel, dilation in kernels:
@@ -246,7 +249,7 @@ def test_pool_takes_the_first_of_equal_values_and_nan():
 def test_mix(shape, count, batch):
     g = generator(count)
     candidates = [image(g, *shape) * (1 + k) + k for k in range(count)]
-    norms = [Normalizer(*s, batch) for s in torch_backend.statistics_of(candidates)]
+    norms = [Normalizer(s, batch) for s in torch_backend.statistics_of(candidates)]
     if count > 1:
         norms[1] = None
     p = torch.rand(count, generator=g)

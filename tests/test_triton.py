@@ -81,7 +81,7 @@ def widened(tree):
     if isinstance(tree, torch.Tensor):
         return tree.double() if tree.is_floating_point() else tree
     if isinstance(tree, Normalizer):
-        return Normalizer(*(widened(t) for t in tree[:3]), tree.batch)
+        return Normalizer(widened(tree.statistics), tree.batch)
     if isinstance(tree, Task):
         return tree
     return type(tree)(widened(t) for t in tree) if isinstance(tree, (list, tuple)) else tree
@@ -104,12 +104,12 @@ def normalizer(y, batch):
     y = y.double()
     mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
     rows = torch.stack([mean, variance, (variance + 1e-5).rsqrt()])
-    return Normalizer(*rows.unbind(), batch)
+    return Normalizer(rows, batch)
 
 
 def narrowed(norm, dtype):
     wide = torch.promote_types(dtype, torch.float32)
-    return norm and Normalizer(*(t.to(wide) for t in norm[:3]), norm.batch)
+    return norm and Normalizer(norm.statistics.to(wide), norm.batch)
 
 
 SEPCONV = {

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -135,7 +136,10 @@ class _Rows:
 
     def norm(self, norm: Normalizer | None) -> tuple[int, int, int]:
         """Addresses of mean and r, and whether they are those of the batch."""
-        return (0, 0, 0) if norm is None else (self.vector(norm.mean), self.vector(norm.r), norm.batch)
+        if norm is None:
+            return 0, 0, 0
+        mean = self.vector(norm.statistics)
+        return mean, mean + 2 * 4 * norm.statistics.shape[1], norm.batch
 
     def append(self, *fields: int) -> None:
         self.values += fields
@@ -149,6 +153,19 @@ class _Rows:
 
 def _image(n: int, c: int, h: int, w: int) -> Tensor:
     return torch.empty((n, c, h, w), dtype=torch.float32, memory_format=torch.channels_last)
+
+
+def _images(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    # Not one allocation for all: those of 12 MB go back to the system, and come with page faults anew
+    # (sepconv_tangent 168 ms of a step of 8 layers, then 227).
+    return [_image(*shape) for shape in shapes]
+
+
+def _like(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A tensor for each, in one allocation."""
+    if not weights:
+        return ()
+    return _unflatten_dense_tensors(torch.empty(sum(w.numel() for w in weights)), weights)
 
 
 def _image_like(x: Tensor) -> Tensor:
@@ -191,7 +208,13 @@ def _adjoint(
     row = own.first.stride(-2)
     place = own.link.index * row * 4  # bytes, of a row of factors
     factors = own.first.data_ptr() + place * _FIRST_FACTORS
-    images = row, rows.part(y, row), rows.part(second, row), rows.part(own.y, row), rows.vector(own.mean)
+    images = (
+        row,
+        rows.part(y, row),
+        rows.part(second, row),
+        rows.part(own.y, row),
+        rows.vector(own.statistics),
+    )
     if second is None:
         return *images, 0, factors, 0
     seconds = own.link.sums.data_ptr() + place * _FACTORS + 4 * (own.channels.start or 0)
@@ -224,10 +247,11 @@ class _Outputs:
     def __init__(
         self, sources: Sequence[Tensor], tasks: Sequence[Task], pointwise: Sequence[Tensor], join: int
     ):
-        self.tensors, self.join, self.k = [], join, pointwise[0].shape[0]
+        self.join, self.k, shapes = join, pointwise[0].shape[0], []
         for task in tasks[::join]:
             n, _, h, w = sources[task.source].shape
-            self.tensors.append(_image(n, join * self.k, -(-h // task.stride), -(-w // task.stride)))
+            shapes.append((n, join * self.k, -(-h // task.stride), -(-w // task.stride)))
+        self.tensors = _images(shapes)
 
     @property
     def row(self) -> int:
@@ -293,24 +317,22 @@ def sepconv_backward(
         adjoints: Y of each task, as y; of one with a link, which is in `owns`, what the reader hands back.
         source_links: with these H is not taken through the batch norm; the links' giver does.
     """
-    found = [_image_like(x) for x in sources]
+    found = _images([x.shape for x in sources])
     inputs, table = _Rows(), _Rows()
     factors = _factors(source_links, _FIRST_FACTORS, sources)
     for x, norm, adjoint, at in zip(sources, normalizers, found, factors, strict=True):
         _source(inputs, x, norm, None, adjoint.data_ptr(), at)
-    d_gradients: list[Tensor | None] = [None] * len(tasks)
-    p_gradients: list[Tensor | None] = [None] * len(tasks)
-    for index, task in enumerate(tasks):
-        d, p = depthwise_weights[index], pointwise_weights[index]
-        d_at = p_at = 0
-        if weight_gradients:
-            p_gradients[index] = torch.empty(p.shape)
-            p_at = p_gradients[index].data_ptr()
-            if d is not None:
-                d_gradients[index] = torch.empty(d.shape)
-                d_at = d_gradients[index].data_ptr()
+    weights = (
+        [w for w in (*depthwise_weights, *pointwise_weights) if w is not None] if weight_gradients else []
+    )
+    gradients = iter(_like(weights))
+    d_gradients = [None if d is None else next(gradients, None) for d in depthwise_weights]
+    p_gradients = [next(gradients, None) for _ in pointwise_weights]
+    given = zip(tasks, depthwise_weights, pointwise_weights, d_gradients, p_gradients, strict=True)
+    for index, (task, d, p, dd, dp) in enumerate(given):
         adjoint = _adjoint(table, adjoints[index], owns[index] if owns else None)
-        _task(table, task, (d, p), (None, None), adjoint, (0, 0, d_at, p_at))
+        written = (0 if gradient is None else gradient.data_ptr() for gradient in (dd, dp))
+        _task(table, task, (d, p), (None, None), adjoint, (0, 0, *written))
     _sepconv("backward", inputs, len(sources), table, len(tasks))
     return found, d_gradients, p_gradients
 
@@ -392,7 +414,7 @@ def sepconv_second(
     [h > 0] ( D' * (P' Yd + Pd' Y) + Dd' * P' Y ), back through its batch norm, which moves, or with links
     left to their giver.
     """
-    found = [_image_like(x) for x in sources]
+    found = _images([x.shape for x in sources])
     inputs, table = _Rows(), _Rows()
     factors = _factors(left.source_links, _FACTORS, sources)
     addresses = _bends(left.bends, normalizers, left.source_tangents)
@@ -428,9 +450,9 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
         ValueError: a single value a channel, which has no variance.
     """
     n, c, h, w = x.shape
-    maximum = _image(n, c, -(-h // stride), -(-w // stride))
+    maximum, average = _images([(n, c, -(-h // stride), -(-w // stride))] * 2)
     _refuse_one_value(maximum)
-    average, statistics = torch.empty_like(maximum), torch.empty(2, 3, c)
+    statistics = torch.empty(2, 3, c)
     position = torch.empty_like(maximum, dtype=torch.uint8)
     rows = _Rows()
     outputs = (tensor.data_ptr() for tensor in (maximum, average, position, statistics))
@@ -460,7 +482,7 @@ def pool_backward(
 def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """The tangents of the two pools: both are linear once the positions are held."""
     n, c, h, w = xd.shape
-    rows, maximum, average = _Rows(), _image(*position.shape), _image(*position.shape)
+    rows, (maximum, average) = _Rows(), _images([position.shape] * 2)
     outputs = (tensor.data_ptr() for tensor in (maximum, average, position))
     rows.append(rows.image(xd), *outputs, 0, 0, 0, 0, n, h, w, c, stride)
     _pool("tangent", rows)
@@ -647,7 +669,8 @@ def _spread(
     tangents: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     n, c, h, w = tensors[0].shape
-    found, of_readers, table, call = [_image_like(y) for y in tensors], _Rows(), _Rows(), _Rows()
+    found = _images([y.shape for y in tensors])
+    of_readers, table, call = _Rows(), _Rows(), _Rows()
     given = [of_readers.image(reader.adjoint) for reader in readers]
     before = [of_readers.image(first.adjoint) for first in firsts] or [0] * len(readers)
     for i in range(len(tensors)):

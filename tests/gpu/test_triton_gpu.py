@@ -44,7 +44,7 @@ def to_cuda(tree):
     if isinstance(tree, torch.Tensor):
         return tree.cuda()
     if isinstance(tree, torch_backend.Normalizer):
-        return torch_backend.Normalizer(*(t.cuda() for t in tree[:3]), tree.batch)
+        return torch_backend.Normalizer(tree.statistics.cuda(), tree.batch)
     if isinstance(tree, Task):
         return tree
     return type(tree)(to_cuda(t) for t in tree) if isinstance(tree, (list, tuple)) else tree
@@ -274,7 +274,7 @@ def test_offsets_beyond_32_bits():
         return y[0], *triton_backend.sepconv_backward([x], [None], [Task()], d, p, [x], False)[0]
 
     def mix(x):
-        norm = torch_backend.Normalizer(*torch.ones(3, c, device="cuda").unbind(), True)
+        norm = torch_backend.Normalizer(torch.ones(3, c, device="cuda"), True)
         return triton_backend.mix_forward([x, x], [norm, None], torch.ones(2, device="cuda"))
 
     def pool(x):
