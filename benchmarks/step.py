@@ -43,6 +43,7 @@ from darts_fast.capture import Captured  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.kernels import native, torch_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.loop import nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.profiling import copy_rate  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
@@ -530,7 +531,7 @@ def main() -> int:
     device = torch.device(args.device)
     base = Setting(**{name: getattr(args, name) for name in Setting._fields})
     name, values = args.sweep or ("batch_size", [base.batch_size])
-    with strict_float32():
+    with strict_float32(), nothing_old_collected():  # as a run has it
         check()
         if device.type == "cuda":
             check_on(device, base.init_channels, 3, base.size)
