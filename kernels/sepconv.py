@@ -60,7 +60,7 @@ def sepconv(
         height, width = sources[task.source].shape[2:]
         if d is None and (height % task.stride or width % task.stride):
             raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
-    weights = differentiable_once([*depthwise, *pointwise])
+    weights = differentiable_once([w if w is None else w.contiguous() for w in (*depthwise, *pointwise)])
     sources = [x.contiguous(memory_format=torch.channels_last) for x in sources]
     given = None if statistics is None else tuple(statistics)
     *outputs, found, _ = _SepConv.apply(

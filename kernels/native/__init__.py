@@ -229,13 +229,13 @@ def _task(
     adjoint: Sequence[int],
     outputs: Sequence[int] = (0, 0, 0, 0),
 ) -> None:
-    """weights: depthwise and pointwise; adjoint: see `_adjoint`; outputs: y or its tangent, statistics, and
-    the gradients of the weights."""
+    """weights: depthwise and pointwise, contiguous; adjoint: see `_adjoint`; outputs: y or its tangent,
+    statistics, and the gradients of the weights."""
     source, stride, dilation, offset = task
     d, p = weights
-    size, (dd, pd), vector = 0 if d is None else d.shape[-1], tangents, rows.vector
-    rows.values += (source, size, stride, dilation, offset, p.shape[0], adjoint[0])
-    rows.values += (vector(d), vector(p), vector(dd), vector(pd), *adjoint[1:], *outputs)
+    size, at = (0, 0) if d is None else (d.shape[-1], d.data_ptr())
+    rows.values += (source, size, stride, dilation, offset, p.shape[0], adjoint[0], at, p.data_ptr())
+    rows.values += (rows.vector(tangents[0]), rows.vector(tangents[1]), *adjoint[1:], *outputs)
 
 
 _NO_ADJOINT = (0,) * 7

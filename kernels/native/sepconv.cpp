@@ -253,10 +253,13 @@ Stencil stencil_of(const std::vector<Term>& terms, int64_t c) {
   found.block = ptrdiff_t(terms.size()) * LANES;
   found.weights = of_call.zeros(blocks_of(c) * found.block + 1);
   for (size_t t = 0; t < terms.size(); ++t) {
-    found.offsets.push_back(terms[t].offset);
-    for (int64_t i = 0; i < c; ++i)
-      found.weights[i / LANES * found.block + ptrdiff_t(t) * LANES + i % LANES] =
-          terms[t].d ? terms[t].d[i * terms[t].taps + terms[t].tap] : 1.f;
+    const Term& term = terms[t];
+    found.offsets.push_back(term.offset);
+    for (int b = 0; b < blocks_of(c); ++b) {
+      float* into = found.weights + b * found.block + ptrdiff_t(t) * LANES;
+      const float* from = term.d ? term.d + b * LANES * term.taps + term.tap : nullptr;
+      for (int l = 0; l < lanes_of(c, b); ++l) into[l] = from ? from[l * term.taps] : 1.f;
+    }
   }
   return found;
 }
@@ -264,10 +267,12 @@ Stencil stencil_of(const std::vector<Term>& terms, int64_t c) {
 // Pointwise weights [block of outputs][inputs, in whole blocks][LANES]; matrix [rows, columns] is P [k, c] or
 // its transpose. `into` places one of several matrices that stand side by side.
 void pack(const float* p, int64_t k, int64_t c, bool transpose, float* into, ptrdiff_t block) {
-  for (int64_t o = 0; o < k; ++o)
-    for (int64_t i = 0; i < c; ++i) {
-      int64_t out = transpose ? i : o, in = transpose ? o : i;
-      into[out / LANES * block + in * LANES + out % LANES] = p[o * c + i];
+  int64_t out = transpose ? c : k, in = transpose ? k : c, out_step = transpose ? 1 : c, in_step = transpose ? c : 1;
+  for (int b = 0; b < blocks_of(out); ++b)
+    for (int64_t i = 0; i < in; ++i) {
+      const float* from = p + b * LANES * out_step + i * in_step;
+      float* lanes = into + b * block + i * LANES;
+      for (int l = 0; l < lanes_of(out, b); ++l) lanes[l] = from[l * out_step];
     }
 }
 
@@ -744,11 +749,10 @@ extern "C" void darts_sepconv_backward(const Source* sources, int64_t n_sources,
     of_worker.reset();
     int64_t parts = call.parts_of(int(t)).count, taps = half.side() * half.side();
     const double* p_total = over_parts(p_sums[t], parts, half.kb * half.cb * LANES * LANES, of_worker);
-    for (int64_t o = 0; o < half.k; ++o)
-      for (int64_t i = 0; i < half.c; ++i) {
-        int64_t block = o / LANES * half.cb + i / LANES;
-        half.task.p_gradient[o * half.c + i] = float(p_total[(block * LANES + i % LANES) * LANES + o % LANES]);
-      }
+    for (int64_t o = 0; o < half.k; ++o) {
+      const double* from = p_total + o / LANES * half.cb * LANES * LANES + o % LANES;  // a row of LANES a channel
+      for (int64_t i = 0; i < half.c; ++i) half.task.p_gradient[o * half.c + i] = float(from[i * LANES]);
+    }
     if (half.task.d_gradient == nullptr) continue;
     const double* d_total = over_parts(d_sums[t], parts, half.cb * taps * LANES, of_worker);
     for (int64_t i = 0; i < half.c; ++i)
