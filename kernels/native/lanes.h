@@ -47,6 +47,16 @@ INLINE void store(float* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Has the cache line 4 KB ahead fetched. For what is read from end to end: the processor's own prefetching stops
+// at every page, and the mixes of a step of 8 layers took 204 ms in place of 174 (Zen 5, one thread).
+INLINE void fetch_ahead(const float* p) { __builtin_prefetch(p + 1024); }
+
+template <class T>
+INLINE T load_ahead(const float* p) {
+  fetch_ahead(p);
+  return load<T>(p);
+}
+
 // The first `count` lanes; the others are zero.
 INLINE V load_some(const float* p, int count) {
   if (count == LANES) return load<V>(p);

@@ -95,8 +95,8 @@ const double* adjoint_sums(const Mix& q, const Norms& norms, const float* Candid
         T mean = load<T>(norms.mean + k * q.c + i), even = {}, odd = {};
         int64_t j = first;
         for (; j + 2 <= last; j += 2) {
-          even += load<T>(g + j * q.c) * (load<T>(y + j * q.c) - mean);
-          odd += load<T>(g + (j + 1) * q.c) * (load<T>(y + (j + 1) * q.c) - mean);
+          even += load<T>(g + j * q.c) * (load_ahead<T>(y + j * q.c) - mean);
+          odd += load<T>(g + (j + 1) * q.c) * (load_ahead<T>(y + (j + 1) * q.c) - mean);
         }
         if (j < last) even += load<T>(g + j * q.c) * (load<T>(y + j * q.c) - mean);
         store(into, (even + odd) * load<T>(norms.r + k * q.c + i));
@@ -159,10 +159,10 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
         for (int64_t j = first; j < last; ++j) {
           float* out = q.out + j * q.c + i;
           T sum = k == 0 ? T{} : load<T>(out);
-          sum += s[0] * (load<T>(y[0] + j * q.c) - mean[0]);
-          if (n > 1) sum += s[1] * (load<T>(y[1] + j * q.c) - mean[1]);
-          if (n > 2) sum += s[2] * (load<T>(y[2] + j * q.c) - mean[2]);
-          if (n > 3) sum += s[3] * (load<T>(y[3] + j * q.c) - mean[3]);
+          sum += s[0] * (load_ahead<T>(y[0] + j * q.c) - mean[0]);
+          if (n > 1) sum += s[1] * (load_ahead<T>(y[1] + j * q.c) - mean[1]);
+          if (n > 2) sum += s[2] * (load_ahead<T>(y[2] + j * q.c) - mean[2]);
+          if (n > 3) sum += s[3] * (load_ahead<T>(y[3] + j * q.c) - mean[3]);
           store(out, sum);
         }
       });
@@ -217,10 +217,10 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
         }
         T mean = load<T>(norms.mean + k * q.c + i), of_yd = {}, of_h = {}, of_g = {};
         for (int64_t j = first; j < last; ++j) {
-          T yd = load<T>(candidate.tangent + j * q.c + i);
+          T yd = load_ahead<T>(candidate.tangent + j * q.c + i);
           of_g += yd * load<T>(g + j * q.c);
           of_yd += yd;
-          of_h += yd * (load<T>(candidate.y + j * q.c + i) - mean);
+          of_h += yd * (load_ahead<T>(candidate.y + j * q.c + i) - mean);
         }
         store(into, of_yd);
         store(into + q.c, of_h * load<T>(norms.r + k * q.c + i));
@@ -268,7 +268,7 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
         T mean = load<T>(norms.mean + k * q.c + i), yd_mean = load<T>(bends + MEAN_YD * q.c);
         T rt = load<T>(bends + MEAN_H_YD * q.c) * r;
         for (int64_t j = first * q.c + i; j < last * q.c; j += q.c) {
-          T hd = load<T>(candidate.tangent + j) - yd_mean - (load<T>(candidate.y + j) - mean) * rt;  // over r
+          T hd = load_ahead<T>(candidate.tangent + j) - yd_mean - (load_ahead<T>(candidate.y + j) - mean) * rt;  // over r
           store(q.out + j, load<T>(q.out + j) + scale * hd);
         }
       });
@@ -316,14 +316,14 @@ extern "C" void darts_spread(const Spread* call, int threads) {
         if (tensor.mean) {
           T of_y = total(OF_Y), one = total(OF_ONE), mean = load<T>(tensor.mean + i);
           for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-            store(out + j, of_y * (load<T>(tensor.y + i + j) - mean) + one);
+            store(out + j, of_y * (load_ahead<T>(tensor.y + i + j) - mean) + one);
         } else {
           for (int64_t j = first * q.c; j < last * q.c; j += q.c) store(out + j, T{});
         }
         if (tensor.mean && tensor.tangent) {
           T of_tangent = total(OF_TANGENT);
           for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-            store(out + j, load<T>(out + j) + of_tangent * load<T>(tensor.tangent + i + j));
+            store(out + j, load<T>(out + j) + of_tangent * load_ahead<T>(tensor.tangent + i + j));
         }
         for (int64_t k = 0; k < q.readers; ++k) {
           const Reader& reader = tensor.readers[k];
@@ -331,11 +331,11 @@ extern "C" void darts_spread(const Spread* call, int threads) {
           if (tensor.mean && tensor.tangent) {
             T of_first = load<T>(reader.factors + OF_FIRST * q.c + i);
             for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-              store(out + j, load<T>(out + j) + of_g * load<T>(reader.g + i + j) +
-                                 of_first * load<T>(reader.first + i + j));
+              store(out + j, load<T>(out + j) + of_g * load_ahead<T>(reader.g + i + j) +
+                                 of_first * load_ahead<T>(reader.first + i + j));
           } else {
             for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-              store(out + j, load<T>(out + j) + of_g * load<T>(reader.g + i + j));
+              store(out + j, load<T>(out + j) + of_g * load_ahead<T>(reader.g + i + j));
           }
         }
       });

@@ -145,7 +145,7 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
       for (int64_t x = 0; x < q.w; ++x) {
         float* into = q.adjoint + (row * q.w + x) * q.c + i;
         T terms = {};
-        for (int64_t k = 0; k < q.count; ++k) terms += load<T>(q.terms[k] + (row * q.w + x) * q.c + i);
+        for (int64_t k = 0; k < q.count; ++k) terms += load_ahead<T>(q.terms[k] + (row * q.w + x) * q.c + i);
         if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
           T of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)
