@@ -82,12 +82,19 @@ def library_of(level: int) -> ctypes.CDLL:
             function = getattr(library, f"darts_{name}_{sweep}")
             function.argtypes, function.restype = [*table, c_int], None
     library.darts_spread.argtypes, library.darts_spread.restype = [c_void_p, c_int], None
+    library.darts_multiply_adds.argtypes, library.darts_multiply_adds.restype = [c_int64], c_int64
     return library
 
 
 @cache
 def _library() -> ctypes.CDLL:
     return library_of(level())
+
+
+def multiply_adds(rounds: int) -> int:
+    """Computes as many multiply-adds a second as one thread of this processor can, and returns how many they
+    were: a measure for benchmarks."""
+    return _library().darts_multiply_adds(rounds)
 
 
 class _Rows:

@@ -1,4 +1,5 @@
-// What concerns the process.
+// What concerns the process, and the processor.
+#include "lanes.h"
 
 // Of the sources, as setup.py takes it; empty: not to be compared.
 #ifndef DARTS_SOURCES
@@ -21,4 +22,19 @@ extern "C" int darts_level() {
 #else
   return 0;
 #endif
+}
+
+// As many multiply-adds as the processor can in that time, on one thread, a load for each as the kernels have
+// it; returns how many. Benchmarks take the peak from it.
+extern "C" int64_t darts_multiply_adds(int64_t rounds) {
+  constexpr int PLACES = 8;  // where a round begins: to load the same in each is no loop to a compiler
+  alignas(sizeof(V)) static float numbers[(TILE + PLACES) * LANES];
+  V sums[TILE] = {};
+  for (int64_t round = 0; round < rounds; ++round) {
+    const float* p = numbers + round % PLACES * LANES;
+    V weight = load<V>(p);
+    UNROLL for (int i = 0; i < TILE; ++i) sums[i] += weight * load<V>(p + i * LANES);
+  }
+  UNROLL for (int i = 0; i < TILE; ++i) store(numbers + i * LANES, sums[i]);
+  return rounds * TILE * LANES;
 }
