@@ -3,12 +3,13 @@
     python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
         [--kernel NAME ...] [--json F]
 
-Every kernel is compiled as the launchers launch it at the paper's setting (16 channels, 8 layers, batch 64):
-the launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
+Every kernel is compiled as the launchers launch it at the paper's settings: the search (16 channels, 8
+layers) and the training of a derived network (36 channels, 20 layers); the number of images is not compiled
+in. The launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
 registers a thread, shared memory, stack and local memory, spill instructions, the narrowest and widest global
 loads in bits, tensor-core instructions, and the share of a multiprocessor's threads that can be resident.
-Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes 16
-channels and one task list.
+Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes the
+search at 16 channels and one task list.
 """
 
 import argparse
@@ -38,13 +39,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block takes 1 KiB besides its own
 
 # The stages of the paper's supernet: nodes' channels and image size, and the channels that preprocessing
-# reads there (the stem's 48; the cells before have 4 times their nodes' channels).
+# reads (the stem's 48; the cells before have 4 times their nodes' channels).
 STAGES = ((16, 32, (48, 64)), (32, 16, (64, 128)), (64, 8, (128, 256)))
 BATCH = 64
 
+# The same of a derived network of 36 channels.
+DERIVED_STAGES = ((36, 32, (108, 144)), (72, 16, (144, 288)), (144, 8, (288, 576)))
+
+
+def key(planned: Launch) -> str:
+    """The same for two launches where the second compiles nothing."""
+    return f"{planned.kernel.fn.__name__} {signature(planned)} {attributes(planned)} {planned.constants}"
+
+
+def unique(launches: list[Launch]) -> list[Launch]:
+    found: dict[str, Launch] = {}
+    for planned in launches:
+        found.setdefault(key(planned), planned)
+    return list(found.values())
+
 
 def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
-    """The launches of a step that differ in anything that is compiled in."""
+    """The launches of a search step that differ in anything that is compiled in."""
     found: list[Launch] = []
     with observed(found.append), torch.device("meta"):
         for c, size, wide in STAGES[: 1 if quick else None]:
@@ -54,7 +70,8 @@ def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
                 if c > 16 and count == 4:  # states 0 and 1 of a reduction cell
                     _convolutions(dtype, c, 2 * size, count, stride=2)
             for channels in wide:
-                _sepconv([_image(dtype, channels, size)], [Task()], [None], c, nodes=[1])
+                before = 2 * size if channels == 2 * c else size  # of a reduction cell, or a normal one
+                _sepconv([_image(dtype, channels, before)], [Task()], [None], c, nodes=[1])
             if c > 16:
                 halved = [Task(stride=2), Task(stride=2, offset=1)]
                 for channels, nodes in ((c, [14, 21, 28, 35]), (2 * c, [1])):  # skips; preprocessing
@@ -68,12 +85,38 @@ def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
             for count in edges:
                 for skip in (True, False) if c > 16 else (True,):
                     _spread(dtype, c, size, count, skip)
-    unique = {}
-    for planned in found:
-        unique.setdefault(
-            (planned.kernel.fn.__name__, str(signature(planned)), str(planned.constants)), planned
-        )
-    return list(unique.values())
+    return unique(found)
+
+
+def derived_launches(dtype: torch.dtype) -> list[Launch]:
+    """The same of a training step of a derived network that has every operation of the search space. It calls
+    the kernels once an operation, without links: its batch norms are affine."""
+    found: list[Launch] = []
+    with observed(found.append), torch.device("meta"):
+        for c, size, wide in DERIVED_STAGES:
+            for stride in (1, 2) if c > 36 else (1,):  # 2: states 0 and 1 of a reduction cell
+                x = _image(dtype, c, stride * size)
+                for kernel, dilation in ((3, 1), (5, 1), (3, 2), (5, 2)):
+                    _trained(x, [Task(0, stride, dilation)], kernel, c)
+                maximum, average, position, _ = triton_backend.pool_forward(x, stride)
+                triton_backend.pool_backward(x, position, stride, maximum, average)
+            for channels in wide:
+                _trained(_image(dtype, channels, size), [Task()], None, c)
+            if c > 36:
+                _trained(_image(dtype, 2 * c, 2 * size), [Task()], None, c)
+                halves = [Task(stride=2), Task(stride=2, offset=1)]
+                for channels in (c, 2 * c):  # skips; preprocessing
+                    _trained(_image(dtype, channels, 2 * size), halves, None, c // 2)
+    return unique(found)
+
+
+def _trained(x: Tensor, tasks: list[Task], kernel: int | None, k: int) -> None:
+    """The first two sweeps; two tasks are side by side."""
+    c, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    depthwise = [None if kernel is None else torch.empty(c, 1, kernel, kernel, dtype=wide) for _ in tasks]
+    arguments = [x], [None], tasks, depthwise, [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
+    outputs, _ = triton_backend.sepconv_forward(*arguments, len(tasks))
+    triton_backend.sepconv_backward(*arguments, parts(outputs, len(tasks)), True)
 
 
 def _image(dtype: torch.dtype, c: int, size: int) -> Tensor:
@@ -222,20 +265,25 @@ def _aligned(value: Any) -> bool:
     return value != 1 and value % 16 == 0
 
 
+def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
+    """Which parameters are divisible by 16, by place."""
+    found = {}
+    for name, value in planned.arguments.items():
+        i = planned.kernel.arg_names.index(name)
+        if isinstance(value, tuple):
+            found.update({(i, j): [["tt.divisibility", 16]] for j, v in enumerate(value) if _aligned(v)})
+        elif _aligned(value):
+            found[i,] = [["tt.divisibility", 16]]
+    return found
+
+
 def source(planned: Launch) -> ASTSource:
     """What Triton's launcher would compile."""
     names = planned.kernel.arg_names
     constants = {(names.index(name),): value for name, value in planned.constants.items()}
-    attributes = {}
-    for name, value in planned.arguments.items():
-        i = names.index(name)
-        if isinstance(value, tuple):
-            attributes.update({(i, j): [["tt.divisibility", 16]] for j, v in enumerate(value) if _aligned(v)})
-        elif isinstance(value, int) and value == 1:
-            constants[i,] = value
-        elif _aligned(value):
-            attributes[i,] = [["tt.divisibility", 16]]
-    return ASTSource(planned.kernel, signature(planned), constants, attributes)
+    ones = [name for name, value in planned.arguments.items() if isinstance(value, int) and value == 1]
+    constants |= {(names.index(name),): 1 for name in ones}
+    return ASTSource(planned.kernel, signature(planned), constants, attributes(planned))
 
 
 class Report(NamedTuple):
@@ -318,7 +366,7 @@ def reports(
     archs: list[int], dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None
 ) -> Iterator[Report]:
     for dtype in dtypes:
-        for planned in supernet_launches(dtype, quick):
+        for planned in supernet_launches(dtype, quick) + ([] if quick else derived_launches(dtype)):
             for arch in archs if kernels is None or planned.kernel.fn.__name__ in kernels else []:
                 yield compiled(planned, arch)
 
