@@ -266,15 +266,16 @@ def _aligned(value: Any) -> bool:
 
 
 def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
-    """Which parameters are divisible by 16, by place."""
+    """Which parameters are divisible by 16, by place; as the launcher has them, so that it finds on disk what
+    was compiled here for its device."""
     found = {}
-    for name, value in planned.arguments.items():
-        i = planned.kernel.arg_names.index(name)
+    for i, name in enumerate(planned.kernel.arg_names):
+        value = planned.arguments.get(name, 1)
         if isinstance(value, tuple):
-            found.update({(i, j): [["tt.divisibility", 16]] for j, v in enumerate(value) if _aligned(v)})
-        elif _aligned(value):
-            found[i,] = [["tt.divisibility", 16]]
-    return found
+            found |= {(i, j): v for j, v in enumerate(value)}
+        else:
+            found[i,] = value
+    return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
 
 
 def source(planned: Launch) -> ASTSource:

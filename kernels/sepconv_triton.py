@@ -771,9 +771,9 @@ def _launch_forward(
             "BLOCK_P": block_p,
             "BLOCK_K": max(16, power_of_two(k)),
         },
-        # With 4, tangents of bfloat16 spilled up to 6 times (32 outputs, sm_100), and float32 up to 222 times
-        # at a derived network's 144 outputs (sm_90). With 8, loads of 16 channels are 64 bits wide, not 128.
-        8 if k > (16 if tangents else 64) else 4,
+        # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90), tangents of 32 up
+        # to 6 times (bfloat16, sm_100). With 8, tangents of 64 did, and 16 channels have 64-bit loads.
+        8 if k > 64 or (tangents and 16 < k <= 32) else 4,
     )
 
 

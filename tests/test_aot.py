@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_report  # noqa: E402
+
+# Compiles the first launch of a kernel as aot.py does, and as Triton's launcher does on an H100; prints both
+# hashes, and the machine-independent code.
+BOTH = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from darts_fast.kernels import aot
+launches = aot.supernet_launches(torch.bfloat16, quick=True)
+planned = next(found for found in launches if found.kernel.fn.__name__ == "norm_sums_kernel")
+options = {"num_warps": planned.warps}
+here = triton.compile(aot.source(planned), target=GPUTarget("cuda", 90, 32), options=options)
+sys.path.insert(0, "benchmarks")
+import gpu_report
+gpu_report.stand_in_for_a_gpu()
+there = planned.kernel.warmup(
+    grid=planned.grid, **planned.arguments, **planned.constants, num_warps=planned.warps
+)
+print(here.hash, there.hash)
+print(here.asm["ptx"])
+"""
 
 KERNELS = ["sepconv_fwd_kernel", "sepconv_bwd_kernel", "mix_tangent_kernel"]
 
@@ -47,6 +68,26 @@ def test_under_the_interpreter_it_says_that_it_cannot():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
+
+
+@on_linux
+def test_the_launcher_compiles_the_same_and_the_last_program_sees_the_others_sums():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    hashes, ptx = done.stdout.split("\n", 1)
+    assert len(set(hashes.split())) == 1
+    # The program's stores, a barrier, the count (one thread's, which releases and acquires), a barrier, and
+    # loads past the first-level cache, which is not coherent.
+    found = re.findall(r"\b(?:st\.global|bar\.sync|atom\.[\w.]+|ld\.global[\w.]*)", ptx)
+    (count,) = [i for i, name in enumerate(found) if name.startswith("atom")]
+    assert found[count].startswith("atom.global.gpu.acq_rel")
+    assert found[count - 2 : count] == ["st.global", "bar.sync"] and found[count + 1] == "bar.sync"
+    loads = [name for name in found[count:] if name.startswith("ld")]
+    assert loads and all(name.startswith("ld.global.cg") for name in loads), loads
 
 
 @on_linux
