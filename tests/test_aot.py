@@ -102,11 +102,16 @@ def test_a_smaller_last_batch_compiles_nothing(launches, monkeypatch):
 
 @on_linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_table_has_every_launch_of_a_training(dtype):
+@pytest.mark.parametrize("network", ["supernet", "derived"])
+def test_the_table_has_every_launch_of_a_step(network, dtype):
     from darts_fast.kernels import aot
 
-    table = {aot.key(planned) for planned in aot.derived_launches(getattr(torch, dtype))}
-    launches = gpu_report.launches_of_a_training(dtype)
+    if network == "supernet":
+        setting = gpu_report.race.Setting(aot.BATCH, 16, 8, 32)
+        launches = gpu_report.launches_of_a_step(setting, dtype)
+    else:
+        launches = gpu_report.launches_of_a_training(dtype)
     assert len(launches) > 500
+    table = {aot.key(planned) for planned in getattr(aot, f"{network}_launches")(getattr(torch, dtype))}
     missing = [planned for planned in launches if aot.key(planned) not in table]
     assert not missing, missing[0]
