@@ -694,10 +694,12 @@ def _positions(y: Tensor) -> int:
 
 
 def _ahead(y: Tensor, tensors: int) -> int:
-    """Elements of a program of a kernel that is unrolled over so many tensors, which it loads ahead: 4 a
-    thread of each, in one load, or 2 where 4 are more than 112 registers. With 8, 35 candidates spilled; with
-    4, 35 of float32 (sm_90), and 35 of bfloat16 with their tangents (sm_100)."""
-    return 512 if tensors * y.element_size() <= 112 else 256
+    """Elements of a program of a kernel that is unrolled over so many tensors, each with two rows of
+    statistics, which it loads ahead: 4 a thread of each, in one load, or 2 where 4 are over 352 registers
+    (not all are held at once). With 4, tangents of 21 candidates of bfloat16 spilled, as 35 of float32
+    (sm_90)."""
+    bytes_ahead = tensors * (y.element_size() + 2 * accumulator(y.dtype).itemsize)
+    return 512 if bytes_ahead <= 352 else 256
 
 
 def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:

@@ -865,8 +865,9 @@ def _launch_pointwise(
             "BLOCK_K": max(16, power_of_two(k)),
             "BLOCK_TAPS": power_of_two(taps),
         },
-        # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90).
-        8 if k > 64 or x.element_size() > 4 else 4,
+        # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90),
+        # one of 108 to 36 channels in bfloat16 twice (sm_80); with 8 that one in float32 (sm_100).
+        8 if k > 64 or x.element_size() > 4 or (x.element_size() == 2 and direct and 32 < k < 64) else 4,
     )
     return z, gradients
 
@@ -914,7 +915,7 @@ def _launch_backward(
     # channels, sm_80).
     elements = 2048
     if call.tasks[0].stride > 1:
-        elements = 512
+        elements = 512 if x.element_size() == 2 else 1024
     elif x.element_size() == 4 and not table.batch:
         elements = 1024
     block_p, block_c = elementwise_tile(c, x.dtype, elements)
