@@ -590,7 +590,8 @@ def norm_sums(
     with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
-    sizes, (tiles, blocks) = _sizes(y)
+    # Of float64, sums of one candidate's tangents spilled twice with 2,048 (sm_90).
+    sizes, (tiles, blocks) = _sizes(y, 2048 if y.element_size() <= 4 else 1024)
     splits = splits_of(tiles, entries)
     count = 2 if weighed is None else 4
     c, dtype = y.shape[1], accumulator(y.dtype)
