@@ -6,8 +6,8 @@ The setting is the search's first cells: batch 16, 16 channels, 32x32, one threa
 float64 before anything is timed. The peak is the rate of a loop that does nothing but multiply-adds, taken in
 turns with the function, as is PyTorch's 1024^3 float32 matrix product, which does not reach it everywhere;
 multiply-adds are those of the equations, without what a function computes again, batch norm, ReLU and
-statistics. Ratios are of CPU time, so that other work on the machine counts little; each is in the benchmark's
-extra_info and is printed (-s).
+statistics. Ratios are of CPU time, so that other work on the machine counts little; each is in the
+benchmark's extra_info and is printed (-s).
 """
 
 import copy
@@ -89,7 +89,8 @@ def test_share_of_the_peak(benchmark, kernel, dilation, sweep):
         share_of_matrix_product=rate / of_product,
     )
     label = f"sepconv_{sweep} {kernel}x{kernel} dilation {dilation}"
-    print(f"\n{label}: {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the peak, {rate / of_product:.0%} of a product")
+    shares = f"{rate / peak:.0%} of the peak, {rate / of_product:.0%} of a matrix product"
+    print(f"\n{label}: {rate / 1e9:.0f} GFLOP/s, {shares}")
     benchmark.pedantic(function, arguments, rounds=REPEATS)
 
 

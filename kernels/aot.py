@@ -3,12 +3,13 @@
     python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
         [--kernel NAME ...] [--json F]
 
-Every kernel is compiled as the launchers launch it at the paper's setting (16 channels, 8 layers, batch 64):
-the launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
+Every kernel is compiled as the launchers launch it at the paper's settings: the search (16 channels, 8
+layers) and the training of a derived network (36 channels, 20 layers); the number of images is not compiled
+in. The launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
 registers a thread, shared memory, stack and local memory, spill instructions, the narrowest and widest global
 loads in bits, tensor-core instructions, and the share of a multiprocessor's threads that can be resident.
-Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes 16
-channels and one task list.
+Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes the
+search at 16 channels and one task list.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,42 +39,87 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block takes 1 KiB besides its own
 
 # The stages of the paper's supernet: nodes' channels and image size, and the channels that preprocessing
-# reads there (the stem's 48; the cells before have 4 times their nodes' channels).
+# reads (the stem's 48; the cells before have 4 times their nodes' channels).
 STAGES = ((16, 32, (48, 64)), (32, 16, (64, 128)), (64, 8, (128, 256)))
 BATCH = 64
 
+NODES = (14, 21, 28, 35)  # candidates of a cell's nodes: seven an edge, and an edge from every state before
+
+# The same of a derived network of 36 channels.
+DERIVED_STAGES = ((36, 32, (108, 144)), (72, 16, (144, 288)), (144, 8, (288, 576)))
+
+
+def key(planned: Launch) -> str:
+    """The same for two launches where the second compiles nothing."""
+    return f"{planned.kernel.fn.__name__} {signature(planned)} {attributes(planned)} {planned.constants}"
+
+
+def unique(launches: list[Launch]) -> list[Launch]:
+    found: dict[str, Launch] = {}
+    for planned in launches:
+        found.setdefault(key(planned), planned)
+    return list(found.values())
+
 
 def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
-    """The launches of a step that differ in anything that is compiled in."""
+    """The launches of a search step that differ in anything that is compiled in."""
     found: list[Launch] = []
     with observed(found.append), torch.device("meta"):
         for c, size, wide in STAGES[: 1 if quick else None]:
-            edges = (1,) if quick else (1, 2, 3, 4)  # that leave a state
-            for count in edges:
-                _convolutions(dtype, c, size, count, stride=1)
-                if c > 16 and count == 4:  # states 0 and 1 of a reduction cell
-                    _convolutions(dtype, c, 2 * size, count, stride=2)
+            states = (4,) if quick else (4, 3, 2, 1, 0)
+            for state in states:
+                _convolutions(dtype, c, size, state, stride=1)
+                _spread(dtype, c, size, state, stride=1)
+                if c > 16 and state < 2:  # of a reduction cell
+                    _convolutions(dtype, c, 2 * size, state, stride=2)
+                    _spread(dtype, c, size, state, stride=2)
             for channels in wide:
-                _sepconv([_image(dtype, channels, size)], [Task()], [None], c, nodes=[1])
+                before = 2 * size if channels == 2 * c else size  # of a reduction cell, or a normal one
+                _sepconv([_image(dtype, channels, before)], [Task()], [None], c, readers=[(1, 0)])
             if c > 16:
                 halved = [Task(stride=2), Task(stride=2, offset=1)]
-                for channels, nodes in ((c, [14, 21, 28, 35]), (2 * c, [1])):  # skips; preprocessing
-                    tasks = halved * len(nodes)
+                # Skips; preprocessing.
+                for channels, readers in ((c, _places(0, 2)), (c, _places(1, 2)), (2 * c, [(1, 0)])):
+                    tasks = halved * len(readers)
                     source = [_image(dtype, channels, 2 * size)]
-                    _sepconv(source, tasks, [None] * len(tasks), c // 2, nodes=nodes, join=2)
+                    _sepconv(source, tasks, [None] * len(tasks), c // 2, readers=readers, join=2)
             for stride in (1, 2) if c > 16 else (1,):
                 _pool(_image(dtype, c, size * stride), stride)
-            for into in (0,) if quick else (0, 2, 3, 4, 5):
-                _mix(dtype, c, size, into)
-            for count in edges:
-                for skip in (True, False) if c > 16 else (True,):
-                    _spread(dtype, c, size, count, skip)
-    unique = {}
-    for planned in found:
-        unique.setdefault(
-            (planned.kernel.fn.__name__, str(signature(planned)), str(planned.constants)), planned
-        )
-    return list(unique.values())
+            for count in (1,) if quick else (1, *NODES):
+                for reduction in (False, True) if c > 16 and count > 1 else (False,):
+                    _mix(dtype, c, size, count, reduction)
+    return unique(found)
+
+
+def derived_launches(dtype: torch.dtype) -> list[Launch]:
+    """The same of a training step of a derived network that has every operation of the search space. It calls
+    the kernels once an operation, without links: its batch norms are affine."""
+    found: list[Launch] = []
+    with observed(found.append), torch.device("meta"):
+        for c, size, wide in DERIVED_STAGES:
+            for stride in (1, 2) if c > 36 else (1,):  # 2: states 0 and 1 of a reduction cell
+                x = _image(dtype, c, stride * size)
+                for kernel, dilation in ((3, 1), (5, 1), (3, 2), (5, 2)):
+                    _trained(x, [Task(0, stride, dilation)], kernel, c)
+                maximum, average, position, _ = triton_backend.pool_forward(x, stride)
+                triton_backend.pool_backward(x, position, stride, maximum, average)
+            for channels in wide:
+                _trained(_image(dtype, channels, size), [Task()], None, c)
+            if c > 36:
+                _trained(_image(dtype, 2 * c, 2 * size), [Task()], None, c)
+                halves = [Task(stride=2), Task(stride=2, offset=1)]
+                for channels in (c, 2 * c):  # skips; preprocessing
+                    _trained(_image(dtype, channels, 2 * size), halves, None, c // 2)
+    return unique(found)
+
+
+def _trained(x: Tensor, tasks: list[Task], kernel: int | None, k: int) -> None:
+    """The first two sweeps; two tasks are side by side."""
+    c, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    depthwise = [None if kernel is None else torch.empty(c, 1, kernel, kernel, dtype=wide) for _ in tasks]
+    arguments = [x], [None], tasks, depthwise, [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
+    outputs, _ = triton_backend.sepconv_forward(*arguments, len(tasks))
+    triton_backend.sepconv_backward(*arguments, parts(outputs, len(tasks)), True)
 
 
 def _image(dtype: torch.dtype, c: int, size: int) -> Tensor:
@@ -84,12 +130,26 @@ def _normalizer(dtype: torch.dtype, c: int) -> Normalizer:
     return Normalizer(torch.empty(3, c, dtype=torch.promote_types(dtype, torch.float32)), True)
 
 
-def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int) -> None:
+def _places(state: int, *candidates: int) -> list[tuple[int, int]]:
+    """How many candidates the node has that each edge from a state goes to, and which of them is the edge's
+    so-manieth: pools, skip, separable, dilated."""
+    return [(count, 7 * state + i) for count in NODES[max(0, state - 1) :] for i in candidates]
+
+
+def _weights(dtype: torch.dtype, count: int) -> Tensor:
+    """p of a node; its place in memory is where the fused cell has it."""
+    wide = torch.promote_types(dtype, torch.float32)
+    by_node = dict(zip(NODES, torch.empty(sum(NODES), dtype=wide).split(NODES), strict=True))
+    return by_node.get(count, torch.empty(1, dtype=wide))
+
+
+def _convolutions(dtype: torch.dtype, c: int, size: int, state: int, stride: int) -> None:
+    edges = len(_places(state, 0))
     tasks = [Task(0, stride, dilation) for dilation in (1, 1, 2, 2)] * edges
-    nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]
     # The dilated ones go to a mix, the separable ones to their second halves.
-    by_task = [count for node in nodes for count in (-2 * edges, -2 * edges, node, node)]
-    _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c, None, by_task)
+    halves, dilated = [(-2 * edges, i) for i in range(2 * edges)], _places(state, 5, 6)
+    readers = [of_one for i in range(0, 2 * edges, 2) for of_one in (*halves[i : i + 2], *dilated[i : i + 2])]
+    _sepconv([_image(dtype, c, size)], tasks, [3, 5, 3, 5] * edges, c, None, readers)
     if stride == 1:
         count = 2 * edges
         _sepconv(
@@ -98,7 +158,7 @@ def _convolutions(dtype: torch.dtype, c: int, size: int, edges: int, stride: int
             [3, 5] * edges,
             c,
             [_normalizer(dtype, c) for _ in range(count)],
-            [node for node in nodes for _ in range(2)],
+            _places(state, 3, 4),
         )
 
 
@@ -108,20 +168,21 @@ def _sepconv(
     kernels: list[int | None],
     k: int,
     norms: list[Normalizer] | None = None,
-    nodes: list[int] | None = None,
+    readers: Sequence[tuple[int, int]] = (),
     join: int = 1,
 ) -> None:
-    """`nodes`: how many candidates the node has that each output goes to by a link; negative: how many
-    sources the second halves have that it goes to."""
+    """`readers`: how many candidates the node has that each output goes to by a link (negative: how many
+    sources the second halves have), and which of them it is."""
     c, wide = sources[0].shape[1], torch.promote_types(sources[0].dtype, torch.float32)
     depthwise = [None if s is None else torch.empty(c, 1, s, s, dtype=wide) for s in kernels]
     pointwise = [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks]
     arguments = sources, norms or [None] * len(sources), tasks, depthwise, pointwise
     outputs, statistics = triton_backend.sepconv_forward(*arguments, join)
     owns = []
-    for y, found, candidates in zip(outputs, statistics, nodes or [], strict=bool(nodes)):
+    for y, found, (candidates, place) in zip(outputs, statistics, readers, strict=True):
         link = Link()
-        link.weights, link.index = found.new_empty(candidates) if candidates > 0 else None, 0
+        link.weights = _weights(y.dtype, candidates) if candidates > 0 else None
+        link.index = place
         link.norm = Normalizer(found, True)
         link.tangent_sums = found.new_empty(4, abs(candidates), join * k)
         link.sums = found.new_empty(2, abs(candidates), join * k)
@@ -150,41 +211,41 @@ def _pool(x: Tensor, stride: int) -> None:
     triton_backend.pool_tangent(x, position, stride)
 
 
-def _mix(dtype: torch.dtype, c: int, size: int, edges: int) -> None:
-    """A node with so many edges; 0: one candidate, which is batch norm."""
-    y = [_image(dtype, c, size) for _ in range(7 * edges or 1)]
+def _mix(dtype: torch.dtype, c: int, size: int, count: int, reduction: bool) -> None:
+    """A node of so many candidates; of one: batch norm."""
+    y = [_image(dtype, c, size) for _ in range(count)]
     # Only the stride-1 skip has no batch norm.
-    norms = [None if i % 7 == 2 else _normalizer(dtype, c) for i in range(len(y))]
-    p = torch.empty(len(y), dtype=torch.promote_types(dtype, torch.float32))
+    without = range(16 if reduction else 2, count, 7)
+    norms = [None if i in without else _normalizer(dtype, c) for i in range(count)]
+    p = _weights(dtype, count)
     g = triton_backend.mix_forward(y, norms, p)
-    links = [Link() if edges else None for _ in y]
+    links = [Link() for _ in y] if count > 1 else [None]
     _, sums, _ = triton_backend.mix_backward(y, norms, p, g, links)
     _, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
     triton_backend.mix_second(y, norms, p, g, left, links)
-    if edges > 1:
-        triton_backend.add(y[:edges])
+    if count > 1:
+        triton_backend.add(y[: count // 7])
 
 
-def _spread(dtype: torch.dtype, c: int, size: int, edges: int, skip: bool) -> None:
+def _spread(dtype: torch.dtype, c: int, size: int, state: int, stride: int) -> None:
     pools, norms = [_image(dtype, c, size) for _ in range(2)], [_normalizer(dtype, c) for _ in range(2)]
-    stride = 1 if skip else 2
-    x = _image(dtype, c, stride * size)
-    terms = [x] * (2 if skip else 3)  # the convolutions' and the output's, or the factorized reduces'
-    wide = torch.promote_types(dtype, torch.float32)
-    nodes = [7 * (6 - edges + i) for i in range(edges)] if edges < 4 else [14, 21, 28, 35]  # their candidates
+    x, wide = _image(dtype, c, stride * size), torch.promote_types(dtype, torch.float32)
+    # The adjoints of the convolutions and factorized reduces; of the cell's output, where a state is in it.
+    terms = [x, x] if stride > 1 else [x] if state < 2 else [_image(dtype, 4 * c, size)[:, :c], x]
     readers = [
         Reader(
             _image(dtype, c, size),
-            torch.empty(2, k, c, dtype=wide),
-            torch.empty(k, dtype=wide),
-            tuple(range(2 + skip)),
+            torch.empty(2, count, c, dtype=wide),
+            _weights(dtype, count),
+            tuple(range(place, place + (3 if stride == 1 else 2))),
         )
-        for k in nodes
+        for count, place in _places(state, 0)
     ]
-    tensors, norms = [*pools, x][: 2 + skip], [*norms, None][: 2 + skip]
+    tensors, norms = ([*pools, x], [*norms, None]) if stride == 1 else (pools, norms)
     found = triton_backend.spread_backward(tensors, norms, readers)
-    sums = [torch.empty(4, k, c, dtype=wide) for k in nodes]
-    triton_backend.spread_second(tensors, norms, readers, readers[:], found, sums)
+    sums = [torch.empty(4, reader.sums.shape[1], c, dtype=wide) for reader in readers]
+    tangents = [*pools, None][: len(tensors)]
+    triton_backend.spread_second(tensors, norms, readers, readers[:], tangents, sums)
     position = torch.empty_like(pools[0], dtype=torch.int8)
     triton_backend.pool_backward(x, position, stride, *found[:2], [*found[2:], *terms])
 
@@ -222,20 +283,26 @@ def _aligned(value: Any) -> bool:
     return value != 1 and value % 16 == 0
 
 
+def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
+    """Which parameters are divisible by 16, by place; as the launcher has them, so that it finds on disk what
+    was compiled here for its device."""
+    found = {}
+    for i, name in enumerate(planned.kernel.arg_names):
+        value = planned.arguments.get(name, 1)
+        if isinstance(value, tuple):
+            found |= {(i, j): v for j, v in enumerate(value)}
+        else:
+            found[i,] = value
+    return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
+
+
 def source(planned: Launch) -> ASTSource:
     """What Triton's launcher would compile."""
     names = planned.kernel.arg_names
     constants = {(names.index(name),): value for name, value in planned.constants.items()}
-    attributes = {}
-    for name, value in planned.arguments.items():
-        i = names.index(name)
-        if isinstance(value, tuple):
-            attributes.update({(i, j): [["tt.divisibility", 16]] for j, v in enumerate(value) if _aligned(v)})
-        elif isinstance(value, int) and value == 1:
-            constants[i,] = value
-        elif _aligned(value):
-            attributes[i,] = [["tt.divisibility", 16]]
-    return ASTSource(planned.kernel, signature(planned), constants, attributes)
+    ones = [name for name, value in planned.arguments.items() if isinstance(value, int) and value == 1]
+    constants |= {(names.index(name),): 1 for name in ones}
+    return ASTSource(planned.kernel, signature(planned), constants, attributes(planned))
 
 
 class Report(NamedTuple):
@@ -318,7 +385,7 @@ def reports(
     archs: list[int], dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None
 ) -> Iterator[Report]:
     for dtype in dtypes:
-        for planned in supernet_launches(dtype, quick):
+        for planned in supernet_launches(dtype, quick) + ([] if quick else derived_launches(dtype)):
             for arch in archs if kernels is None or planned.kernel.fn.__name__ in kernels else []:
                 yield compiled(planned, arch)
 

@@ -110,6 +110,7 @@ def spread_kernel(
     m_c = o_c < C
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
+    share = 1.0 / tl.cast(positions, ACC)  # see mix_tangent_kernel
     for c in tl.static_range(len(p_tensors)):
         b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
         b_first = tl.zeros([BLOCK_P, BLOCK_C], ACC)
@@ -124,7 +125,7 @@ def spread_kernel(
             if NORMS[c]:
                 size = CANDIDATES[j] * C
                 o_sum = PLACES[j * len(p_tensors) + c] * C + o_c
-                b_part = b_weight / positions
+                b_part = b_weight * share
                 b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
                 b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
                 if TANGENT and HAS_TANGENT[c]:
@@ -138,8 +139,8 @@ def spread_kernel(
             b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
             if TANGENT and HAS_TANGENT[c]:
                 p_sum = p_tangent_sums[0] + PLACES[c] * C + o_c  # the same for all readers
-                b_md = tl.load(p_sum, mask=m_c, other=0.0) / positions
-                b_t = tl.load(p_sum + CANDIDATES[0] * C, mask=m_c, other=0.0) / positions
+                b_md = tl.load(p_sum, mask=m_c, other=0.0) * share
+                b_t = tl.load(p_sum + CANDIDATES[0] * C, mask=m_c, other=0.0) * share
                 b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
                 b_yd = tl.load(p_tangents[c] + o, mask=m, other=0.0).to(ACC)
                 b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
@@ -164,7 +165,6 @@ def norm_sums_kernel(
     p_before,  # as p_gained, which it is added to; read if ADD
     p_counters,
     positions,
-    splits,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
     GAIN: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
@@ -176,6 +176,7 @@ def norm_sums_kernel(
     ACC: tl.constexpr,
 ):
     i_split, i_entry = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(0)
     p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -326,14 +327,16 @@ def mix_tangent_kernel(
     m = (o_p < positions)[:, None] & m_c[None, :]
     o = o_p[:, None] * C + o_c[None, :]
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    # A division of float64 is a call: with two a candidate, 35 candidates spilled 26 times (sm_90, sm_100).
+    share = 1.0 / tl.cast(positions, ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
             b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
                 p_sums_k = p_sums + k * C + o_c
-                b_md = tl.load(p_sums_k, mask=m_c, other=0.0) / positions
-                b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) / positions
+                b_md = tl.load(p_sums_k, mask=m_c, other=0.0) * share
+                b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) * share
                 b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
@@ -346,7 +349,7 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
     y = candidates[0]
     (out,) = images(1, y.shape, y.dtype, y.device)
     table = Table.of(normalizers, candidates)
-    sizes, (tiles, blocks) = _sizes(y, 512)
+    sizes, (tiles, blocks) = _sizes(y, _ahead(y, len(candidates)))
     launch(
         mix_fwd_kernel,
         (tiles, blocks),
@@ -368,7 +371,7 @@ def add(terms: Sequence[Tensor]) -> Tensor:
     y = terms[0]
     terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
-    sizes, grid = _sizes(y, 512)
+    sizes, grid = _sizes(y, _ahead(y, len(terms)))
     launch(
         add_kernel,
         grid,
@@ -459,8 +462,7 @@ def mix_tangent_forward(
     given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
     (out,) = images(1, y.shape, y.dtype, y.device)
-    # Two tensors a candidate are loaded ahead: float32, 35 candidates, 4 elements a thread spilled.
-    sizes, (tiles, blocks) = _sizes(y, 512 if y.element_size() == 2 else 256)
+    sizes, (tiles, blocks) = _sizes(y, _ahead(y, 2 * len(candidates)))
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
     gained = _gains(p, y)
     tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), sums, gained)
@@ -539,7 +541,7 @@ def _launch_spread(
     y = tensors[0]
     table = Table.of(normalizers, tensors)
     out = images(len(tensors), y.shape, y.dtype, y.device)
-    sizes, grid = _sizes(y, 512)
+    sizes, grid = _sizes(y, _ahead(y, len(tensors) * (2 * len(readers) + 2)))
     launch(
         spread_kernel,
         grid,
@@ -588,7 +590,8 @@ def norm_sums(
     with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
-    sizes, (tiles, blocks) = _sizes(y)
+    # Of float64, sums of one candidate's tangents spilled twice with 2,048 (sm_90).
+    sizes, (tiles, blocks) = _sizes(y, 2048 if y.element_size() <= 4 else 1024)
     splits = splits_of(tiles, entries)
     count = 2 if weighed is None else 4
     c, dtype = y.shape[1], accumulator(y.dtype)
@@ -610,7 +613,6 @@ def norm_sums(
             "p_before": sums if before is None else before,
             "p_counters": counters(y, entries * blocks),
             "positions": _positions(y),
-            "splits": splits,
         },
         {
             "NORMS": table.norms,
@@ -692,12 +694,17 @@ def _positions(y: Tensor) -> int:
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
-def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:
-    """The sizes that are compiled in, and the grid that covers y.
+def _ahead(y: Tensor, tensors: int) -> int:
+    """Elements of a program of a kernel that is unrolled over so many tensors, each with two rows of
+    statistics, which it loads ahead: 4 a thread of each, in one load, or 2 where 4 are over 352 registers
+    (not all are held at once). With 4, tangents of 21 candidates of bfloat16 spilled, as 35 of float32
+    (sm_90)."""
+    bytes_ahead = tensors * (y.element_size() + 2 * accumulator(y.dtype).itemsize)
+    return 512 if bytes_ahead <= 352 else 256
 
-    A kernel that is unrolled over its candidates loads them ahead: it takes 512 elements, 4 a thread of each,
-    in one load. With 16 a thread, 14 candidates spilled; with 8, 35 did.
-    """
+
+def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:
+    """The sizes that are compiled in, and the grid that covers y."""
     c = y.shape[1]
     block_p, block_c = elementwise_tile(c, y.dtype, elements)
     sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[accumulator(y.dtype)]}

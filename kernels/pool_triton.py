@@ -39,7 +39,6 @@ def pool_fwd_kernel(
     p_statistics,  # [2, 3, C]
     p_counters,
     positions,  # N * HO * WO
-    tiles,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -51,10 +50,9 @@ def pool_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    i_tile = tl.program_id(0)
-    i_first = (
-        tl.cast(i_tile, tl.int64) * BLOCK_P
-    )  # the tile's first position, and its image: offsets from there are small
+    i_tile, tiles = tl.program_id(0), tl.num_programs(0)
+    # Offsets from the image of the tile's first position are small: 32 bits are enough for them.
+    i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
     i_image = i_first // (HO * WO)
     o_t = tl.arange(0, BLOCK_P)
     o_p = (i_first - i_image * (HO * WO)).to(tl.int32) + o_t  # [BLOCK_P], counted from the image's first
@@ -214,7 +212,6 @@ def _launch_forward(
             "p_statistics": found,
             "p_counters": counts,
             "positions": n * out_height * out_width,
-            "tiles": tiles,
         },
         {**_sizes(x, maximum, stride), "TANGENT": statistics is None},
     )

@@ -76,7 +76,6 @@ def sepconv_fwd_kernel(
     p_statistics,  # [tasks / JOIN, 3, JOIN * K]
     p_counters,
     positions,  # N * HO * WO
-    tiles,
     pixels,  # N * H * W
     sources,
     SOURCES: tl.constexpr,  # tuples of integers
@@ -105,6 +104,7 @@ def sepconv_fwd_kernel(
     ACC: tl.constexpr,
 ):
     i_tile, i_task = tl.program_id(0), tl.program_id(1)
+    tiles = tl.num_programs(0)
     p_in, p_in_d = pick(p_x, i_task), pick(p_xd, i_task)
     p_d, p_dd = pick(p_depthwise, i_task), pick(p_depthwise_d, i_task)
     p_p, p_pd = pick(p_pointwise, i_task), pick(p_pointwise_d, i_task)
@@ -572,6 +572,11 @@ class _Call(NamedTuple):
 BLOCK_P = 64
 
 
+def forward_block(dtype: torch.dtype) -> int:
+    """Positions of a program of the forward kernel: with 64, float64 spilled up to 8 times (sm_90)."""
+    return BLOCK_P // 2 if dtype.itemsize > 4 else BLOCK_P
+
+
 def sepconv_forward(
     sources: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
@@ -584,8 +589,8 @@ def sepconv_forward(
     `join` neighbours are side by side in one output."""
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     refuse_single_value(call.positions())
-    tiles = triton.cdiv(call.positions(), BLOCK_P)
     x = sources[0]
+    tiles = triton.cdiv(call.positions(), forward_block(x.dtype))
     y = call.outputs(join)
     k, dtype = call.out_shape[1], accumulator(x.dtype)
     partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
@@ -726,7 +731,8 @@ def _launch_forward(
     partials, found, counts = (y, y, y) if statistics is None else statistics
     table = Table.of(call.normalizers, call.sources)
     k = call.out_shape[1]
-    tiles = triton.cdiv(call.positions(), BLOCK_P)
+    block_p = forward_block(y.dtype)
+    tiles = triton.cdiv(call.positions(), block_p)
     none = (0,) * len(call.tasks)
     launch(
         sepconv_fwd_kernel,
@@ -746,7 +752,6 @@ def _launch_forward(
             "p_statistics": found,
             "p_counters": counts,
             "positions": call.positions(),
-            "tiles": tiles,
             "pixels": call.pixels(),
             "sources": len(call.sources),
         },
@@ -763,9 +768,12 @@ def _launch_forward(
             "JOIN": len(call.tasks) // len(y),
             "K": k,
             **call.sizes(),
-            "BLOCK_P": BLOCK_P,
+            "BLOCK_P": block_p,
             "BLOCK_K": max(16, power_of_two(k)),
         },
+        # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90), tangents of 32 up
+        # to 6 times (bfloat16, sm_100). With 8, tangents of 64 did, and 16 channels have 64-bit loads.
+        8 if k > 64 or (tangents and 16 < k <= 32) else 4,
     )
 
 
@@ -800,7 +808,8 @@ def _launch_pointwise(
     # Weight gradients of wide types have a dot over positions, which the compiler unrolls: 64 spilled. So did
     # the second sweep at 64 channels, and took 168 KiB of shared memory, where sm_80 has 163. 1x1
     # convolutions of 32 and 64 outputs spilled with 32, too, and float64 took 176 KiB.
-    block_p = BLOCK_P
+    # Second sweeps of 64 outputs of bfloat16 spilled 410 times with 64 (sm_100).
+    block_p = BLOCK_P // 2 if left else BLOCK_P
     if x.element_size() > 2 and (weight_gradients or left):
         block_p = BLOCK_P // 4 if k > 16 and not any(call.has_depthwise) else BLOCK_P // 2
     if x.element_size() > 4:
@@ -808,6 +817,7 @@ def _launch_pointwise(
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
     partials = gradients = counts = None
+    narrow = x.element_size() == 2 and direct and weight_gradients and (k <= 16 or 32 < k < 64)
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
@@ -856,6 +866,10 @@ def _launch_pointwise(
             "BLOCK_K": max(16, power_of_two(k)),
             "BLOCK_TAPS": power_of_two(taps),
         },
+        # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90),
+        # those of 108 to 36 channels in bfloat16 twice, of 64 to 16 in float16 9 times (sm_80); with 8
+        # that of 36 in float32 (sm_100).
+        8 if k > 64 or x.element_size() > 4 or narrow else 4,
     )
     return z, gradients
 
@@ -903,8 +917,12 @@ def _launch_backward(
     c = x.shape[1]
     # Of first halves in float32, 2,048 elements spilled 2 registers (16 channels, sm_90), with stride 2 4 (64
     # channels, sm_80).
-    half = call.tasks[0].stride > 1 or (x.element_size() > 2 and not table.batch)
-    block_p, block_c = elementwise_tile(c, x.dtype, 1024 if half else 2048)
+    elements = 2048
+    if call.tasks[0].stride > 1:
+        elements = 512 if x.element_size() == 2 else 1024
+    elif x.element_size() == 4 and not table.batch:
+        elements = 1024
+    block_p, block_c = elementwise_tile(c, x.dtype, elements)
     tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None

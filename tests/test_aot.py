@@ -2,16 +2,47 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import gpu_report  # noqa: E402
+
+# Compiles the first launch of a kernel as aot.py does, and as Triton's launcher does on an H100; prints both
+# hashes, and the machine-independent code.
+BOTH = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from darts_fast.kernels import aot
+launches = aot.supernet_launches(torch.bfloat16, quick=True)
+planned = next(found for found in launches if found.kernel.fn.__name__ == "norm_sums_kernel")
+options = {"num_warps": planned.warps}
+here = triton.compile(aot.source(planned), target=GPUTarget("cuda", 90, 32), options=options)
+sys.path.insert(0, "benchmarks")
+import gpu_report
+gpu_report.stand_in_for_a_gpu()
+there = planned.kernel.warmup(
+    grid=planned.grid, **planned.arguments, **planned.constants, num_warps=planned.warps
+)
+print(here.hash, there.hash)
+print(here.asm["ptx"])
+"""
 
 KERNELS = ["sepconv_fwd_kernel", "sepconv_bwd_kernel", "mix_tangent_kernel"]
 
 
 # Triton is a dependency on Linux alone (setup.py), and ptxas and cuobjdump come with its wheel.
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton and its ptxas are installed on Linux only")
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="Triton and its ptxas are installed on Linux only"
+)
+
+
+@on_linux
 def test_kernels_compile_for_sm_90(tmp_path):
     file = tmp_path / "table.json"
     command = ["-m", "darts_fast.kernels.aot", "--arch", "sm_90", "--dtype", "bfloat16", "--quick"]
@@ -37,3 +68,50 @@ def test_under_the_interpreter_it_says_that_it_cannot():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
+
+
+@on_linux
+def test_the_launcher_compiles_the_same_and_the_last_program_sees_the_others_sums():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    hashes, ptx = done.stdout.split("\n", 1)
+    assert len(set(hashes.split())) == 1
+    # The program's stores, a barrier, the count (one thread's, which releases and acquires), a barrier, and
+    # loads past the first-level cache, which is not coherent.
+    found = re.findall(r"\b(?:st\.global|bar\.sync|atom\.[\w.]+|ld\.global[\w.]*)", ptx)
+    (count,) = [i for i, name in enumerate(found) if name.startswith("atom")]
+    assert found[count].startswith("atom.global.gpu.acq_rel")
+    assert found[count - 2 : count] == ["st.global", "bar.sync"] and found[count + 1] == "bar.sync"
+    loads = [name for name in found[count:] if name.startswith("ld")]
+    assert loads and all(name.startswith("ld.global.cg") for name in loads), loads
+
+
+@on_linux
+@pytest.mark.parametrize("launches", ["supernet_launches", "derived_launches"])
+def test_a_smaller_last_batch_compiles_nothing(launches, monkeypatch):
+    from darts_fast.kernels import aot
+
+    whole = {aot.key(planned) for planned in getattr(aot, launches)(torch.bfloat16)}
+    monkeypatch.setattr(aot, "BATCH", 39)  # of 64, of which nothing but the images' sizes is a factor
+    assert {aot.key(planned) for planned in getattr(aot, launches)(torch.bfloat16)} == whole
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("network", ["supernet", "derived"])
+def test_the_table_has_every_launch_of_a_step(network, dtype):
+    from darts_fast.kernels import aot
+
+    if network == "supernet":
+        setting = gpu_report.race.Setting(aot.BATCH, 16, 8, 32)
+        launches = gpu_report.launches_of_a_step(setting, dtype)
+    else:
+        launches = gpu_report.launches_of_a_training(dtype)
+    assert len(launches) > 500
+    table = {aot.key(planned) for planned in getattr(aot, f"{network}_launches")(getattr(torch, dtype))}
+    missing = [planned for planned in launches if aot.key(planned) not in table]
+    assert not missing, missing[0]
