@@ -98,7 +98,7 @@ def count(
             stack.enter_context(triton_launch.observed(traffic.launched))
             stack.enter_context(triton_launch.observed(lambda planned: done.append(operations(planned))))
         else:
-            stack.enter_context(using(torch_backend))  # also on a CPU, whose C++ kernels are not counted
+            stack.enter_context(using(torch_backend))  # meta tensors have no C++ kernels
         stack.enter_context(traffic)
         found = phases(step.phases(batch, batch, 0.025), traffic)
     return {

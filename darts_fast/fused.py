@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast import kernels
-from darts_fast.kernels import Task
+from darts_fast.kernels import Task, native
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
 from darts_fast.traffic import Count, Traffic
@@ -32,13 +32,14 @@ class Candidate(NamedTuple):
 
 
 def counted(step: Callable[[], object], device: torch.device) -> Count:
-    """Launches and bytes of a step on this device, which is taken; those of C++ kernels are not seen."""
+    """Launches and bytes of a step on this device, which is taken."""
     with ExitStack() as within:
         traffic = within.enter_context(Traffic())
         if device.type == "cuda":
             from darts_fast.kernels import triton_launch
 
             within.enter_context(triton_launch.observed(traffic.launched))
+        within.enter_context(native.observed(traffic.called))
         step()
     return traffic.total
 

@@ -165,7 +165,7 @@ class Loop(ABC):
         )
 
     def traffic(self) -> str:
-        """Of a step on a GPU, in words; the step leaves no trace."""
+        """Of a step, in words; the step leaves no trace."""
         found = self.take.trial(lambda step: counted(step, self.device))
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
@@ -328,7 +328,7 @@ class Loop(ABC):
             self.folder.log(f"{name} = {value}")
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
         lines = self.engine()
-        if self.config.fused and self.device.type == "cuda":
+        if self.config.fused:
             lines["traffic of a step"] = self.traffic()
         for what, value in lines.items():
             self.folder.log(f"    {what}: {value}")

@@ -1,7 +1,7 @@
 """Counts launches, and the bytes that they read and write, while they happen.
 
-A launch is one ATen operation that is no view, or one of a Triton kernel as its launcher makes it; its bytes
-are those of the distinct elements of its tensor arguments and results. The C++ kernels are not seen.
+A launch is one ATen operation that is no view, one of a Triton kernel as its launcher makes it, or one call
+of the C++ kernels; its bytes are those of the distinct elements of its tensor arguments and results.
 """
 
 import weakref
@@ -64,6 +64,10 @@ class Traffic(TorchDispatchMode):
     def launched(self, planned: Any) -> None:
         """Counts one `triton_launch.Launch`."""
         self._add(planned.kernel.fn.__name__, planned.bytes())
+
+    def called(self, name: str, moved: int) -> None:
+        """Counts one call of C++, see `native.observed`."""
+        self._add(name, moved)
 
     def _add(self, name: str, moved: int) -> None:
         self.total = self.total.plus(1, moved)

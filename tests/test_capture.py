@@ -225,7 +225,7 @@ def test_a_trial_leaves_no_trace(kind, settings):
 
 
 def test_the_traffic_of_a_step_is_said():
-    """On a CPU, where what the C++ kernels do is not seen, by ATen's."""
+    """By ATen's kernels; what is counted of the C++ ones is in test_native.py."""
     found, given = loop("training"), inputs("training", 1)
     with using(torch_backend):
         with Traffic() as counted:

@@ -8,7 +8,7 @@ import torch
 
 from darts_fast import architect, kernels
 from darts_fast.kernels import backends, native, torch_backend
-from darts_fast.kernels.handover import Handover
+from darts_fast.kernels.handover import Handover, Reader
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.supernet import Supernet
 
@@ -334,6 +334,45 @@ def test_links_and_spread_in_a_mix(shape, stride):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_the_bytes_that_are_counted():
+    """Of every sweep: each image once that it reads or writes."""
+    g = generator()
+    x, xd, other = (image(g, 2, 16, 8, 8) for _ in range(3))
+    tasks, counted, expected = [Task(0, 1, 1), Task(0, 2, 1)], [], []
+    d, p = [torch.randn(16, 1, 3, 3) for _ in tasks], [torch.randn(16, 16, 1, 1) for _ in tasks]
+    start = [x], [None], tasks, d, p
+
+    def moved(*images):
+        expected.append(sum(t.numel() * t.element_size() for t in images))
+
+    with native.observed(lambda name, size: counted.append(size)):
+        y, _ = native.sepconv_forward(*start)
+        moved(x, *y)
+        found, *_ = native.sepconv_backward(*start, y, True)
+        moved(x, *y, *found)
+        yd, left = native.sepconv_tangent_forward(*start, y, [xd], d, p)
+        moved(x, xd, *yd)
+        found = native.sepconv_second(*start, yd, left)
+        moved(x, xd, *y, *yd, *found)
+        maximum, average, position, _ = native.pool_forward(x, 2)
+        moved(x, maximum, average, position)
+        moved(
+            maximum, average, position, other, native.pool_backward(x, position, 2, maximum, average, [other])
+        )
+        moved(xd, position, *native.pool_tangent(xd, position, 2))
+        mixed = [x, xd, x], [None] * 3, torch.ones(3)  # one image twice
+        moved(x, xd, native.mix_forward(*mixed))
+        adjoints, sums, _ = native.mix_backward(*mixed, other)
+        moved(x, xd, other, *adjoints)
+        output, left = native.mix_tangent_forward(*mixed, other, sums, [xd, None, x])
+        moved(x, xd, other, output)
+        seconds, _ = native.mix_second(*mixed, output, left)
+        moved(x, xd, other, output, *seconds)
+        reader = Reader(other, torch.ones(1, 3, 16), torch.ones(1), (0,))
+        moved(x, other, *native.spread_backward([x], [None], [reader]))
+    assert counted == expected
 
 
 def test_nothing_of_a_step_is_kept():

@@ -15,7 +15,8 @@ import ctypes
 import hashlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -91,6 +92,27 @@ def _library() -> ctypes.CDLL:
     return library_of(level())
 
 
+_observers: list[Callable[[str, int], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[str, int], None]) -> Iterator[None]:
+    """Within, `observer` is told of every call of C++ by a sweep, before it is made: its name, and the bytes
+    of the distinct images that it reads and writes, without weights and statistics."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _call(name: str, images: Callable[[], dict[int, int]], *arguments: int) -> None:
+    """Calls C++. `images` gives the address, or 0, of every image that is read or written, and its bytes."""
+    for observer in _observers:
+        observer(name, sum(size for address, size in images().items() if address))
+    getattr(_library(), f"darts_{name}")(*arguments, torch.get_num_threads())
+
+
 def multiply_adds(rounds: int) -> int:
     """Computes as many multiply-adds a second as one thread of this processor can, and returns how many they
     were: a measure for benchmarks."""
@@ -150,6 +172,10 @@ class _Rows:
 
     def append(self, *fields: int) -> None:
         self.values += fields
+
+    def column(self, field: int, width: int) -> list[int]:
+        """That field of every structure, of `width` fields each."""
+        return self.values[field::width]
 
     def address(self) -> int:
         """Of the table as it is now."""
@@ -269,9 +295,21 @@ class _Outputs:
 
 
 def _sepconv(sweep: str, sources: _Rows, n_sources: int, tasks: _Rows, n_tasks: int) -> None:
-    getattr(_library(), f"darts_sepconv_{sweep}")(
-        sources.address(), n_sources, tasks.address(), n_tasks, torch.get_num_threads()
-    )
+    def images() -> dict[int, int]:
+        found, sizes = {}, list(zip(*(sources.column(field, 13) for field in (9, 10, 11, 12)), strict=True))
+        for field in (0, 1, 4, 6):  # x, its tangent, its adjoint, the first one
+            for address, (n, h, w, c) in zip(sources.column(field, 13), sizes, strict=True):
+                found[address] = 4 * n * h * w * c
+        of_task = zip(*(tasks.column(field, 22) for field in (0, 2, 5)), strict=True)
+        outputs = []
+        for source, stride, k in of_task:
+            n, h, w, _ = sizes[source]
+            outputs.append(4 * n * -(-h // stride) * -(-w // stride) * k)
+        for field in (11, 12, 13, 15, 18):  # both adjoints, the output, its tangent, what is written
+            found |= zip(tasks.column(field, 22), outputs, strict=True)
+        return found
+
+    _call(f"sepconv_{sweep}", images, sources.address(), n_sources, tasks.address(), n_tasks)
 
 
 def sepconv_forward(
@@ -482,7 +520,7 @@ def pool_backward(
     table.append(*map(rows.image, terms))
     pools = rows.image(maximum), rows.image(average), position.data_ptr()
     rows.append(0, *pools, 0, found.data_ptr(), table.address(), len(terms), n, h, w, c, stride)
-    _pool("backward", rows)
+    _pool("backward", rows, table)
     return found
 
 
@@ -496,8 +534,14 @@ def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Ten
     return maximum, average
 
 
-def _pool(sweep: str, rows: _Rows) -> None:
-    getattr(_library(), f"darts_pool_{sweep}")(rows.address(), torch.get_num_threads())
+def _pool(sweep: str, rows: _Rows, terms: _Rows | None = None) -> None:
+    def images() -> dict[int, int]:
+        x, maximum, average, position, _, adjoint, _, _, n, h, w, c, stride = rows.values
+        whole, pooled = n * h * w * c, n * -(-h // stride) * -(-w // stride) * c
+        found = dict.fromkeys((x, adjoint, *(terms.values if terms else ())), 4 * whole)
+        return found | {maximum: 4 * pooled, average: 4 * pooled, position: pooled}
+
+    _call(f"pool_{sweep}", images, rows.address())
 
 
 def _refuse_one_value(y: Tensor) -> None:
@@ -645,7 +689,13 @@ def _mix(
     call = _Rows()
     call.append(rows.address(), *(0 if t is None else t.data_ptr() for t in tensors))
     call.append(len(candidates), n * h * w, c)
-    getattr(_library(), f"darts_mix_{sweep}")(call.address(), torch.get_num_threads())
+
+    def images() -> dict[int, int]:
+        fields = (0, 4, 5, 6, 7)  # y, both adjoints of the node, the tangent of y, what is written
+        places = [address for field in fields for address in rows.column(field, 9)]
+        return dict.fromkeys([*places, 0 if out is None else out.data_ptr()], 4 * n * c * h * w)
+
+    _call(f"mix_{sweep}", images, call.address())
 
 
 def spread_backward(
@@ -690,5 +740,11 @@ def _spread(
         at = start + i * size
         table.append(table.image(y), mean, table.image(yd), out.data_ptr(), at)
     call.append(table.address(), len(tensors), len(readers), n * h * w, c)
-    _library().darts_spread(call.address(), torch.get_num_threads())
+
+    def images() -> dict[int, int]:
+        places = [address for field in (0, 2, 3) for address in table.column(field, 5)]
+        places += [address for field in (0, 1) for address in of_readers.column(field, 3)]
+        return dict.fromkeys(places, 4 * n * c * h * w)
+
+    _call("spread", images, call.address())
     return found
