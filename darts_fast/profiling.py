@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -160,6 +161,13 @@ ITEM_SIZES = {
 }  # fmt: skip
 
 
+@cache
+def is_view(name: str) -> bool:
+    """Whether that operation of a trace is one of ATen's that give views."""
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None) if name.startswith("aten::") else None
+    return packet is not None and any(getattr(packet, o).is_view for o in packet.overloads())
+
+
 def argument_bytes(arguments: dict[str, Any]) -> int:
     """Of the distinct elements of an operation's tensor arguments, lists of tensors left out."""
     total = 0
@@ -229,8 +237,9 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
         intervals = [(e["ts"], e["ts"] + e["dur"]) for e in kernels]
     else:
         for event, own in self_times(operations):
-            # An operation that only calls others reads nothing itself.
-            moved = argument_bytes(event["args"]) if own > event["dur"] / 2 else 0
+            # An operation that only calls others, or gives a view, reads nothing itself.
+            reads = own > event["dur"] / 2 and not is_view(event["name"])
+            moved = argument_bytes(event["args"]) if reads else 0
             found.append((event["name"], phase_at(event["ts"]), own, moved))
         intervals = [(e["ts"], e["ts"] + e["dur"]) for e in operations]
     found = [entry for entry in found if entry[1] is not None]

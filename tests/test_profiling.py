@@ -81,6 +81,19 @@ def event(cat, name, ts, dur, **args):
     return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
 
 
+def test_a_view_reads_nothing():
+    shape = {"Input type": ["float"], "Input Dims": [[4, 8]], "Input Strides": [[8, 1]]}
+    events = [
+        event("user_annotation", "step", 0, 100),
+        event("user_annotation", "data", 0, 90),
+        event("cpu_op", "aten::slice", 20, 5, **shape),
+        event("cpu_op", "aten::neg", 30, 5, **shape),
+        event("cpu_op", "_SepConv", 40, 5, **shape),
+    ]
+    found = {row.name: row.bytes for row in read_trace(events).operations}
+    assert found == {"aten::slice": 0, "aten::neg": 128, "_SepConv": 128}
+
+
 def test_a_kernel_belongs_to_the_phase_that_launched_it():
     shape = {"Input type": ["c10::Half", "Scalar"], "Input Dims": [[4, 8], []], "Input Strides": [[0, 1], []]}
     events = [
