@@ -106,6 +106,8 @@ void runs(const float* in, const ptrdiff_t* offsets, const float* weights, int t
     runs_tile<TILE, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
   for (; j + 8 <= n; j += 8)
     runs_tile<8, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
+  for (; j + 4 <= n; j += 4)
+    runs_tile<4, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
   for (; j < n; ++j)
     runs_tile<1, RUN, SPACING>(in + j * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
@@ -177,6 +179,8 @@ void pointwise(const float* z, ptrdiff_t block, int blocks, const float* weights
     pointwise_store<TILE>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
   for (; j + 8 <= n; j += 8)
     pointwise_store<8>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+  for (; j + 4 <= n; j += 4)
+    pointwise_store<4>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
   for (; j + 2 <= n; j += 2)
     pointwise_store<2>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
   for (; j < n; ++j) pointwise_store<1>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
