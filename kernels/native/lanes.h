@@ -70,10 +70,12 @@ INLINE void store_some(float* p, V v, int count) {
   for (int l = 0; l < count; ++l) p[l] = v[l];
 }
 
-// Past the caches, to an aligned address: what much else is written after before it is read. An ordinary store
-// reads the line first.
+// Past the caches, to an aligned address: for what is read again only after much else. An ordinary store reads
+// the cache line first.
 INLINE void stream(float* p, V v) {
-#if defined(__AVX512F__)
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<V*>(p));
+#elif defined(__AVX512F__)
   __builtin_ia32_movntps512(p, v);
 #elif defined(__AVX__)
   __builtin_ia32_movntps256(p, v);

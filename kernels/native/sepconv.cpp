@@ -470,7 +470,8 @@ struct Adjoint {
       Factors<V> factors((of_second ? second : first) + b * LANES, half.kb * LANES, of_second,
                          load<V>(mean + b * LANES));
       const float* y = t.own + at;
-      const float *yd = t.own_tangent + at, *g_first = t.y_adjoint + at;
+      bool moving = of_second && t.own_tangent != nullptr;
+      const float *yd = moving ? t.own_tangent + at : nullptr, *g_first = moving ? t.y_adjoint + at : nullptr;
       auto pixels = [&](int count, auto moves) {
         for (int64_t j = 0; j < n; ++j) {
           ptrdiff_t i = j * row;
@@ -485,7 +486,7 @@ struct Adjoint {
       };
       int count = lanes_of(half.k, b);
       auto all = [&](auto moves) { count == LANES ? pixels(LANES, moves) : pixels(count, moves); };
-      of_second && t.own_tangent ? all(std::true_type{}) : all(std::false_type{});
+      moving ? all(std::true_type{}) : all(std::false_type{});
     }
     return scratch;
   }
