@@ -817,7 +817,8 @@ def _launch_pointwise(
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
     partials = gradients = counts = None
-    narrow = x.element_size() == 2 and direct and weight_gradients and (k <= 16 or 32 < k < 64)
+    narrow = x.element_size() == 2 and direct and weight_gradients and (k <= 16 or 32 < k <= 64)
+    narrow |= x.dtype == torch.float16 and weight_gradients and 32 < k < 64
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
@@ -867,8 +868,9 @@ def _launch_pointwise(
             "BLOCK_TAPS": power_of_two(taps),
         },
         # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90),
-        # those of 108 to 36 channels in bfloat16 twice, of 64 to 16 in float16 9 times (sm_80); with 8
-        # that of 36 in float32 (sm_100).
+        # those of 108 to 36 channels in bfloat16 twice, of 64 to 16 in float16 9 times (sm_80), of 128 to 64
+        # 24 times and 3x3 and 5x5 of 36 in float16 8 times (sm_100); with 8 that of 36 in float32 (sm_100),
+        # and 5x5 of 36 in bfloat16.
         8 if k > 64 or x.element_size() > 4 or narrow else 4,
     )
     return z, gradients
