@@ -5,9 +5,10 @@
 
 Every kernel is compiled as the launchers launch it at the paper's settings: the search (16 channels, 8
 layers) and, but for float64, the training of a derived network (36 channels, 20 layers); the number of images
-is not compiled in. The launches are recorded from the backend's own functions, run on tensors without data. Printed for each:
-registers a thread, shared memory, stack and local memory, spill instructions, the narrowest and widest global
-loads in bits, tensor-core instructions, and the share of a multiprocessor's threads that can be resident.
+is not compiled in. The launches are recorded from the backend's own functions, run on tensors without data.
+Printed for each: registers a thread, shared memory, stack and local memory, spill instructions, the
+narrowest and widest global loads in bits, tensor-core instructions, and the share of a multiprocessor's
+threads that can be resident.
 Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes the
 search at 16 channels and one task list.
 """

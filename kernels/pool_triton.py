@@ -155,7 +155,8 @@ def pool_bwd_kernel(
 
 def pool_tile(c: int, dtype: torch.dtype) -> tuple[int, int]:
     """Half the elements of other kernels: nine taps are loaded ahead, and a tile of 2,048 took 196 registers,
-    which leaves room for 8 of 64 warps. With 1,024 of 64 channels in bfloat16 2 registers spilled (sm_90), as of 16 in float16 (sm_100)."""
+    which leaves room for 8 of 64 warps. With 1,024, 2 registers spilled of 64 channels in bfloat16 (sm_90)
+    and of 16 in float16 (sm_100)."""
     return elementwise_tile(c, dtype, 512 if c > 32 or dtype == torch.float16 else 1024)
 
 
