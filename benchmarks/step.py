@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.profiling import copy_rate  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
+from darts_fast.traffic import Traffic  # noqa: E402
 
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64
@@ -358,11 +359,16 @@ def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: percentiles([row[name] for row in rows]) for name in rows[0]}
 
 
-@cache
-def counted(setting: Setting, variant: Variant) -> dict[str, Any] | None:
-    """Launches, bytes and peak of live bytes, by traffic.py; None where it has no count of the variant."""
-    if variant.compiled or variant.channels_last or variant.kernels == "native":
+def counted(runner: Runner) -> dict[str, Any] | None:
+    """Launches, bytes and peak of live bytes: by traffic.py, or of the C++ kernels by another step; None
+    where there is no count of the variant."""
+    setting, variant = runner.setting, runner.variant
+    if variant.compiled or variant.channels_last:
         return None
+    if variant.kernels == "native":
+        with Traffic() as found, native.observed(found.called):
+            runner.take()
+        return {"launches": found.total.launches, "bytes": found.total.bytes, "peak": found.peak}
     dtype = torch.float32 if variant.amp_dtype is None else torch.bfloat16  # as many bytes as float16
     found = traffic.count(
         variant.kernels is not None,
@@ -392,7 +398,7 @@ def records(
         record = {"variant": runner.name, "setting": runner.setting._asdict(), "seconds": seconds}
         if base:
             record["ratio"] = percentiles([b["step"] / o["step"] for b, o in zip(base[0], own, strict=True)])
-        counts = counted(runner.setting, runner.variant) if count else None
+        counts = counted(runner) if count else None
         if counts:
             record |= {"launches": counts["launches"], "bytes": counts["bytes"]}
             record["bandwidth"] = counts["bytes"] / seconds["step"][1]
