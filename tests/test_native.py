@@ -174,6 +174,15 @@ def test_sepconv(shape, stride, normalized):
     check_sepconv(*arguments_of(shape, stride, normalized))
 
 
+@pytest.mark.parametrize("shape", [(7, 16, 32, 32), (4, 48, 27, 25), (10, 20, 24, 24)])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_sepconv_of_calls_that_write_past_the_caches(shape, normalized):
+    """STREAMED in sepconv.cpp; with 20 channels, which fill no register, they do not after all."""
+    start, adjoints = arguments_of(shape, 1, normalized)
+    assert sum(t.numel() for t in [*start[0], *adjoints]) >= 1 << 20
+    check_sepconv(start, adjoints)
+
+
 @pytest.mark.parametrize("channels", [(16, 16), (48, 16), (64, 8), (3, 5), (24, 40)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_sepconv_without_depthwise_part(channels, stride):
