@@ -73,11 +73,12 @@ class FusedCell(MixedCell):
         # `none`, the first column, adds nothing. One split: a slice a node was a copy and two launches back.
         counts = [sum(target == node for _, target in EDGES) * (len(CANDIDATES) - 1) for node in range(NODES)]
         weights = probabilities[:, 1:].reshape(-1).split(counts)  # by node, whose edges are neighbours
+        slices = kernels.Slices(NODES) if kernels.second_backward_in_one(previous) else None
         outputs = []
         candidates: dict[int, list[Candidate]] = {}  # by edge, in the order of CANDIDATES without `none`
         for source in range(INPUTS + NODES):
             if source >= INPUTS:
-                states.append(self._node(source - INPUTS, candidates, weights[source - INPUTS]))
+                states.append(self._node(source - INPUTS, candidates, weights[source - INPUTS], slices))
             edges = [edge for edge, (state, _) in enumerate(EDGES) if state == source]
             output = states[source]
             if edges:
@@ -88,13 +89,21 @@ class FusedCell(MixedCell):
         if self._observed:
             update_running_statistics(self._observed)
             self._observed = []
-        return kernels.concatenate(outputs)
+        return kernels.concatenate(outputs, slices)
 
-    def _node(self, node: int, candidates: dict[int, list[Candidate]], weights: Tensor) -> Tensor:
+    def _node(
+        self,
+        node: int,
+        candidates: dict[int, list[Candidate]],
+        weights: Tensor,
+        slices: kernels.Slices | None,
+    ) -> Tensor:
         """Equation 1: the sum over the node's edges of equation 2."""
         edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
         tensors, statistics, links = zip(*(c for edge in edges for c in candidates[edge]), strict=True)
-        return kernels.mix(tensors, statistics, weights, self.training, links)
+        read = any(source == INPUTS + node for source, _ in EDGES)  # by other nodes
+        place = kernels.Place(slices, node, read) if slices else None
+        return kernels.mix(tensors, statistics, weights, self.training, links, place)
 
     def _candidates(self, x: Tensor, edges: list[int]) -> tuple[Tensor, dict[int, list[Candidate]]]:
         """The state x for the cell's output, and every candidate of the edges that leave it."""
@@ -240,7 +249,8 @@ class FusedCell(MixedCell):
 
 
 def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
-    """The supernet's stem, a convolution and its affine batch norm, in the images' memory layout.
+    """The supernet's stem, a convolution and its affine batch norm, computed in the images' memory layout;
+    channels-last, once for the three 1x1 convolutions that read it.
 
     ATen's passes; the second derivative is what a Hessian-vector product needs of it, 3 ms where autograd's
     own took 19 (batch 16, 16 channels, 32x32, one CPU core).
@@ -248,11 +258,11 @@ def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
     convolution, norm = module
     y, observed = convolution(images), []
     if not norm.training:
-        return norm(y)
+        return norm(y).contiguous(memory_format=torch.channels_last)
     found = _batch_norm(norm, y, kernels.statistics_of([y.detach()])[0], observed)
     if observed:
         update_running_statistics(observed)
-    return found
+    return found.contiguous(memory_format=torch.channels_last)
 
 
 class Observed(NamedTuple):

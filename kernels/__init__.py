@@ -4,7 +4,8 @@
               two of a factorized reduce (tasks without a depthwise part)
     pool      max and average pool of a state
     share     a tensor for several readers, whose adjoints are then summed in one pass
-    concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat
+    concatenate   channels of several tensors, cheaper to differentiate twice than torch.cat; of mixes that
+              wrote them side by side (`Slices`), free
     spread    a state for all that read it: its pools and skip for mixes, and itself, whose adjoints then take
               one pass
     mix       batch norm and weighted sum of a node's candidates; with one candidate, batch norm
@@ -17,7 +18,7 @@ tangent forward and the second backward sweep of docs/mathematics.md, without we
 """
 
 from darts_fast.kernels.backends import second_backward_in_one, used
-from darts_fast.kernels.concatenate import concatenate
+from darts_fast.kernels.concatenate import Place, Slices, concatenate
 from darts_fast.kernels.handover import Link
 from darts_fast.kernels.mix import mix
 from darts_fast.kernels.normalize import normalize
@@ -29,6 +30,8 @@ from darts_fast.kernels.torch_backend import Task, statistics_of
 
 __all__ = [
     "Link",
+    "Place",
+    "Slices",
     "Task",
     "concatenate",
     "mix",

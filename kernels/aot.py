@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from darts_fast.kernels import triton_backend
+from darts_fast.kernels import Slices, triton_backend
 from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.sepconv import owns_of, parts
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -144,6 +144,14 @@ def _weights(dtype: torch.dtype, count: int) -> Tensor:
     return by_node.get(count, torch.empty(1, dtype=wide))
 
 
+def _adjoint(like: Tensor, candidates: int) -> Tensor:
+    """G of a node of so many candidates: the last node's is a slice of the cell's."""
+    if candidates != NODES[-1]:
+        return like
+    c = like.shape[1]
+    return _image(like.dtype, len(NODES) * c, like.shape[2])[:, -c:]
+
+
 def _convolutions(dtype: torch.dtype, c: int, size: int, state: int, stride: int) -> None:
     edges = len(_places(state, 0))
     tasks = [Task(0, stride, dilation) for dilation in (1, 1, 2, 2)] * edges
@@ -189,7 +197,8 @@ def _sepconv(
         link.sums = found.new_empty(2, abs(candidates), join * k)
         owns += owns_of(link, y, join)
     source_links = [Link() for _ in sources] if norms else []
-    adjoints = parts(outputs, join)
+    adjoints = [_adjoint(y, candidates) for y, (candidates, _) in zip(outputs, readers, strict=True)]
+    adjoints = parts(adjoints, join)
     for weight_gradients in (True, False):
         triton_backend.sepconv_backward(*arguments, adjoints, weight_gradients, owns, source_links)
     yd, left = triton_backend.sepconv_tangent_forward(
@@ -203,7 +212,7 @@ def _sepconv(
         source_links,
         sources[: len(source_links)],
     )
-    triton_backend.sepconv_second(*arguments, parts(yd, join), left)
+    triton_backend.sepconv_second(*arguments, adjoints, left)
 
 
 def _pool(x: Tensor, stride: int) -> None:
@@ -219,10 +228,11 @@ def _mix(dtype: torch.dtype, c: int, size: int, count: int, reduction: bool) -> 
     without = range(16 if reduction else 2, count, 7)
     norms = [None if i in without else _normalizer(dtype, c) for i in range(count)]
     p = _weights(dtype, count)
-    g = triton_backend.mix_forward(y, norms, p)
-    links = [Link() for _ in y] if count > 1 else [None]
+    outputs = Slices(len(NODES)).outputs(NODES.index(count), y[0], count < NODES[-1]) if count > 1 else ()
+    triton_backend.mix_forward(y, norms, p, outputs)
+    links, g = [Link() for _ in y] if count > 1 else [None], _adjoint(y[0], count)
     _, sums, _ = triton_backend.mix_backward(y, norms, p, g, links)
-    _, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y)
+    _, left = triton_backend.mix_tangent_forward(y, norms, p, g, sums, y, outputs=outputs)
     triton_backend.mix_second(y, norms, p, g, left, links)
     if count > 1:
         triton_backend.add(y[: count // 7])
@@ -235,7 +245,7 @@ def _spread(dtype: torch.dtype, c: int, size: int, state: int, stride: int) -> N
     terms = [x, x] if stride > 1 else [x] if state < 2 else [_image(dtype, 4 * c, size)[:, :c], x]
     readers = [
         Reader(
-            _image(dtype, c, size),
+            _adjoint(_image(dtype, c, size), count),
             torch.empty(2, count, c, dtype=wide),
             _weights(dtype, count),
             tuple(range(place, place + (3 if stride == 1 else 2))),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.backends import backend, second_backward_in_one
+from darts_fast.kernels.concatenate import Place
 from darts_fast.kernels.first_derivative import refuse_second_derivative
 from darts_fast.kernels.handover import Handover, Last, Link
 from darts_fast.kernels.torch_backend import Normalizer
@@ -18,6 +19,7 @@ def mix(
     weights: Tensor,
     batch_statistics: bool = True,
     links: Sequence[Link | None] = (),
+    place: Place | None = None,
 ) -> Tensor:
     """o = sum over k of p_k h_k, with h_k = (y_k - mean_k) / sqrt(variance_k + 1e-5), or y_k as it is.
 
@@ -34,15 +36,18 @@ def mix(
             is batch norm's in training; else they are constants.
         links: by which `Link` each candidate comes from `sepconv` or `spread`, which are then given o's
             adjoint as it is; None: it is any tensor. (): no candidate has one.
+        place: where o is to be written for `concatenate`, too, or alone. Only where
+            `backends.second_backward_in_one` says so.
 
     Returns:
-        o [N, C, H, W], channels-last, in the candidates' dtype.
+        o [N, C, H, W], channels-last, in the candidates' dtype; with a `place` that nothing else is to read,
+        a slice of a tensor that is.
 
     Raises:
         RuntimeError: when a gradient of p is differentiated again.
     """
     candidates = [y.contiguous(memory_format=torch.channels_last) for y in candidates]
-    return _Mix.apply(tuple(statistics), batch_statistics, tuple(links), weights, *candidates)[0]
+    return _Mix.apply(tuple(statistics), batch_statistics, tuple(links), place, weights, *candidates)[0]
 
 
 class _Mix(torch.autograd.Function):
@@ -52,10 +57,12 @@ class _Mix(torch.autograd.Function):
         statistics: tuple[Tensor | None, ...],
         batch: bool,
         links: tuple[Link | None, ...],
+        place: Place | None,
         weights: Tensor,
         *candidates: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.norms, ctx.links, ctx.handover = _normalizers(statistics, batch), links, Handover()
+        ctx.place = place
         held = weights.detach()
         for k, (link, norm) in enumerate(zip(links, ctx.norms, strict=bool(links))):
             if link is not None:
@@ -63,17 +70,19 @@ class _Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         token = weights.new_empty(0)
         ctx.save_for_backward(weights, *candidates, token)
-        return backend(candidates[0]).mix_forward(candidates, ctx.norms, weights), token
+        outputs = [place.outputs(candidates[0])] if place else []
+        return backend(candidates[0]).mix_forward(candidates, ctx.norms, weights, *outputs), token
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         weights, *candidates, token = ctx.saved_tensors
-        g = torch.zeros_like(candidates[0]) if g is None else g.contiguous(memory_format=torch.channels_last)
-        weights_wanted, left = ctx.needs_input_grad[3], ctx.handover.take()
+        g = torch.zeros_like(candidates[0]) if g is None else backend(g).in_rows(g)
+        weights_wanted, left = ctx.needs_input_grad[4], ctx.handover.take()
         if not left:
             found = _MixBackward.apply(
                 ctx.norms,
                 ctx.links,
+                ctx.place,
                 weights_wanted,
                 ctx.handover,
                 token,
@@ -81,7 +90,7 @@ class _Mix(torch.autograd.Function):
                 g,
                 *candidates,
             )
-            return None, None, None, *found
+            return None, None, None, None, *found
 
         def second() -> tuple[Tensor | None, ...]:
             adjoints, gained = backend(g).mix_second(
@@ -91,7 +100,7 @@ class _Mix(torch.autograd.Function):
 
         if len(left) > 1:
             refuse_second_derivative("two of its backward passes at once")
-        return None, None, None, *Last.apply(second, g, weights, *candidates)
+        return None, None, None, None, *Last.apply(second, g, weights, *candidates)
 
 
 class _MixBackward(torch.autograd.Function):
@@ -102,6 +111,7 @@ class _MixBackward(torch.autograd.Function):
         ctx: FunctionCtx,
         norms: list[Normalizer | None],
         links: tuple[Link | None, ...],
+        place: Place | None,
         weights_wanted: bool,
         handover: Handover,
         token: Tensor,
@@ -110,7 +120,7 @@ class _MixBackward(torch.autograd.Function):
         *candidates: Tensor,
     ) -> tuple[Tensor | None, ...]:
         adjoints, sums, *gained = backend(g).mix_backward(candidates, norms, weights, g, *_given(links))
-        ctx.norms, ctx.links, ctx.handover = norms, links, handover
+        ctx.norms, ctx.links, ctx.handover, ctx.place = norms, links, handover, place
         ctx.set_materialize_grads(False)
         kept = [] if second_backward_in_one(g) else adjoints
         ctx.save_for_backward(*candidates, weights, g, sums, *kept)
@@ -129,15 +139,16 @@ class _MixBackward(torch.autograd.Function):
         n = len(norms)
         candidates, (weights, g, sums, *adjoints) = saved[:n], saved[n:]
         if second_backward_in_one(g):
+            outputs = ctx.place.outputs(candidates[0]) if ctx.place else ()
             output, left = backend(g).mix_tangent_forward(
-                candidates, norms, weights, g, sums, tangents, *_given(ctx.links)
+                candidates, norms, weights, g, sums, tangents, ctx.links, outputs
             )
             ctx.handover.leave(left)
-            return None, None, None, None, weights.new_empty(0), None, output, *[None] * n
+            return *[None] * 5, weights.new_empty(0), None, output, *[None] * n
         output, gained, weights_gained = backend(g).mix_tangent(
             candidates, norms, weights, g, adjoints, sums, tangents
         )
-        return None, None, None, None, None, weights_gained, output, *gained
+        return *[None] * 6, weights_gained, output, *gained
 
 
 def _given(links: tuple[Link | None, ...]) -> list[tuple[Link | None, ...]]:

@@ -22,6 +22,7 @@ from darts_fast.kernels.triton_launch import (
     counters,
     elementwise_tile,
     images,
+    in_rows,
     last_program,
     launch,
     load_normalizer,
@@ -33,14 +34,22 @@ from darts_fast.kernels.triton_launch import (
 
 
 @triton.jit
+def store_in_all(p_outs, ROWS: tl.constexpr, b_out, o_p, o_c, m):
+    for i in tl.static_range(len(p_outs)):
+        o_out = o_p[:, None] * ROWS[i] + o_c[None, :]
+        tl.store(p_outs[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
+
+
+@triton.jit
 def mix_fwd_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
-    p_out,  # [positions, C]
+    p_outs,  # tuple of [positions, OUT_ROWS[i] >= C], each written
     positions,
     NORMS: tl.constexpr,  # which candidates are normalised
+    OUT_ROWS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -57,7 +66,7 @@ def mix_fwd_kernel(
         b_scale = tl.load(p_weights + k) * b_r  # [BLOCK_C]
         b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_total += (b_y - b_mean[None, :]) * b_scale[None, :]
-    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+    store_in_all(p_outs, OUT_ROWS, b_total, o_p, o_c, m)
 
 
 @triton.jit
@@ -83,13 +92,13 @@ def add_kernel(
 
 @triton.jit
 def spread_kernel(
-    p_adjoints,  # tuple, one a reader j: G_j [positions, C]; if TANGENT Gd_j
+    p_adjoints,  # tuple, one a reader j: G_j [positions, ROWS[j] >= C]; if TANGENT Gd_j
     p_sums,  # tuple, one a reader: [2, candidates, C], of G, G h; if TANGENT of Gd, Gd h
     p_weights,  # tuple, one a reader: p [candidates]
     p_tensors,  # tuple of y_c [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_firsts,  # tuple of G_j; this and the next three are read if TANGENT
+    p_firsts,  # tuple of G_j [positions, FIRST_ROWS[j]]; this and the next three are read if TANGENT
     p_first_sums,
     p_tangents,  # tuple of yd_c
     p_tangent_sums,  # tuple, one a reader: [4, candidates, C], of yd, yd h, yd G, G
@@ -97,6 +106,8 @@ def spread_kernel(
     positions,
     PLACES: tl.constexpr,  # where a reader has a tensor among its candidates, by reader, then by tensor
     CANDIDATES: tl.constexpr,  # of each reader
+    ROWS: tl.constexpr,
+    FIRST_ROWS: tl.constexpr,
     NORMS: tl.constexpr,  # which tensors are normalised
     HAS_TANGENT: tl.constexpr,
     TANGENT: tl.constexpr,
@@ -121,7 +132,8 @@ def spread_kernel(
         b_u = tl.zeros([BLOCK_C], ACC)
         for j in tl.static_range(len(p_adjoints)):
             b_weight = tl.load(p_weights[j] + PLACES[j * len(p_tensors) + c]).to(ACC)
-            b_found += b_weight * tl.load(p_adjoints[j] + o, mask=m, other=0.0).to(ACC)
+            o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
+            b_found += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
             if NORMS[c]:
                 size = CANDIDATES[j] * C
                 o_sum = PLACES[j * len(p_tensors) + c] * C + o_c
@@ -129,7 +141,8 @@ def spread_kernel(
                 b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
                 b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
                 if TANGENT and HAS_TANGENT[c]:
-                    b_first += b_weight * tl.load(p_firsts[j] + o, mask=m, other=0.0).to(ACC)
+                    o_first = o_p[:, None] * FIRST_ROWS[j] + o_c[None, :]
+                    b_first += b_weight * tl.load(p_firsts[j] + o_first, mask=m, other=0.0).to(ACC)
                     b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
                     b_s += b_part * tl.load(p_first_sums[j] + size + o_sum, mask=m_c, other=0.0)
                     b_u += b_part * tl.load(p_tangent_sums[j] + 2 * size + o_sum, mask=m_c, other=0.0)
@@ -153,11 +166,11 @@ def spread_kernel(
 
 @triton.jit
 def norm_sums_kernel(
-    p_g,  # tuple of g_k [positions, C]
+    p_g,  # tuple of g_k [positions, G_ROW >= C]
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weighed,  # tuple of [positions, C]; read if TANGENT
+    p_weighed,  # tuple of [positions, WEIGHED_ROW >= C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
     p_gh_sums,  # [entries, C]: of weighed h; read if GAIN and TANGENT
@@ -170,6 +183,8 @@ def norm_sums_kernel(
     GAIN: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
     ADD: tl.constexpr,
     BATCH: tl.constexpr,
+    G_ROW: tl.constexpr,
+    WEIGHED_ROW: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -190,12 +205,14 @@ def norm_sums_kernel(
         o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         m = (o_p < positions)[:, None] & m_c[None, :]
         o = o_p[:, None] * C + o_c[None, :]
-        b_g = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        o_g = o_p[:, None] * G_ROW + o_c[None, :]
+        b_g = tl.load(p_g_k + o_g, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
         b_s += b_g
         b_sh += b_g * b_h
         if TANGENT:
-            b_v = tl.load(pick(p_weighed, i_entry) + o, mask=m, other=0.0).to(ACC)
+            o_v = o_p[:, None] * WEIGHED_ROW + o_c[None, :]
+            b_v = tl.load(pick(p_weighed, i_entry) + o_v, mask=m, other=0.0).to(ACC)
             b_sw += b_g * b_v
             b_w += b_v
     entries = tl.num_programs(1)
@@ -311,11 +328,12 @@ def mix_tangent_kernel(
     p_rs,
     p_weights,  # [candidates]
     p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
-    p_out,  # [positions, C]: od
+    p_outs,  # tuple of [positions, OUT_ROWS[i] >= C], each written: od
     positions,
     NORMS: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
     BATCH: tl.constexpr,
+    OUT_ROWS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -341,13 +359,19 @@ def mix_tangent_kernel(
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
             b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
-    tl.store(p_out + o, b_total.to(p_out.dtype.element_ty), mask=m)
+    store_in_all(p_outs, OUT_ROWS, b_total, o_p, o_c, m)
 
 
-def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
-    """o in the candidates' dtype; p [candidates]. One read of each candidate."""
+def mix_forward(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    outputs: Sequence[Tensor] = (),
+) -> Tensor:
+    """o in the candidates' dtype; p [candidates]. One read of each candidate. `outputs`, which may be slices
+    of channels, are all written, and the first returned; else o is a new tensor."""
     y = candidates[0]
-    (out,) = images(1, y.shape, y.dtype, y.device)
+    outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
     table = Table.of(normalizers, candidates)
     sizes, (tiles, blocks) = _sizes(y, _ahead(y, len(candidates)))
     launch(
@@ -358,25 +382,25 @@ def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer |
             "p_means": table.means,
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
-            "p_out": out,
+            "p_outs": tuple(outputs),
             "positions": _positions(y),
         },
-        {"NORMS": table.norms, **sizes},
+        {"NORMS": table.norms, "OUT_ROWS": tuple(map(row_stride, outputs)), **sizes},
     )
-    return out
+    return outputs[0]
 
 
 def add(terms: Sequence[Tensor]) -> Tensor:
     """The sum of two or more tensors, in their dtype. One read of each; they may be slices of channels."""
     y = terms[0]
-    terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
+    terms = [in_rows(t) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
     sizes, grid = _sizes(y, _ahead(y, len(terms)))
     launch(
         add_kernel,
         grid,
         {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)},
-        {"ROW_STRIDES": tuple(row_stride(t) for t in terms), **sizes},
+        {"ROW_STRIDES": tuple(map(row_stride, terms)), **sizes},
     )
     return out
 
@@ -420,14 +444,14 @@ def _of_candidates(
     if not own:
         return [g] * len(candidates)
     found = norm_backward(
-        [g] * len(own),
+        [g.contiguous(memory_format=torch.channels_last)] * len(own),
         [candidates[k] for k in own],
         [normalizers[k] for k in own],
         sums,
         p,
         left and [left.tangents[k] for k in own],
         left and left.tangent_sums,
-        left and ([left.g] * len(own), left.sums),
+        left and ([left.g.contiguous(memory_format=torch.channels_last)] * len(own), left.sums),
         own,
     )
     by_candidate = dict(zip(own, found, strict=True))
@@ -452,16 +476,16 @@ def mix_tangent_forward(
     sums: Tensor,
     tangents: Sequence[Tensor | None],
     links: Sequence[Link | None] = (),
+    outputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, _Left]:
-    """od, and what `mix_second` needs; `sums` are what `mix_backward` returned. A tangent that is None is
-    zero."""
+    """od, and what `mix_second` needs; `sums` are what `mix_backward` returned, `outputs` as there. A tangent
+    that is None is zero."""
     y = candidates[0]
-    g = g.contiguous(memory_format=torch.channels_last)
     has = tuple(int(yd is not None) for yd in tangents)
     tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
     given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
-    (out,) = images(1, y.shape, y.dtype, y.device)
+    outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
     sizes, (tiles, blocks) = _sizes(y, _ahead(y, 2 * len(candidates)))
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
     gained = _gains(p, y)
@@ -483,12 +507,18 @@ def mix_tangent_forward(
             "p_rs": table.rs,
             "p_weights": p.contiguous(),
             "p_sums": tangent_sums,
-            "p_out": out,
+            "p_outs": tuple(outputs),
             "positions": _positions(y),
         },
-        {"NORMS": table.norms, "HAS_TANGENT": has, "BATCH": table.batch, **sizes},
+        {
+            "NORMS": table.norms,
+            "HAS_TANGENT": has,
+            "BATCH": table.batch,
+            "OUT_ROWS": tuple(map(row_stride, outputs)),
+            **sizes,
+        },
     )
-    return out, left
+    return outputs[0], left
 
 
 def mix_second(
@@ -539,6 +569,7 @@ def _launch_spread(
 ) -> list[Tensor]:
     """`firsts` and `tangent_readers` are `readers` in the first sweep, where they are not read."""
     y = tensors[0]
+    adjoints, first_adjoints = ([reader.adjoint for reader in group] for group in (readers, firsts))
     table = Table.of(normalizers, tensors)
     out = images(len(tensors), y.shape, y.dtype, y.device)
     sizes, grid = _sizes(y, _ahead(y, len(tensors) * (2 * len(readers) + 2)))
@@ -546,17 +577,17 @@ def _launch_spread(
         spread_kernel,
         grid,
         {
-            "p_adjoints": tuple(reader.adjoint for reader in readers),
+            "p_adjoints": tuple(adjoints),
             "p_sums": tuple(reader.sums for reader in readers),
             "p_weights": tuple(reader.weights for reader in readers),
             # Of a tensor without batch norm nothing is read.
-            "p_tensors": _where(table.norms, tensors, [readers[0].adjoint] * len(tensors)),
+            "p_tensors": _where(table.norms, tensors, [adjoints[0]] * len(tensors)),
             "p_means": table.means,
             "p_rs": table.rs,
-            "p_firsts": tuple(reader.adjoint for reader in firsts),
+            "p_firsts": tuple(first_adjoints),
             "p_first_sums": tuple(reader.sums for reader in firsts),
             "p_tangents": tuple(
-                yd if yd is not None and norm else readers[0].adjoint
+                yd if yd is not None and norm else adjoints[0]
                 for yd, norm in zip(tangents, table.norms, strict=True)
             ),
             "p_tangent_sums": tuple(reader.sums for reader in tangent_readers),
@@ -566,6 +597,8 @@ def _launch_spread(
         {
             "PLACES": tuple(place for reader in readers for place in reader.places),
             "CANDIDATES": tuple(reader.sums.shape[1] for reader in readers),
+            "ROWS": tuple(map(row_stride, adjoints)),
+            "FIRST_ROWS": tuple(map(row_stride, first_adjoints)),
             "NORMS": table.norms,
             "HAS_TANGENT": tuple(int(yd is not None) for yd in tangents),
             "TANGENT": firsts is not readers,
@@ -585,6 +618,7 @@ def norm_sums(
     before: Tensor | None = None,
 ) -> Tensor:
     """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
+    All g, and all weighed, have one row stride.
 
     `gained` [blocks of channels, k], of a mix: where what dL/dp gains is to be written, and `before` added;
     with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
@@ -620,6 +654,8 @@ def norm_sums(
             "GAIN": gained is not None,
             "ADD": before is not None,
             "BATCH": table.batch,
+            "G_ROW": row_stride(gs[0]),
+            "WEIGHED_ROW": row_stride((gs if weighed is None else weighed)[0]),
             **sizes,
         },
     )

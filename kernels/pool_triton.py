@@ -13,6 +13,7 @@ from darts_fast.kernels.triton_launch import (
     counters,
     elementwise_tile,
     images,
+    in_rows,
     last_program,
     launch,
     merge_statistics,
@@ -230,7 +231,7 @@ def pool_backward(
     of x only the shape and dtype are used."""
     n, c, height, width = x.shape
     maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
-    terms = [t if row_stride(t) else t.contiguous(memory_format=torch.channels_last) for t in terms]
+    terms = [in_rows(t) for t in terms]
     (found,) = images(1, x.shape, x.dtype, x.device)
     block_p, block_c = pool_tile(c, x.dtype)
     launch(
@@ -244,7 +245,7 @@ def pool_backward(
             "p_found": found,
             "positions": n * height * width,
         },
-        {"TERM_ROWS": tuple(row_stride(t) for t in terms), **_sizes(x, maximum, stride)},
+        {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(x, maximum, stride)},
     )
     return found
 

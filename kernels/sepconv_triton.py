@@ -187,7 +187,7 @@ def sepconv_bwd_pointwise_kernel(
     p_depthwise,
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
-    p_adjoints,  # tuple of Y [N, HO, WO, K]; where LINKED of G, and Y = p B(G)
+    p_adjoints,  # tuple of Y [N, HO, WO, Y_ROWS[t] >= K]; where LINKED of G, and Y = p B(G)
     p_seconds,  # tuple of Yd; where LINKED of Gd; read if TANGENT
     p_own,  # tuple of y; this and the next four are read where LINKED
     p_own_means,  # tuple of [K]; so is the next
@@ -226,7 +226,7 @@ def sepconv_bwd_pointwise_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    Y_ROW: tl.constexpr,  # elements from one position of Y and Yd to the next: they may be slices of channels
+    Y_ROWS: tl.constexpr,  # from one position of Y and Yd to the next: they may be slices of channels
     OWN_ROW: tl.constexpr,  # the same of y and yd, and from one row of all sums of channels to the next
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -236,7 +236,7 @@ def sepconv_bwd_pointwise_kernel(
 ):
     i_split, i_task, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
-    p_y = pick(p_adjoints, i_task)
+    p_y, y_row = pick(p_adjoints, i_task), pick(Y_ROWS, i_task)
     element: tl.constexpr = p_z.dtype.element_ty
     o_t, o_k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -279,7 +279,7 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
-        o_in_y = i_first * Y_ROW + (o_t[:, None] * Y_ROW + o_k[None, :])
+        o_in_y = i_first * y_row + (o_t[:, None] * y_row + o_k[None, :])
         m_y = m_p[:, None] & m_k[None, :]
         b_y = tl.load(p_y + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
         if TANGENT:
@@ -793,13 +793,9 @@ def _launch_pointwise(
     n, k, out_height, out_width = call.out_shape
     c, dtype = x.shape[1], accumulator(x.dtype)
     has_seconds = tuple(int(yd is not None) for yd in seconds) or (0,) * count
-    given = [*adjoints, *(yd for yd in seconds if yd is not None)]
-    strides = {row_stride(y) for y in given}
-    y_row = strides.pop() if len(strides) == 1 else 0
-    if not y_row:
-        y_row, given = k, [y.contiguous(memory_format=torch.channels_last) for y in given]
-    adjoints, following = tuple(given[:count]), iter(given[count:])
-    seconds = tuple(next(following) if has else y for has, y in zip(has_seconds, adjoints, strict=True))
+    given = zip(adjoints, seconds or adjoints, strict=True)
+    pairs = [_of_one_row_stride(y, y if yd is None else yd) for y, yd in given]
+    adjoints, seconds = zip(*pairs, strict=True)
     direct = call.direct()
     layers = 1 if tangents is None or direct else 2
     z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
@@ -859,7 +855,7 @@ def _launch_pointwise(
             "DIRECT": direct,
             "NORMALIZE": any(table.norms),
             "TAPS": taps,
-            "Y_ROW": y_row,
+            "Y_ROWS": tuple(map(row_stride, adjoints)),
             "OWN_ROW": next((row_stride(own.y) for own in owns if own), k),
             "K": k,
             **call.sizes(),
@@ -874,6 +870,12 @@ def _launch_pointwise(
         8 if k > 64 or x.element_size() > 4 or narrow else 4,
     )
     return z, gradients
+
+
+def _of_one_row_stride(y: Tensor, yd: Tensor) -> tuple[Tensor, Tensor]:
+    if row_stride(y) and row_stride(y) == row_stride(yd):
+        return y, yd
+    return y.contiguous(memory_format=torch.channels_last), yd.contiguous(memory_format=torch.channels_last)
 
 
 def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left: _Left | None) -> dict:

@@ -144,7 +144,7 @@ class _SpreadBackward(torch.autograd.Function):
 
 def _readers(links: Rows, adjoints: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Reader]:
     """`adjoints` are by mix, then by tensor: a mix gives the same to all."""
-    given = [g.contiguous(memory_format=torch.channels_last) for g in adjoints[:: len(links[0])]]
+    given = [backend(g).in_rows(g) for g in adjoints[:: len(links[0])]]
     return [
         Reader(g, s, row[0].weights, tuple(link.index for link in row))
         for g, s, row in zip(given, sums, links, strict=True)

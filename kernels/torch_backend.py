@@ -33,6 +33,11 @@ class Task(NamedTuple):
 # Loads and stores
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x as these functions read it: in channels-last memory. Triton's also read a slice of its channels."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` channels-last, in float32 or wider."""
     if x.dtype in (torch.bfloat16, torch.float16):

@@ -25,9 +25,11 @@ from darts_fast.kernels.sepconv_triton import (
     sepconv_second,
     sepconv_tangent_forward,
 )
+from darts_fast.kernels.triton_launch import in_rows
 
 __all__ = [
     "add",
+    "in_rows",
     "mix_backward",
     "mix_forward",
     "mix_second",

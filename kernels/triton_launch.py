@@ -130,6 +130,11 @@ def row_stride(x: Tensor) -> int:
     return row if alike and row >= x.shape[1] else 0
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x, copied where it has no row stride."""
+    return x if row_stride(x) else x.contiguous(memory_format=torch.channels_last)
+
+
 class Table(NamedTuple):
     """The batch norms of a launch's entries: `means` and `rs` are tuples of [C], with tensors that are not
     read where an entry has none; `norms` says which have one, `batch` whether the statistics are those of the

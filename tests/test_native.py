@@ -285,6 +285,33 @@ def test_mix(shape, count, batch):
         assert abs(found[2][k].double() - exact[k]) <= 1e-6 * float(terms)
 
 
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mix_writes_a_slice_as_it_writes_an_image(shape, read):
+    g = generator(3)
+    candidates, tangents = ([image(g, *shape) for _ in range(5)] for _ in range(2))
+    norms = [Normalizer(s, True) for s in torch_backend.statistics_of(candidates)]
+    start, adjoint = (candidates, norms, torch.rand(5, generator=g)), image(g, *shape)
+    _, sums, _ = native.mix_backward(*start, adjoint)
+
+    def written(function, *arguments):
+        slices = kernels.Slices(3)
+        outputs = slices.outputs(1, candidates[0], read)
+        parts = [slices.part(i, candidates[0]) for i in range(3)]
+        for part in parts:
+            part.fill_(7)
+        result = function(*start, *arguments, outputs=outputs)
+        assert (parts[0] == 7).all() and (parts[2] == 7).all()
+        return result[0] if isinstance(result, tuple) else result, outputs[-1]
+
+    output = native.mix_forward(*start)
+    tangent, _ = native.mix_tangent_forward(*start, adjoint, sums, tangents)
+    for found in written(native.mix_forward):
+        assert torch.equal(found, output)
+    for found in written(native.mix_tangent_forward, adjoint, sums, tangents):
+        assert torch.equal(found, tangent)
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 6, 7), (2, 6, 5, 5), (1, 17, 8, 6), (3, 32, 4, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_links_and_spread_in_a_mix(shape, stride):

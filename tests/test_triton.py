@@ -315,6 +315,47 @@ def test_linked_convolutions_and_spread_pools_in_a_mix(dtype):
     assert max(errors) <= bound, errors
 
 
+def concatenated_mixes(y, p, g, slices):
+    """All sweeps of two nodes side by side, the second of which reads the first."""
+    y, p = ([t.clone().requires_grad_() for t in group] for group in (y, p))
+    g = g.clone().requires_grad_()
+    statistics = [normalizer(t.detach(), True).statistics.to(p[0].dtype) for t in y]
+    first_place, last_place = [kernels.Place(slices, i, i == 0) if slices else None for i in range(2)]
+    first = kernels.mix(y[:2], statistics[:2], p[0], place=first_place)
+    last = kernels.mix([first, y[2]], [None, statistics[2]], p[1], place=last_place)
+    output = kernels.concatenate([first, last], slices)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    found = [output.detach()]
+    for _ in range(2):  # over one graph: a pass leaves the next nothing
+        adjoints = torch.autograd.grad(output, y, g, create_graph=True)
+        tangents = [t.detach().flip(0) for t in y]
+        found += [a.detach() for a in adjoints]
+        found += torch.autograd.grad(adjoints, [g, *p, *y], tangents, retain_graph=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixes_write_the_slices_of_their_concatenation(dtype):
+    y, g = [images((2, 3, 5, 4), dtype, i) for i in range(3)], images((2, 6, 5, 4), dtype, 20)
+    p = [weight((2,), dtype, 10 + i) for i in range(2)]
+    with using(triton_backend):
+        found = concatenated_mixes(y, p, g, kernels.Slices(2))
+    with using(torch_backend):
+        expected = concatenated_mixes(widened(y), widened(p), widened(g), None)
+    compare(found, expected, dtype)
+
+
+def test_a_concatenation_moves_only_what_no_mix_wrote_there():
+    y, one = images((2, 3, 5, 4), torch.float32, 1), torch.ones(1)
+    other, slices = images((2, 3, 5, 4), torch.float32, 2), kernels.Slices(3)
+    with using(triton_backend), torch.no_grad():
+        kernels.mix([other], [None], one, place=kernels.Place(slices, 1, True))  # and is not what is given
+        written = kernels.mix([y], [None], one, place=kernels.Place(slices, 2, False))
+        found = kernels.concatenate([y, other, written], slices)
+    assert written.data_ptr() == found[:, 6:].data_ptr()
+    assert torch.equal(found, torch.cat([y, other, y], dim=1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add(dtype):
     terms = [images((2, 20, 7, 10), dtype, i) for i in range(3)]

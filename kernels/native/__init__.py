@@ -30,6 +30,7 @@ from torch._utils import _unflatten_dense_tensors
 from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.torch_backend import Normalizer, Task
 from darts_fast.kernels.torch_backend import add as add  # a plain sum is nowhere faster
+from darts_fast.kernels.torch_backend import in_rows as in_rows
 
 if TYPE_CHECKING:
     from darts_fast.kernels.sepconv import Own  # which imports this module
@@ -547,13 +548,19 @@ def _refuse_one_value(y: Tensor) -> None:
         )
 
 
-def mix_forward(candidates: Sequence[Tensor], normalizers: Sequence[Normalizer | None], p: Tensor) -> Tensor:
-    """o = sum over k of p_k h_k, [N, C, H, W]; p [candidates], float32."""
-    rows, out = _Rows(), _image(*candidates[0].shape)
+def mix_forward(
+    candidates: Sequence[Tensor],
+    normalizers: Sequence[Normalizer | None],
+    p: Tensor,
+    outputs: Sequence[Tensor] = (),
+) -> Tensor:
+    """o = sum over k of p_k h_k, [N, C, H, W]; p [candidates], float32. `outputs`, an image, a slice of
+    channels or both, are all written, and the first returned; else o is a new tensor."""
+    rows, outputs = _Rows(), outputs or [_image(*candidates[0].shape)]
     for y, norm, at in zip(candidates, normalizers, _places(rows, p), strict=True):
         _candidate(rows, y, norm, at)
-    _mix("forward", rows, candidates, out=out)
-    return out
+    _mix("forward", rows, candidates, outputs)
+    return outputs[0]
 
 
 def mix_backward(
@@ -608,15 +615,16 @@ def mix_tangent_forward(
     sums: Tensor,
     tangents: Sequence[Tensor | None],
     links: Sequence[Link | None] = (),
+    outputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, _MixLeft]:
-    """od = sum over k of p_k hd_k, and what `mix_second` needs; `sums` are what `mix_backward` returned. A
-    tangent that is None is zero."""
-    rows, out, gained = _Rows(), _image(*g.shape), torch.empty_like(p)
+    """od = sum over k of p_k hd_k, and what `mix_second` needs; `sums` are what `mix_backward` returned,
+    `outputs` as in `mix_forward`. A tangent that is None is zero."""
+    rows, outputs, gained = _Rows(), outputs or [_image(*g.shape)], torch.empty_like(p)
     bends, g_at = torch.empty(len(candidates), _BENDS, g.shape[1]), rows.image(g)
     for y, norm, at, yd in zip(candidates, normalizers, _places(rows, p), tangents, strict=True):
         _candidate(rows, y, norm, at, g_at, rows.image(yd))
-    _mix("tangent", rows, candidates, out=out, sums=sums, bends=bends, p_gained=gained)
-    return out, _MixLeft(g, tangents, bends, gained)
+    _mix("tangent", rows, candidates, outputs, sums=sums, bends=bends, p_gained=gained)
+    return outputs[0], _MixLeft(g, tangents, bends, gained)
 
 
 def mix_second(
@@ -673,7 +681,7 @@ def _mix(
     sweep: str,
     rows: _Rows,
     candidates: Sequence[Tensor],
-    out: Tensor | None = None,
+    outputs: Sequence[Tensor] = (),
     sums: Tensor | None = None,
     bends: Tensor | None = None,
     factors: Tensor | None = None,
@@ -681,15 +689,17 @@ def _mix(
     p_before: Tensor | None = None,
 ) -> None:
     n, c, h, w = candidates[0].shape
-    tensors = out, sums, bends, factors, p_gained, p_before
+    out = next((t for t in outputs if t.is_contiguous(memory_format=torch.channels_last)), None)
+    part = next((t for t in outputs if t is not out), None)
+    tensors = out, part, sums, bends, factors, p_gained, p_before
     call = _Rows()
     call.append(rows.address(), *(0 if t is None else t.data_ptr() for t in tensors))
-    call.append(len(candidates), n * h * w, c)
+    call.append(len(candidates), n * h * w, c, 0 if part is None else part.stride(3))
 
     def images() -> dict[int, int]:
         fields = (0, 4, 5, 6, 7)  # y, both adjoints of the node, the tangent of y, what is written
         places = [address for field in fields for address in rows.column(field, 9)]
-        return dict.fromkeys([*places, 0 if out is None else out.data_ptr()], 4 * n * c * h * w)
+        return dict.fromkeys([*places, *(t.data_ptr() for t in outputs)], 4 * n * c * h * w)
 
     _call(f"mix_{sweep}", images, call.address())
 

@@ -18,13 +18,14 @@ struct Candidate {
 
 struct Mix {
   const Candidate* candidates;
-  float* out;       // the node, or its tangent
+  float* out;       // the node, or its tangent; null: only the slice is wanted
+  float* slice;     // the same, `row` values from one pixel to the next; null: not wanted
   float* sums;      // [count, c], of g h: `backward` writes them, `tangent` reads them
   float* bends;     // [count, BENDS, c], what `tangent` leaves for `second`
   float* factors;   // [count, 3 in `backward`, 5 in `second`, c]: see Factors
   float* p_gained;  // [count]: the sums of `sums` over channels; of u; or in `second` both
   const float* p_before;  // in `second` what `tangent` wrote there
-  int64_t count, m, c;
+  int64_t count, m, c, row;
 };
 
 // What one mix hands back of a tensor
@@ -70,6 +71,26 @@ struct Norms {
         r[k * q.c + i] = y.mean ? y.r[i] : 1.f;
       }
   }
+};
+
+// Of a thread, a chunk of the node, or of its tangent, while it is summed; copied to the slice from the cache.
+class Node {
+ public:
+  explicit Node(const Mix& q, int64_t first, int64_t last) : q_(q), first_(first), last_(last) {
+    of_worker.reset();
+    start_ = q.out ? q.out + first * q.c : of_worker.take((last - first) * q.c);
+  }
+  ~Node() {
+    if (q_.slice == nullptr) return;
+    for (int64_t j = first_; j < last_; ++j)
+      std::memcpy(q_.slice + j * q_.row, at(j), size_t(q_.c) * sizeof(float));
+  }
+  float* at(int64_t pixel) const { return start_ + (pixel - first_) * q_.c; }
+
+ private:
+  const Mix& q_;
+  int64_t first_, last_;
+  float* start_;
 };
 
 // The sums over pixels of g h and of g, [count, 2, c], where g is the member that is given.
@@ -145,6 +166,7 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    Node node(q, first, last);
     for (int64_t k = 0; k < q.count; k += 4) {  // four at a time: a fourth of the loads and stores of the node
       int64_t n = q.count - k < 4 ? q.count - k : 4;
       for_channels(q.c, [&](auto zero, int64_t i) {
@@ -157,7 +179,7 @@ extern "C" void darts_mix_forward(const Mix* call, int threads) {
           mean[l] = l < n ? load<T>(norms.mean + (k + l) * q.c + i) : T{};
         }
         for (int64_t j = first; j < last; ++j) {
-          float* out = q.out + j * q.c + i;
+          float* out = node.at(j) + i;
           T sum = k == 0 ? T{} : load<T>(out);
           sum += s[0] * (load_ahead<T>(y[0] + j * q.c) - mean[0]);
           if (n > 1) sum += s[1] * (load_ahead<T>(y[1] + j * q.c) - mean[1]);
@@ -252,7 +274,8 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    std::memset(q.out + first * q.c, 0, size_t((last - first) * q.c) * sizeof(float));
+    Node node(q, first, last);
+    std::memset(node.at(first), 0, size_t((last - first) * q.c) * sizeof(float));
     for (int64_t k = 0; k < q.count; ++k) {
       const Candidate& candidate = q.candidates[k];
       if (!candidate.tangent) continue;
@@ -260,16 +283,17 @@ extern "C" void darts_mix_tangent(const Mix* call, int threads) {
         using T = decltype(zero);
         const float* bends = q.bends + k * BENDS * q.c + i;
         T r = load<T>(norms.r + k * q.c + i), scale = *candidate.p * r;
+        float* out = node.at(first) - first * q.c;
         if (!candidate.mean || !candidate.batch) {
           for (int64_t j = first * q.c + i; j < last * q.c; j += q.c)
-            store(q.out + j, load<T>(q.out + j) + scale * load<T>(candidate.tangent + j));
+            store(out + j, load<T>(out + j) + scale * load<T>(candidate.tangent + j));
           return;
         }
         T mean = load<T>(norms.mean + k * q.c + i), yd_mean = load<T>(bends + MEAN_YD * q.c);
         T rt = load<T>(bends + MEAN_H_YD * q.c) * r;
         for (int64_t j = first * q.c + i; j < last * q.c; j += q.c) {
           T hd = load_ahead<T>(candidate.tangent + j) - yd_mean - (load_ahead<T>(candidate.y + j) - mean) * rt;  // over r
-          store(q.out + j, load<T>(q.out + j) + scale * hd);
+          store(out + j, load<T>(out + j) + scale * hd);
         }
       });
     }
