@@ -34,10 +34,10 @@ from darts_fast.kernels.triton_launch import (
 
 
 @triton.jit
-def store_in_all(p_outs, ROWS: tl.constexpr, b_out, o_p, o_c, m):
+def store_in_all(p_outs, ROWS: tl.constexpr, b_out, i_first, o_t, o_c, m):
     for i in tl.static_range(len(p_outs)):
-        o_out = o_p[:, None] * ROWS[i] + o_c[None, :]
-        tl.store(p_outs[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
+        o_out = o_t[:, None] * ROWS[i] + o_c[None, :]
+        tl.store(p_outs[i] + i_first * ROWS[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -55,18 +55,19 @@ def mix_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    o_t = tl.arange(0, BLOCK_P)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    m = (o_p < positions)[:, None] & m_c[None, :]
-    o = o_p[:, None] * C + o_c[None, :]
+    m = (i_first + o_t < positions)[:, None] & m_c[None, :]
+    o = o_t[:, None] * C + o_c[None, :]
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
         b_scale = tl.load(p_weights + k) * b_r  # [BLOCK_C]
-        b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_total += (b_y - b_mean[None, :]) * b_scale[None, :]
-    store_in_all(p_outs, OUT_ROWS, b_total, o_p, o_c, m)
+    store_in_all(p_outs, OUT_ROWS, b_total, i_first, o_t, o_c, m)
 
 
 @triton.jit
@@ -339,27 +340,28 @@ def mix_tangent_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    o_t = tl.arange(0, BLOCK_P)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    m = (o_p < positions)[:, None] & m_c[None, :]
-    o = o_p[:, None] * C + o_c[None, :]
+    m = (i_first + o_t < positions)[:, None] & m_c[None, :]
+    o = o_t[:, None] * C + o_c[None, :]
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     # A division of float64 is a call: with two a candidate, 35 candidates spilled 26 times (sm_90, sm_100).
     share = 1.0 / tl.cast(positions, ACC)
     for k in tl.static_range(len(p_candidates)):
         if HAS_TANGENT[k]:
             b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
-            b_hd = tl.load(p_tangents[k] + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+            b_hd = tl.load(p_tangents[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMS[k] and BATCH:
                 p_sums_k = p_sums + k * C + o_c
                 b_md = tl.load(p_sums_k, mask=m_c, other=0.0) * share
                 b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) * share
-                b_y = tl.load(p_candidates[k] + o, mask=m, other=0.0).to(ACC)
+                b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
             b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
-    store_in_all(p_outs, OUT_ROWS, b_total, o_p, o_c, m)
+    store_in_all(p_outs, OUT_ROWS, b_total, i_first, o_t, o_c, m)
 
 
 def mix_forward(
