@@ -141,49 +141,33 @@ def environment(bench: Bench) -> None:
 def compilation(bench: Bench) -> None:
     """Every Triton kernel of the steps below, compiled on all processors at once into Triton's cache: a step
     alone would compile some 400 kernels one after the other."""
-    if not bench.cuda:
+    if not bench.cuda:  # kernels that are to be interpreted are no sources for a compiler
         os.environ.pop("TRITON_INTERPRET", None)
-    workers = 1 if bench.quick else max(1, min(32, os.cpu_count() or 2))
-    bench.part["facts"] = facts = {"workers": workers}
-    started, context = time.monotonic(), multiprocessing.get_context("fork")
-    crew: list = []
-    with tempfile.TemporaryDirectory() as folder:
+    from darts_fast.kernels.compilation import compile_ahead, processes
 
-        def wait() -> None:
-            while True:
-                lines = [line for path in Path(folder).iterdir() for line in path.read_text().splitlines()]
-                facts["kernels compiled"] = sum(line.startswith("compiled") for line in lines)
-                facts["failed"] = [line for line in lines if not line.startswith("compiled")][:5]
-                bench.save()
-                if not any(process.is_alive() for process in crew):
-                    return
-                time.sleep(0.2)
-
-        kinds = ["float16", "float32", "training float16", "training float32", "bfloat16"]
-        for kind in kinds[: 1 if bench.quick else None]:
-            planned = launches_to_compile(bench, kind)  # while the kind before is still being compiled
-            wait()
-            if crew:
-                facts["seconds so far"] = round(time.monotonic() - started, 1)
-            facts[f"{kind}: kernels"] = len(planned)
-            crew = [
-                context.Process(
-                    target=_compile, args=(bench, planned[i::workers], Path(folder) / f"{kind}{i}")
-                )
-                for i in range(workers)
-            ]
-            for process in crew:
-                process.start()
-        wait()
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    if facts["failed"] or any(process.exitcode for process in crew):
-        raise RuntimeError(f"exit codes {[p.exitcode for p in crew]}; {facts['failed']}")
+    major, minor = torch.cuda.get_device_capability() if bench.cuda else (9, 0)
+    count = 1 if bench.quick else processes()
+    bench.part["facts"] = facts = {"processes": count, "kernels compiled": 0, "failed": []}
+    started = time.monotonic()
+    kinds = ["float16", "float32", "training float16", "training float32", "bfloat16"]
+    for kind in kinds[: 1 if bench.quick else None]:
+        planned = launches_to_compile(bench, kind)
+        facts[f"{kind}: kernels"] = len(planned)
+        for one, _, error in compile_ahead(planned, [10 * major + minor], count):
+            if error:
+                facts["failed"].append(f"{one.kernel.fn.__name__}: {error[:500]}")
+            else:
+                facts["kernels compiled"] += 1
+            facts["seconds"] = round(time.monotonic() - started, 1)
+            bench.save()
+    if facts["failed"]:
+        raise RuntimeError(f"{len(facts['failed'])} kernels were not compiled")
 
 
 def launches_to_compile(bench: Bench, kind: str) -> list:
     """Those that differ for the compiler, with activations of a type: of the race, of an epoch's last batch
     and of the agreement; or of the training of DARTS_V2."""
-    from darts_fast.kernels import aot
+    from darts_fast.kernels.compilation import unique
 
     if kind.startswith("training"):
         launches = launches_of_a_training(kind.split()[1])
@@ -193,13 +177,7 @@ def launches_to_compile(bench: Bench, kind: str) -> list:
             one = bench.setting
             settings += [one._replace(batch_size=16, layers=3), one._replace(batch_size=40)]
         launches = [planned for setting in settings for planned in launches_of_a_step(setting, kind)]
-    found = {}
-    for planned in launches:
-        divisible = [v % 16 == 0 for v in planned.arguments.values() if isinstance(v, int)]
-        name = planned.kernel.fn.__name__
-        key = name, str(aot.signature(planned)), str(planned.constants), str(divisible)
-        found.setdefault(key, planned)
-    return list(found.values())[: 2 if bench.quick else None]
+    return unique(launches)[: 2 if bench.quick else None]
 
 
 def launches_of_a_training(dtype: str) -> list:
@@ -219,22 +197,6 @@ def launches_of_a_training(dtype: str) -> list:
     return found
 
 
-def _compile(bench: Bench, launches: list, log: Path) -> None:
-    torch.set_num_threads(1)
-    if not bench.cuda:
-        stand_in_for_a_gpu()
-    with log.open("a") as file:
-        for planned in launches:
-            name = planned.kernel.fn.__name__
-            try:
-                planned.kernel.warmup(
-                    grid=planned.grid, **planned.arguments, **planned.constants, num_warps=planned.warps
-                )
-                print("compiled", name, file=file, flush=True)
-            except Exception as error:  # the others are compiled all the same
-                print(name, repr(error).replace("\n", " ")[:500], file=file, flush=True)
-
-
 def launches_of_a_step(setting: race.Setting, dtype: str) -> list:
     """The Triton launches of virtual step, validation pass and exact product, recorded without a GPU."""
     from darts_fast.kernels import triton_backend
@@ -252,24 +214,6 @@ def launches_of_a_step(setting: race.Setting, dtype: str) -> list:
         for _ in itertools.islice(phases, 3):
             pass
     return found
-
-
-def stand_in_for_a_gpu() -> None:
-    """Lets Triton's own path compile for sm_90 where there is no driver to ask."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    driver.set_active(Driver())
 
 
 def agreement(bench: Bench) -> None:

@@ -29,14 +29,6 @@ from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 from darts_fast.traffic import Count, Traffic  # noqa: E402
 
-# PyTorch gives this operation no shapes for meta tensors.
-library = torch.library.Library("aten", "IMPL")
-library.impl(
-    "batch_norm_update_stats",
-    lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
-    "Meta",
-)
-
 
 def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:
     """Runs the step; the counts of each phase."""

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from darts_fast import kernels
 from darts_fast.kernels import Task, native
+from darts_fast.kernels.backends import using
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
 from darts_fast.traffic import Count, Traffic
@@ -42,6 +44,40 @@ def counted(step: Callable[[], object], device: torch.device) -> Count:
         within.enter_context(native.observed(traffic.called))
         step()
     return traffic.total
+
+
+def compile_kernels(
+    rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
+) -> None:
+    """Compiles the Triton kernels that `rehearse` launches, on all processors; once for a machine and all
+    sizes, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 400
+    different ones of a step of the paper's network in ten minutes.
+
+    Args:
+        rehearse: run on PyTorch's meta device.
+        device: of CUDA, for which they are compiled.
+        say: is told, in a line, what is about to happen; or that it was given up, and why.
+        each: called after each kernel, to break off.
+    """
+    from darts_fast.kernels import compilation, triton_backend, triton_launch
+
+    launches: list[triton_launch.Launch] = []
+    with using(triton_backend), triton_launch.observed(launches.append), torch.device("meta"):
+        rehearse()
+    launches = compilation.unique(launches)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch, count = 10 * major + minor, min(len(launches), compilation.processes())
+    note = compilation.note(launches, arch)
+    if note.exists():
+        return
+    say(f"compiling {len(launches)} kernels for sm_{arch} in {count} processes, the first time only")
+    jobs = compilation.compile_ahead(launches, [arch], count)
+    try:
+        for _ in tqdm(jobs, total=len(launches), unit="kernel", disable=None, leave=False):
+            each()
+        note.touch()
+    except (OSError, RuntimeError) as error:
+        say(f"each kernel is compiled when it is launched instead: {error}")
 
 
 def kernels_on(like: Tensor) -> str:

@@ -22,7 +22,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import counted
+from darts_fast.fused import compile_kernels, counted
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
@@ -116,6 +116,11 @@ class Loop(ABC):
         """Takes up what `state` gave; raises Key-, Runtime-, Type- or ValueError where it does not fit."""
 
     @abstractmethod
+    def rehearse(self) -> None:
+        """A step's passes, and those of an evaluation, on tensors without data; PyTorch's default device is
+        its meta device."""
+
+    @abstractmethod
     def announcement(self) -> str:
         """One line on what is about to run."""
 
@@ -140,6 +145,8 @@ class Loop(ABC):
                 if not (self.folder.path / CHECKPOINT).exists():
                     self.announce()
                     self._save()
+                else:
+                    self._compile_kernels()
                 if self.config.profile and not (self.folder.path / FOLDER).exists():
                     trial = self.take.trial if self.captured else None
                     self.profiler = Profiler(self.config.profile, self.device, trial)
@@ -168,6 +175,11 @@ class Loop(ABC):
         """Of a step, in words; the step leaves no trace."""
         found = self.take.trial(lambda step: counted(step, self.device))
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
+
+    def _compile_kernels(self) -> None:
+        """On CUDA, before the first launch."""
+        if self.config.fused and self.device.type == "cuda":
+            compile_kernels(self.rehearse, self.device, self.folder.log, self._stop_if_asked)
 
     @property
     def steps_done(self) -> int:
@@ -329,6 +341,7 @@ class Loop(ABC):
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
         lines = self.engine()
         if self.config.fused:
+            self._compile_kernels()
             lines["traffic of a step"] = self.traffic()
         for what, value in lines.items():
             self.folder.log(f"    {what}: {value}")

@@ -248,10 +248,7 @@ class Search(Loop):
             torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
         ):
             torch.default_generator.manual_seed(config.seed)
-            network = Supernet(
-                config.init_channels, dataset.classes, config.layers, dataset.images.shape[1], config.fused
-            )
-            self.network = network.to(self.device)
+            self.network = self._supernet().to(self.device)
         self.search_step = SearchStep(self.network, config)
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
         size = min(config.batch_size, split)
@@ -323,6 +320,22 @@ class Search(Loop):
         self.search_step.load_state_dict(state)
         if state["best"] is not None:
             Genotype.from_json(state["best"]["genotype"])
+
+    def rehearse(self) -> None:
+        network, shape = self._supernet(), self.dataset.images.shape[1:]
+        images = torch.zeros(self.config.batch_size, *shape)
+        labels = torch.zeros(self.config.batch_size, dtype=torch.int64)
+        step = SearchStep(network, self.config)
+        step.loss_scale = None  # the optimizers of meta tensors know of none
+        step.take(images, labels, images, labels)
+        with torch.no_grad():
+            network.eval()(images)
+
+    def _supernet(self) -> Supernet:
+        """A new one, on PyTorch's default device."""
+        config, dataset = self.config, self.dataset
+        image_channels = dataset.images.shape[1]
+        return Supernet(config.init_channels, dataset.classes, config.layers, image_channels, config.fused)
 
     def announcement(self) -> str:
         parameters = sum(w.numel() for w in self.network.weights().values())

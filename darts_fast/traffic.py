@@ -25,6 +25,14 @@ NOTHING = {
     aten.is_same_size.default,
 }
 
+# PyTorch gives this operation no shapes for meta tensors.
+library = torch.library.Library("aten", "IMPL")
+library.impl(
+    "batch_norm_update_stats",
+    lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
+    "Meta",
+)
+
 
 class Count(NamedTuple):
     """Launches, and bytes read and written."""

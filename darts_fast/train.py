@@ -240,17 +240,7 @@ class Training(Loop):
             torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
         ):
             torch.default_generator.manual_seed(config.seed)
-            module = network(
-                self.genotype,
-                dataset.classes,
-                config.init_channels,
-                config.layers,
-                dataset.images.shape[1],
-                config.stem,
-                self.auxiliary,
-                fused=config.fused,
-            )
-            self.network = module.to(self.device)
+            self.network = self._network().to(self.device)
         self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
@@ -325,6 +315,29 @@ class Training(Loop):
         self.train_step.load_state_dict(state)
         self.network.drop_path_generator.set_state(state["drop_path"])
         self.final = state["final"]
+
+    def rehearse(self) -> None:
+        module, images = self._network(), torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
+        outputs = module(images, self.train_step.activations)
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = torch.stack([y.sum() for y in heads]).sum()
+        torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
+        with torch.no_grad():
+            module.eval()(images)
+
+    def _network(self) -> DerivedNetwork:
+        """A new one, on PyTorch's default device."""
+        config, dataset = self.config, self.dataset
+        return network(
+            self.genotype,
+            dataset.classes,
+            config.init_channels,
+            config.layers,
+            dataset.images.shape[1],
+            config.stem,
+            self.auxiliary,
+            fused=config.fused,
+        )
 
     def announcement(self) -> str:
         config = self.config

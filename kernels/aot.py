@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU and says what became of them.
 
     python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
-        [--kernel NAME ...] [--json F]
+        [--kernel NAME ...] [--processes N] [--json F]
 
 Every kernel is compiled as the launchers launch it at the paper's settings: the search (16 channels, 8
 layers) and, but for float64, the training of a derived network (36 channels, 20 layers); the number of images
@@ -20,17 +20,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from darts_fast.kernels import Slices, triton_backend
+from darts_fast.kernels import Slices, compilation, triton_backend
+from darts_fast.kernels.compilation import source, unique
 from darts_fast.kernels.handover import Link, Reader
 from darts_fast.kernels.sepconv import owns_of, parts
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -48,18 +47,6 @@ NODES = (14, 21, 28, 35)  # candidates of a cell's nodes: seven an edge, and an 
 
 # The same of a derived network of 36 channels.
 DERIVED_STAGES = ((36, 32, (108, 144)), (72, 16, (144, 288)), (144, 8, (288, 576)))
-
-
-def key(planned: Launch) -> str:
-    """The same for two launches where the second compiles nothing."""
-    return f"{planned.kernel.fn.__name__} {signature(planned)} {attributes(planned)} {planned.constants}"
-
-
-def unique(launches: list[Launch]) -> list[Launch]:
-    found: dict[str, Launch] = {}
-    for planned in launches:
-        found.setdefault(key(planned), planned)
-    return list(found.values())
 
 
 def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
@@ -263,58 +250,6 @@ def _spread(dtype: torch.dtype, c: int, size: int, state: int, stride: int) -> N
 
 # Compilation
 
-TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-}
-
-
-def signature(planned: Launch) -> dict[str, Any]:
-    """Parameter types as the launch would specialise them: an integer that is 1 is compiled in."""
-    types = {name: _type(value) for name, value in planned.arguments.items()}
-    types.update(dict.fromkeys(planned.constants, "constexpr"))
-    return {name: types[name] for name in planned.kernel.arg_names}
-
-
-def _type(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_type(v) for v in value)
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype]
-    return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
-
-
-def _aligned(value: Any) -> bool:
-    if isinstance(value, Tensor):  # allocations are aligned to far more than 16 bytes
-        return value.storage_offset() * value.element_size() % 16 == 0
-    return value != 1 and value % 16 == 0
-
-
-def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
-    """Which parameters are divisible by 16, by place; as the launcher has them, so that it finds on disk what
-    was compiled here for its device."""
-    found = {}
-    for i, name in enumerate(planned.kernel.arg_names):
-        value = planned.arguments.get(name, 1)
-        if isinstance(value, tuple):
-            found |= {(i, j): v for j, v in enumerate(value)}
-        else:
-            found[i,] = value
-    return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
-
-
-def source(planned: Launch) -> ASTSource:
-    """What Triton's launcher would compile."""
-    names = planned.kernel.arg_names
-    constants = {(names.index(name),): value for name, value in planned.constants.items()}
-    ones = [name for name, value in planned.arguments.items() if isinstance(value, int) and value == 1]
-    constants |= {(names.index(name),): 1 for name in ones}
-    return ASTSource(planned.kernel, signature(planned), constants, attributes(planned))
-
 
 class Report(NamedTuple):
     """What became of a kernel: registers a thread; bytes; instructions; bits; a share."""
@@ -335,9 +270,7 @@ class Report(NamedTuple):
 
 def compiled(planned: Launch, arch: int) -> Report:
     """Compiles for sm_<arch> and reads the machine code."""
-    binary = triton.compile(
-        source(planned), target=GPUTarget("cuda", arch, 32), options={"num_warps": planned.warps}
-    )
+    binary = compilation.compiled(source(planned), planned.warps, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -392,16 +325,13 @@ def setting(planned: Launch) -> str:
     return " ".join([str(narrow).removeprefix("torch."), *sizes, f"x{entries}", *flags])
 
 
-def reports(
-    archs: list[int], dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None
-) -> Iterator[Report]:
+def table(dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None) -> list[Launch]:
+    launches = []
     for dtype in dtypes:
-        launches = supernet_launches(dtype, quick)
+        launches += supernet_launches(dtype, quick)
         if not quick and dtype != torch.float64:  # float64 is for tests, and no training computes in it
             launches += derived_launches(dtype)
-        for planned in launches:
-            for arch in archs if kernels is None or planned.kernel.fn.__name__ in kernels else []:
-                yield compiled(planned, arch)
+    return [planned for planned in launches if kernels is None or planned.kernel.fn.__name__ in kernels]
 
 
 def main() -> int:
@@ -414,6 +344,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(dtypes), default=list(dtypes))
     parser.add_argument("--quick", action="store_true", help="16 channels and one task list only")
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
+    parser.add_argument("--processes", type=int, default=compilation.processes(), help="that compile")
     parser.add_argument("--json", metavar="F", help="write the table there too")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -425,7 +356,9 @@ def main() -> int:
     )
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
-    for r in reports(archs, [dtypes[d] for d in args.dtype], args.quick, args.kernel):
+    launches = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
+    for planned, arch, _ in compilation.compile_ahead(launches, archs, args.processes):
+        r = compiled(planned, arch)
         found.append(r)
         print(
             f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"

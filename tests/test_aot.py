@@ -13,19 +13,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_report  # noqa: E402
 
+from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
+from darts_fast.datasets import read_data  # noqa: E402
+from darts_fast.search import Search  # noqa: E402
+from darts_fast.train import Training  # noqa: E402
+
 # Compiles the first launch of a kernel as aot.py does, and as Triton's launcher does on an H100; prints both
 # hashes, and the machine-independent code.
 BOTH = """
-import sys, torch, triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
-from darts_fast.kernels import aot
+from triton.runtime import driver
+from darts_fast.kernels import aot, compilation
 launches = aot.supernet_launches(torch.bfloat16, quick=True)
 planned = next(found for found in launches if found.kernel.fn.__name__ == "norm_sums_kernel")
-options = {"num_warps": planned.warps}
-here = triton.compile(aot.source(planned), target=GPUTarget("cuda", 90, 32), options=options)
-sys.path.insert(0, "benchmarks")
-import gpu_report
-gpu_report.stand_in_for_a_gpu()
+here = compilation.compiled(compilation.source(planned), planned.warps, 90)
+
+class Driver:  # where there is no GPU to ask
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Driver())
 there = planned.kernel.warmup(
     grid=planned.grid, **planned.arguments, **planned.constants, num_warps=planned.warps
 )
@@ -94,24 +103,44 @@ def test_the_launcher_compiles_the_same_and_the_last_program_sees_the_others_sum
 @pytest.mark.parametrize("launches", ["supernet_launches", "derived_launches"])
 def test_a_smaller_last_batch_compiles_nothing(launches, monkeypatch):
     from darts_fast.kernels import aot
+    from darts_fast.kernels.compilation import key
 
-    whole = {aot.key(planned) for planned in getattr(aot, launches)(torch.bfloat16)}
+    whole = {key(planned) for planned in getattr(aot, launches)(torch.bfloat16)}
     monkeypatch.setattr(aot, "BATCH", 39)  # of 64, of which nothing but the images' sizes is a factor
-    assert {aot.key(planned) for planned in getattr(aot, launches)(torch.bfloat16)} == whole
+    assert {key(planned) for planned in getattr(aot, launches)(torch.bfloat16)} == whole
+
+
+def run_at_the_papers_setting(network, dtype):
+    """A search, or a training of DARTS_V2, that is not begun."""
+    pixels = torch.zeros(192, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(192) % 10
+    common = {"fused": True, "amp_dtype": None if dtype == "float32" else dtype}
+    if network == "supernet":
+        config = SearchConfig(batch_size=64, init_channels=16, layers=8, **common)
+        return Search(config, read_data(config, (pixels, labels)))
+    config = TrainConfig(genotype="DARTS_V2", batch_size=96, init_channels=36, layers=20, **common)
+    return Training(config, read_data(config, (pixels, labels, pixels, labels)))
 
 
 @on_linux
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("network", ["supernet", "derived"])
-def test_the_table_has_every_launch_of_a_step(network, dtype):
-    from darts_fast.kernels import aot
+def test_the_table_has_every_launch_of_a_rehearsal_and_that_every_one_of_a_step(network, dtype):
+    from darts_fast.kernels import aot, triton_backend
+    from darts_fast.kernels.backends import using
+    from darts_fast.kernels.compilation import key
+    from darts_fast.kernels.triton_launch import observed
 
     if network == "supernet":
-        setting = gpu_report.race.Setting(aot.BATCH, 16, 8, 32)
-        launches = gpu_report.launches_of_a_step(setting, dtype)
+        launches = gpu_report.launches_of_a_step(gpu_report.race.Setting(aot.BATCH, 16, 8, 32), dtype)
     else:
         launches = gpu_report.launches_of_a_training(dtype)
     assert len(launches) > 500
-    table = {aot.key(planned) for planned in getattr(aot, f"{network}_launches")(getattr(torch, dtype))}
-    missing = [planned for planned in launches if aot.key(planned) not in table]
-    assert not missing, missing[0]
+    run, rehearsed = run_at_the_papers_setting(network, dtype), []
+    with using(triton_backend), observed(rehearsed.append), torch.device("meta"):
+        run.rehearse()
+    types = {torch.float32, getattr(torch, dtype)}  # an evaluation is in float32
+    table = [planned for one in types for planned in getattr(aot, f"{network}_launches")(one)]
+    in_step, in_rehearsal, in_table = (set(map(key, found)) for found in (launches, rehearsed, table))
+    assert not in_step - in_rehearsal
+    assert not in_rehearsal - in_table

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled 
 triton = pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 from test_triton import (  # noqa: E402
+    concatenated_mixes,
     expected_last_sweeps_of_mix,
     expected_last_sweeps_of_sepconv,
     images,
@@ -29,7 +30,7 @@ from test_triton import (  # noqa: E402
     widened,
 )
 
-from darts_fast import architect  # noqa: E402
+from darts_fast import architect, kernels  # noqa: E402
 from darts_fast.kernels import Task, torch_backend, triton_backend  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
@@ -162,6 +163,17 @@ def test_hessian_vector_product_of_a_supernet(size):
     for f, a, e in zip(found, again, expected, strict=True):
         assert relative_error(f.cpu(), e.cpu()) <= 1e-9
         assert torch.equal(f, a), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", SIZES)
+def test_mixes_write_the_slices_of_their_concatenation(shape, dtype):
+    n, c, height, width = shape
+    y, p = [images(shape, dtype, i) for i in range(3)], [weight((2,), dtype, 10 + i) for i in range(2)]
+    arguments = to_cuda((y, p, images((n, 2 * c, height, width), dtype, 20)))
+    with using(torch_backend):
+        expected = concatenated_mixes(*widened(arguments), None)
+    check(lambda *arguments: concatenated_mixes(*arguments, kernels.Slices(2)), arguments, dtype, expected)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

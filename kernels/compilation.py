@@ -1,0 +1,203 @@
+"""What Triton's compiler is given for a launch, without a GPU; and many of them compiled at a time.
+
+python -m darts_fast.kernels.compilation    a worker of `compile_ahead`
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from darts_fast.kernels.triton_launch import Launch
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+}
+
+
+def signature(planned: Launch) -> dict[str, Any]:
+    """Parameter types as the launch would specialise them: an integer that is 1 is compiled in."""
+    types = {name: _type(value) for name, value in planned.arguments.items()}
+    types.update(dict.fromkeys(planned.constants, "constexpr"))
+    return {name: types[name] for name in planned.kernel.arg_names}
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type(v) for v in value)
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "constexpr" if value == 1 else "i32" if value < 2**31 else "i64"
+
+
+def _aligned(value: Any) -> bool:
+    if isinstance(value, Tensor):  # allocations are aligned to far more than 16 bytes
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return value != 1 and value % 16 == 0
+
+
+def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
+    """Which parameters are divisible by 16, by place; as the launcher has them, so that it finds on disk what
+    was compiled here for its device."""
+    found = {}
+    for i, name in enumerate(planned.kernel.arg_names):
+        value = planned.arguments.get(name, 1)
+        if isinstance(value, tuple):
+            found |= {(i, j): v for j, v in enumerate(value)}
+        else:
+            found[i,] = value
+    return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
+
+
+def source(planned: Launch) -> ASTSource:
+    """What Triton's launcher would compile."""
+    names = planned.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in planned.constants.items()}
+    ones = [name for name, value in planned.arguments.items() if isinstance(value, int) and value == 1]
+    constants |= {(names.index(name),): 1 for name in ones}
+    return ASTSource(planned.kernel, signature(planned), constants, attributes(planned))
+
+
+def key(planned: Launch) -> str:
+    """The same for two launches where the second compiles nothing."""
+    return f"{planned.kernel.fn.__name__} {signature(planned)} {attributes(planned)} {planned.constants}"
+
+
+def unique(launches: list[Launch]) -> list[Launch]:
+    found: dict[str, Launch] = {}
+    for planned in launches:
+        found.setdefault(key(planned), planned)
+    return list(found.values())
+
+
+def compiled(given: ASTSource, warps: int, arch: int) -> Any:
+    """The kernel for sm_<arch>, from Triton's cache if it is there."""
+    return triton.compile(given, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+# Compiling ahead
+
+
+def processes() -> int:
+    """How many are worth having: one a processor that this process may use; each holds 0.75 GB."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, found)
+
+
+def note(launches: Sequence[Launch], arch: int) -> Path:
+    """The file, in Triton's cache, that says that all of these were compiled for sm_<arch>. It is the caller
+    who writes it. Another Triton, another source of a kernel is another file."""
+    given = [triton.__version__, arch, *((source(planned).hash(), planned.warps) for planned in launches)]
+    digest = hashlib.sha256(repr(given).encode()).hexdigest()
+    return Path(triton.knobs.cache.dir) / f"darts_fast-{digest}"
+
+
+def compile_ahead(
+    launches: Sequence[Launch], archs: Sequence[int], count: int
+) -> Iterator[tuple[Launch, int, str]]:
+    """Each launch with each architecture, in order, when one of `count` processes has brought its kernel into
+    Triton's cache; or else with the reason, which whoever launches it is told, too.
+
+    Raises:
+        RuntimeError: a process that compiles ended.
+    """
+    workers: SimpleQueue = SimpleQueue()
+
+    def one(job: tuple[Launch, int]) -> tuple[Launch, int, str]:
+        worker = workers.get()
+        try:
+            worker.stdin.write(_message(*job) + "\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+            if not answer:
+                raise RuntimeError("a process that compiles kernels ended before it was done")
+        except BrokenPipeError:
+            raise RuntimeError("a process that compiles kernels ended before it was asked") from None
+        finally:
+            workers.put(worker)
+        return *job, answer.strip()
+
+    # A worker sees no GPU, and compiles though this process interprets.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", __name__]
+    with ExitStack() as stack:
+        for _ in range(count):
+            worker = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for the caller, who closes the pipes
+                )
+            )
+            stack.callback(_end, worker)
+            workers.put(worker)
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield from pool.map(one, ((planned, arch) for planned in launches for arch in archs))
+
+
+def _end(worker: subprocess.Popen) -> None:
+    with suppress(BrokenPipeError):  # it has ended, and did not read what was written
+        worker.stdin.close()
+
+
+def _message(planned: Launch, arch: int) -> str:
+    kernel, given = planned.kernel.fn, source(planned)
+    constants = [[place, _plain(value)] for place, value in given.constants.items()]
+    fields = kernel.__module__, kernel.__name__, given.signature, constants, list(given.attrs.items())
+    return json.dumps([*fields, planned.warps, arch])
+
+
+def _plain(value: Any) -> Any:
+    return {"dtype": value.name} if isinstance(value, tl.dtype) else value
+
+
+def _from_plain(value: Any) -> Any:
+    """Of JSON: its lists were tuples."""
+    if isinstance(value, dict):
+        return tl.dtype(value["dtype"])
+    return tuple(map(_from_plain, value)) if isinstance(value, list) else value
+
+
+def _work() -> None:
+    for line in sys.stdin:
+        module, name, signature, constants, attributes, warps, arch = json.loads(line)
+        given = ASTSource(
+            getattr(importlib.import_module(module), name),
+            {key: _from_plain(value) for key, value in signature.items()},
+            {tuple(place): _from_plain(value) for place, value in constants},
+            {tuple(place): value for place, value in attributes},
+        )
+        try:
+            compiled(given, warps, arch)
+        except Exception as error:  # whatever a compiler raises
+            print(repr(error).replace("\n", " "), flush=True)
+        else:
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    _work()

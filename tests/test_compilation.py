@@ -1,0 +1,103 @@
+"""Kernels compiled ahead, in several processes, into Triton's cache."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from darts_fast import fused
+
+pytest.importorskip("triton", reason="Triton is installed on Linux only")
+
+from darts_fast.kernels import compilation  # noqa: E402
+
+# Two kernels in two processes; then again here, which finds them; then one that no compiler takes.
+AHEAD = """
+import os, torch
+from darts_fast.kernels import aot, compilation
+cache = os.environ["TRITON_CACHE_DIR"]
+table = aot.supernet_launches(torch.float16, quick=True)
+pools = [planned for planned in table if planned.kernel.fn.__name__ == "pool_fwd_kernel"]
+done = list(compilation.compile_ahead(pools, [90, 100], 2))
+assert done == [(planned, arch, "") for planned in pools for arch in (90, 100)], done
+before = sorted(os.listdir(cache))
+assert len(before) >= 4
+for planned, arch, _ in done:
+    compilation.compiled(compilation.source(planned), planned.warps, arch)
+assert sorted(os.listdir(cache)) == before
+bad = pools[0]._replace(constants={**pools[0].constants, "BLOCK_C": 3})
+for _, _, error in compilation.compile_ahead([bad, pools[0]], [90], 1):
+    print("error" if error else "done")
+given = (pools, 90), (pools, 100), (pools[:1], 90), ([bad], 90)
+notes = [compilation.note(*one) for one in given]
+assert len(set(notes)) == 4 and notes[0] == compilation.note(pools, 90), notes
+assert {str(note.parent) for note in notes} == {cache}, notes
+"""
+
+
+def test_what_processes_compile_is_found_by_others(tmp_path):
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["error", "done"]
+
+
+def test_a_process_that_ends_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(compilation, "_message", lambda *job: "")
+    with pytest.raises(RuntimeError, match="a process that compiles kernels ended"):
+        list(compilation.compile_ahead([None] * 3, [90], 2))
+
+
+class Machine:
+    """One whose GPU is of this capability, and where nothing is compiled but it is noted."""
+
+    def __init__(self, monkeypatch, tmp_path, capability=(9, 0)):
+        self.said, self.compiled, self.error = [], [], None
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(compilation, "compile_ahead", self.compile_ahead)
+        monkeypatch.setattr(compilation, "note", lambda launches, arch: tmp_path / f"note-{arch}")
+
+    def compile_ahead(self, launches, archs, count):
+        for planned in launches:
+            self.compiled.append((planned.kernel.fn.__name__, *archs))
+            yield planned, *archs, ""
+            if self.error:
+                raise self.error
+
+    def start(self, each=lambda: None):
+        fused.compile_kernels(rehearse, torch.device("cuda"), self.said.append, each)
+
+
+def rehearse():
+    """The same launch twice, and another."""
+    from darts_fast import kernels
+
+    for shape in ((2, 4, 8, 8), (2, 4, 8, 8), (2, 4, 16, 16)):
+        kernels.pool(torch.zeros(shape), 1)
+
+
+def test_kernels_are_compiled_once(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path)
+    machine.start()
+    assert machine.compiled == [("pool_fwd_kernel", 90)] * 2
+    assert len(machine.said) == 1 and machine.said[0].startswith("compiling 2 kernels for sm_90")
+    machine.start()
+    assert len(machine.compiled) == 2 and len(machine.said) == 1
+
+
+def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        machine.start(stop)
+    machine.error = RuntimeError("out of memory")
+    machine.start()
+    assert machine.said[-1] == "each kernel is compiled when it is launched instead: out of memory"
+    machine.error = None
+    machine.start()
+    assert len(machine.compiled) == 1 + 1 + 2
