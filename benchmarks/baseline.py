@@ -76,7 +76,7 @@ def compiled() -> Counts:
         first.setdefault(planned.kernel.fn.__name__, planned)
     found = {}
     for planned in first.values():
-        report = aot.compiled(planned, 90)
+        report = aot.report(planned, 90)
         name = f"{report.kernel} {report.setting}, {report.arch}"
         found[name] = {"registers": report.registers, "spills": report.spills, "shared bytes": report.shared}
     return found

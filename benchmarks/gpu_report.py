@@ -153,15 +153,17 @@ def compilation(bench: Bench) -> None:
     for kind in kinds[: 1 if bench.quick else None]:
         planned = launches_to_compile(bench, kind)
         facts[f"{kind}: kernels"] = len(planned)
-        for one, _, error in compile_ahead(planned, [10 * major + minor], count):
-            if error:
-                facts["failed"].append(f"{one.kernel.fn.__name__}: {error[:500]}")
-            else:
-                facts["kernels compiled"] += 1
+        for error in compile_ahead(planned, [10 * major + minor], count, _error):
+            facts["failed"] += [error] if error else []
+            facts["kernels compiled"] += not error
             facts["seconds"] = round(time.monotonic() - started, 1)
             bench.save()
     if facts["failed"]:
         raise RuntimeError(f"{len(facts['failed'])} kernels were not compiled")
+
+
+def _error(planned: Any, arch: int, error: str) -> str:
+    return error and f"{planned.kernel.fn.__name__}: {error[:500]}"
 
 
 def launches_to_compile(bench: Bench, kind: str) -> list:

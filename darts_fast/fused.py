@@ -71,7 +71,7 @@ def compile_kernels(
     if note.exists():
         return
     say(f"compiling {len(launches)} kernels for sm_{arch} in {count} processes, the first time only")
-    jobs = compilation.compile_ahead(launches, [arch], count)
+    jobs = compilation.compile_ahead(launches, [arch], count, lambda planned, arch, error: error)
     try:
         for _ in tqdm(jobs, total=len(launches), unit="kernel", disable=None, leave=False):
             each()

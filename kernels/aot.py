@@ -268,8 +268,8 @@ class Report(NamedTuple):
     occupancy: float
 
 
-def compiled(planned: Launch, arch: int) -> Report:
-    """Compiles for sm_<arch> and reads the machine code."""
+def report(planned: Launch, arch: int, _: str = "") -> Report:
+    """Compiles for sm_<arch>, or finds it compiled, and reads the machine code."""
     binary = compilation.compiled(source(planned), planned.warps, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -357,8 +357,7 @@ def main() -> int:
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
     launches = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
-    for planned, arch, _ in compilation.compile_ahead(launches, archs, args.processes):
-        r = compiled(planned, arch)
+    for r in compilation.compile_ahead(launches, archs, args.processes, report):
         found.append(r)
         print(
             f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"

@@ -9,12 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from darts_fast.kernels.triton_launch import Launch
+
+T = TypeVar("T")
 
 TYPES = {
     torch.float64: "*fp64",
@@ -113,17 +115,18 @@ def note(launches: Sequence[Launch], arch: int) -> Path:
 
 
 def compile_ahead(
-    launches: Sequence[Launch], archs: Sequence[int], count: int
-) -> Iterator[tuple[Launch, int, str]]:
-    """Each launch with each architecture, in order, when one of `count` processes has brought its kernel into
-    Triton's cache; or else with the reason, which whoever launches it is told, too.
+    launches: Sequence[Launch], archs: Sequence[int], count: int, then: Callable[[Launch, int, str], T]
+) -> Iterator[T]:
+    """What `then` gives for each launch and architecture, in order. It is called, in one of `count` threads,
+    when a process has brought the kernel into Triton's cache, or with the reason why not, which whoever
+    launches it is told, too; else with "".
 
     Raises:
         RuntimeError: a process that compiles ended.
     """
     workers: SimpleQueue = SimpleQueue()
 
-    def one(job: tuple[Launch, int]) -> tuple[Launch, int, str]:
+    def one(job: tuple[Launch, int]) -> T:
         worker = workers.get()
         try:
             worker.stdin.write(_message(*job) + "\n")
@@ -135,7 +138,7 @@ def compile_ahead(
             raise RuntimeError("a process that compiles kernels ended before it was asked") from None
         finally:
             workers.put(worker)
-        return *job, answer.strip()
+        return then(*job, answer.strip())
 
     # A worker sees no GPU, and compiles though this process interprets.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}

@@ -279,12 +279,12 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
-        o_in_y = o_t[:, None] * y_row + o_k[None, :]
+        o_in_y = i_first * y_row + (o_t[:, None] * y_row + o_k[None, :])
         m_y = m_p[:, None] & m_k[None, :]
-        b_y = tl.load(p_y + i_first * y_row + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
+        b_y = tl.load(p_y + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
         if TANGENT:
             m_yd = m_y & (pick(HAS_YD, i_task) > 0)
-            b_yd = tl.load(pick(p_seconds, i_task) + i_first * y_row + o_in_y, mask=m_yd, other=0.0)
+            b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
         if len(LINKED) > 0:
             m_own = m_p[:, None] & m_link[None, :]
             o_own = i_first * OWN_ROW + (o_t[:, None] * OWN_ROW + o_k[None, :])
@@ -815,9 +815,7 @@ def _launch_pointwise(
     partials = gradients = counts = None
     narrow = x.element_size() == 2 and direct and weight_gradients and (k <= 16 or 32 < k <= 64)
     narrow |= x.dtype == torch.float16 and weight_gradients and 32 < k < 64
-    halves = not direct and not any(call.has_depthwise)  # of factorized reduces
-    if x.dtype == torch.float32 and k <= 16:
-        narrow |= (weight_gradients and any(table.norms)) or (left is not None and halves)
+    narrow |= x.dtype == torch.float32 and weight_gradients and any(table.norms) and k <= 16
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
@@ -869,8 +867,8 @@ def _launch_pointwise(
         # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90),
         # those of 108 to 36 channels in bfloat16 twice, of 64 to 16 in float16 9 times (sm_80), of 128 to 64
         # 24 times and 3x3 and 5x5 of 36 in float16 8 times (sm_100); with 8 that of 36 in float32 (sm_100),
-        # and 5x5 of 36 in bfloat16. Of 16 in float32, second halves spilled 3 times with
-        # 4 (sm_90), the second sweep of factorized reduces twice (sm_100).
+        # and 5x5 of 36 in bfloat16. Second halves of 16 in float32 spilled 3 times
+        # with 4 (sm_90).
         8 if k > 64 or x.element_size() > 4 or narrow else 4,
     )
     return z, gradients

@@ -19,7 +19,7 @@ from darts_fast.kernels import aot, compilation
 cache = os.environ["TRITON_CACHE_DIR"]
 table = aot.supernet_launches(torch.float16, quick=True)
 pools = [planned for planned in table if planned.kernel.fn.__name__ == "pool_fwd_kernel"]
-done = list(compilation.compile_ahead(pools, [90, 100], 2))
+done = list(compilation.compile_ahead(pools, [90, 100], 2, lambda *result: result))
 assert done == [(planned, arch, "") for planned in pools for arch in (90, 100)], done
 before = sorted(os.listdir(cache))
 assert len(before) >= 4
@@ -27,7 +27,7 @@ for planned, arch, _ in done:
     compilation.compiled(compilation.source(planned), planned.warps, arch)
 assert sorted(os.listdir(cache)) == before
 bad = pools[0]._replace(constants={**pools[0].constants, "BLOCK_C": 3})
-for _, _, error in compilation.compile_ahead([bad, pools[0]], [90], 1):
+for error in compilation.compile_ahead([bad, pools[0]], [90], 1, lambda planned, arch, error: error):
     print("error" if error else "done")
 given = (pools, 90), (pools, 100), (pools[:1], 90), ([bad], 90)
 notes = [compilation.note(*one) for one in given]
@@ -47,7 +47,7 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setattr(compilation, "_message", lambda *job: "")
     with pytest.raises(RuntimeError, match="a process that compiles kernels ended"):
-        list(compilation.compile_ahead([None] * 3, [90], 2))
+        list(compilation.compile_ahead([None] * 3, [90], 2, print))
 
 
 class Machine:
@@ -59,10 +59,10 @@ class Machine:
         monkeypatch.setattr(compilation, "compile_ahead", self.compile_ahead)
         monkeypatch.setattr(compilation, "note", lambda launches, arch: tmp_path / f"note-{arch}")
 
-    def compile_ahead(self, launches, archs, count):
+    def compile_ahead(self, launches, archs, count, then):
         for planned in launches:
             self.compiled.append((planned.kernel.fn.__name__, *archs))
-            yield planned, *archs, ""
+            yield then(planned, *archs, "")
             if self.error:
                 raise self.error
 
