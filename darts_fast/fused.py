@@ -5,7 +5,7 @@ Parameters, buffers and names are the reference's, so a checkpoint of one is rea
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +49,9 @@ def counted(step: Callable[[], object], device: torch.device) -> Count:
 def compile_kernels(
     rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
 ) -> None:
-    """Compiles the Triton kernels that `rehearse` launches, on all processors; once for a machine and all
-    sizes, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 400
-    different ones of a step of the paper's network in ten minutes.
+    """Compiles the Triton kernels that `rehearse` launches, on all processors; once for a machine, as they
+    stay in Triton's cache. Launched, they would be compiled one after the other: the 400 different ones of
+    the paper's search in ten minutes.
 
     Args:
         rehearse: run on PyTorch's meta device.
@@ -73,8 +73,9 @@ def compile_kernels(
     say(f"compiling {len(launches)} kernels for sm_{arch} in {count} processes, the first time only")
     jobs = compilation.compile_ahead(launches, [arch], count, lambda planned, arch, error: error)
     try:
-        for _ in tqdm(jobs, total=len(launches), unit="kernel", disable=None, leave=False):
-            each()
+        with closing(jobs):
+            for _ in tqdm(jobs, total=len(launches), unit="kernel", disable=None, leave=False):
+                each()
         note.touch()
     except (OSError, RuntimeError) as error:
         say(f"each kernel is compiled when it is launched instead: {error}")

@@ -26,8 +26,8 @@ NOTHING = {
 }
 
 # PyTorch gives this operation no shapes for meta tensors.
-library = torch.library.Library("aten", "IMPL")
-library.impl(
+_library = torch.library.Library("aten", "IMPL")
+_library.impl(
     "batch_norm_update_stats",
     lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
     "Meta",

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -357,14 +358,15 @@ def main() -> int:
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
     launches = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
-    for r in compilation.compile_ahead(launches, archs, args.processes, report):
-        found.append(r)
-        print(
-            f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"
-            f"{f'{r.narrowest_load}-{r.widest_load}':>9}{r.tensor_core:>5}{r.occupancy:>5.0%}"
-            f"  {r.kernel} {r.setting}",
-            flush=True,
-        )
+    with closing(compilation.compile_ahead(launches, archs, args.processes, report)) as reports:
+        for r in reports:
+            found.append(r)
+            print(
+                f"{r.arch:<7}{r.registers:>5}{r.shared:>8}{r.stack:>6}{r.local:>6}{r.spills:>6}"
+                f"{f'{r.narrowest_load}-{r.widest_load}':>9}{r.tensor_core:>5}{r.occupancy:>5.0%}"
+                f"  {r.kernel} {r.setting}",
+                flush=True,
+            )
     bad = [r for r in found if r.spills or r.local or not r.occupancy]
     print(f"{len(found)} compilations, {len(bad)} with spills, local memory or no room for a block")
     if args.json:

@@ -279,21 +279,21 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
-        o_in_y = i_first * y_row + (o_t[:, None] * y_row + o_k[None, :])
+        o_in_y = o_t[:, None] * y_row + o_k[None, :]
         m_y = m_p[:, None] & m_k[None, :]
-        b_y = tl.load(p_y + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
+        b_y = tl.load(p_y + i_first * y_row + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
         if TANGENT:
             m_yd = m_y & (pick(HAS_YD, i_task) > 0)
-            b_yd = tl.load(pick(p_seconds, i_task) + o_in_y, mask=m_yd, other=0.0)
+            b_yd = tl.load(pick(p_seconds, i_task) + i_first * y_row + o_in_y, mask=m_yd, other=0.0)
         if len(LINKED) > 0:
             m_own = m_p[:, None] & m_link[None, :]
-            o_own = i_first * OWN_ROW + (o_t[:, None] * OWN_ROW + o_k[None, :])
-            b_h = tl.load(pick(p_own, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
+            o_own = o_t[:, None] * OWN_ROW + o_k[None, :]
+            b_h = tl.load(pick(p_own, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
             b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
             b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
-                b_hd = tl.load(pick(p_own_d, i_task) + o_own, mask=m_own, other=0.0).to(ACC)
+                b_hd = tl.load(pick(p_own_d, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
                 b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_own_r[None, :]
                 b_yd = b_yd.to(ACC) - b_gd_mean[None, :] - b_h * (b_sd + b_u)[None, :]
                 b_yd -= b_inner * (b_own_r * b_td)[None, :] + b_hd * b_s[None, :]
@@ -813,7 +813,8 @@ def _launch_pointwise(
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
     partials = gradients = counts = None
-    narrow = x.element_size() == 2 and direct and weight_gradients and (k <= 16 or 32 < k <= 64)
+    few = k <= 16 and c > 48
+    narrow = x.element_size() == 2 and direct and weight_gradients and (few or 32 < k <= 64)
     narrow |= x.dtype == torch.float16 and weight_gradients and 32 < k < 64
     narrow |= x.dtype == torch.float32 and weight_gradients and any(table.norms) and k <= 16
     if weight_gradients:

@@ -137,8 +137,10 @@ def test_the_table_has_every_launch_of_a_rehearsal_and_that_every_one_of_a_step(
         launches = gpu_report.launches_of_a_training(dtype)
     assert len(launches) > 500
     run, rehearsed = run_at_the_papers_setting(network, dtype), []
+    random = torch.get_rng_state()
     with using(triton_backend), observed(rehearsed.append), torch.device("meta"):
         run.rehearse()
+    assert torch.equal(torch.get_rng_state(), random)
     types = {torch.float32, getattr(torch, dtype)}  # an evaluation is in float32
     table = [planned for one in types for planned in getattr(aot, f"{network}_launches")(one)]
     in_step, in_rehearsal, in_table = (set(map(key, found)) for found in (launches, rehearsed, table))
