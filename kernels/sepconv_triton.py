@@ -293,7 +293,8 @@ def sepconv_bwd_pointwise_kernel(
             b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
-                b_hd = tl.load(pick(p_own_d, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
+                p_yd_own = pick(p_own_d, i_task) + i_first * OWN_ROW
+                b_hd = tl.load(p_yd_own + o_own, mask=m_own, other=0.0).to(ACC)
                 b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_own_r[None, :]
                 b_yd = b_yd.to(ACC) - b_gd_mean[None, :] - b_h * (b_sd + b_u)[None, :]
                 b_yd -= b_inner * (b_own_r * b_td)[None, :] + b_hd * b_s[None, :]
