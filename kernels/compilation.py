@@ -64,11 +64,17 @@ def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
     found = {}
     for i, name in enumerate(planned.kernel.arg_names):
         value = planned.arguments.get(name, 1)
+        if not COMPILED_IN_ARE_LISTED and isinstance(value, int) and value == 1:
+            continue
         if isinstance(value, tuple):
             found |= {(i, j): v for j, v in enumerate(value)}
         else:
             found[i,] = value
     return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
+
+
+# In the launcher's list of attributes, with none: so since Triton 3.7.
+COMPILED_IN_ARE_LISTED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 def source(planned: Launch) -> ASTSource:

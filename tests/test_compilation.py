@@ -1,5 +1,6 @@
 """Kernels compiled ahead, in several processes, into Triton's cache."""
 
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from darts_fast import fused
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 from darts_fast.kernels import compilation  # noqa: E402
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 # Two kernels in two processes; then again here, which finds them; then one that no compiler takes.
 AHEAD = """
@@ -35,9 +38,45 @@ assert len(set(notes)) == 4 and notes[0] == compilation.note(pools, 90), notes
 assert {str(note.parent) for note in notes} == {cache}, notes
 """
 
+# Each launch of the paper's search, as the launcher gives it to the compiler, and as compilation.py does.
+LAUNCHER = """
+import torch, triton.compiler
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:  # where there is no GPU to ask
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+class Given(Exception):
+    pass
+
+def compile(source, **options):
+    raise Given(source)
+
+triton.compiler.compile = compile
+driver.set_active(Driver())
+from darts_fast.kernels import aot, compilation
+count = 0
+for planned in aot.supernet_launches(torch.float16):
+    try:
+        planned.kernel.warmup(grid=(1,), **planned.arguments, **planned.constants, num_warps=planned.warps)
+    except Given as given:
+        assert given.args[0].hash() == compilation.source(planned).hash(), planned
+        count += 1
+print(count)
+"""
+
+
+def test_the_compiler_is_given_what_the_launcher_gives_it():
+    done = subprocess.run([sys.executable, "-c", LAUNCHER], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 400
+
 
 def test_what_processes_compile_is_found_by_others(tmp_path):
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": ""}
+    environment = {**ENVIRONMENT, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["error", "done"]
