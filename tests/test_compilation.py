@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 
-from darts_fast import fused
+from darts_fast import fused, loop
+from darts_fast.config import SearchConfig
+from darts_fast.datasets import read_data
+from darts_fast.runs import CHECKPOINT, RunFolder
+from darts_fast.search import Search
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
@@ -140,3 +144,30 @@ def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_pa
     machine.error = None
     machine.start()
     assert len(machine.compiled) == 1 + 1 + 2
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tmp_path):
+    class Launched(Exception):
+        pass
+
+    def compile_kernels(rehearsal, device, say, each):
+        each()
+        with torch.device("meta"):
+            rehearsal()
+        compiled.append(device.type)
+
+    def launch(*arguments):
+        raise Launched
+
+    compiled = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "compile_kernels", compile_kernels)
+    config = SearchConfig(fused=True, init_channels=2, layers=3, device="cpu")
+    run = Search(config, read_data(config, None))
+    run.device, run.traffic, run.take_step, run.engine = torch.device("cuda"), launch, launch, dict
+    with RunFolder.create(run.config, "digits") as run.folder, pytest.raises(Launched):
+        if resumed:
+            (run.folder.path / CHECKPOINT).touch()
+        run.run()
+    assert compiled == ["cuda"]
