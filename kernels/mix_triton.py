@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from darts_fast.kernels.handover import Link, Reader
+from darts_fast.kernels.launch_table import Case, channel_block, splits_of, tile, warps
 from darts_fast.kernels.torch_backend import Normalizer
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     Table,
     accumulator,
     counters,
-    elementwise_tile,
     images,
     in_rows,
     last_program,
@@ -28,7 +28,6 @@ from darts_fast.kernels.triton_launch import (
     load_normalizer,
     pick,
     row_stride,
-    splits_of,
     sum_of_rows,
 )
 
@@ -375,7 +374,7 @@ def mix_forward(
     y = candidates[0]
     outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
     table = Table.of(normalizers, candidates)
-    sizes, (tiles, blocks) = _sizes(y, _ahead(y, len(candidates)))
+    sizes, (tiles, blocks) = _sizes("mix_fwd_kernel", y, len(candidates))
     launch(
         mix_fwd_kernel,
         (tiles, blocks),
@@ -397,7 +396,7 @@ def add(terms: Sequence[Tensor]) -> Tensor:
     y = terms[0]
     terms = [in_rows(t) for t in terms]
     (out,) = images(1, y.shape, y.dtype, y.device)
-    sizes, grid = _sizes(y, _ahead(y, len(terms)))
+    sizes, grid = _sizes("add_kernel", y, len(terms))
     launch(
         add_kernel,
         grid,
@@ -425,7 +424,7 @@ def mix_backward(
 
 def _gains(p: Tensor, y: Tensor) -> Tensor:
     """Uninitialised, what dL/dp gains by block of channels."""
-    return p.new_empty(triton.cdiv(y.shape[1], _sizes(y)[0]["BLOCK_C"]), len(p))
+    return p.new_empty(triton.cdiv(y.shape[1], channel_block(y.shape[1])), len(p))
 
 
 def _over_blocks(gained: Tensor) -> Tensor:
@@ -488,7 +487,7 @@ def mix_tangent_forward(
     given = _where(has, tangents, candidates)
     table = Table.of(normalizers, candidates)
     outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
-    sizes, (tiles, blocks) = _sizes(y, _ahead(y, 2 * len(candidates)))
+    sizes, (tiles, blocks) = _sizes("mix_tangent_kernel", y, 2 * len(candidates))
     # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
     gained = _gains(p, y)
     tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), sums, gained)
@@ -574,7 +573,7 @@ def _launch_spread(
     adjoints, first_adjoints = ([reader.adjoint for reader in group] for group in (readers, firsts))
     table = Table.of(normalizers, tensors)
     out = images(len(tensors), y.shape, y.dtype, y.device)
-    sizes, grid = _sizes(y, _ahead(y, len(tensors) * (2 * len(readers) + 2)))
+    sizes, grid = _sizes("spread_kernel", y, len(tensors) * (2 * len(readers) + 2))
     launch(
         spread_kernel,
         grid,
@@ -626,8 +625,7 @@ def norm_sums(
     with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
-    # Of float64, sums of one candidate's tangents spilled twice with 2,048 (sm_90).
-    sizes, (tiles, blocks) = _sizes(y, 2048 if y.element_size() <= 4 else 1024)
+    sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y)
     splits = splits_of(tiles, entries)
     count = 2 if weighed is None else 4
     c, dtype = y.shape[1], accumulator(y.dtype)
@@ -687,7 +685,7 @@ def norm_backward(
     y, entries = ys[0], len(ys)
     table = Table.of(normalizers, ys)
     found = images(entries, y.shape, y.dtype, y.device)
-    sizes, (tiles, blocks) = _sizes(y)
+    sizes, (tiles, blocks) = _sizes("norm_bwd_kernel", y)
     yds_given = [None] * entries if yds is None else yds
     launch(
         norm_bwd_kernel,
@@ -720,7 +718,7 @@ def norm_backward(
             "FIRST": first is not None,
             **sizes,
         },
-        8 if gs[0].dtype == torch.float64 else 4,  # with 4, one adjoint spilled 2 registers (sm_100)
+        warps("norm_bwd_kernel", Case(y.dtype, y.shape[1])),
     )
     return list(found.unbind())
 
@@ -733,18 +731,10 @@ def _positions(y: Tensor) -> int:
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
-def _ahead(y: Tensor, tensors: int) -> int:
-    """Elements of a program of a kernel that is unrolled over so many tensors, each with two rows of
-    statistics, which it loads ahead: 4 a thread of each, in one load, or 2 where 4 are over 352 registers
-    (not all are held at once). With 4, tangents of 21 candidates of bfloat16 spilled, as 35 of float32
-    (sm_90)."""
-    bytes_ahead = tensors * (y.element_size() + 2 * accumulator(y.dtype).itemsize)
-    return 512 if bytes_ahead <= 352 else 256
-
-
-def _sizes(y: Tensor, elements: int = 2048) -> tuple[dict, tuple[int, int]]:
-    """The sizes that are compiled in, and the grid that covers y."""
-    c = y.shape[1]
-    block_p, block_c = elementwise_tile(c, y.dtype, elements)
-    sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[accumulator(y.dtype)]}
+def _sizes(kernel: str, y: Tensor, tensors: int = 0) -> tuple[dict, tuple[int, int]]:
+    """The sizes that are compiled in, and the grid that covers y; perhaps of a kernel that is unrolled over
+    so many tensors, each with two rows of statistics."""
+    c, wide = y.shape[1], accumulator(y.dtype)
+    block_p, block_c = tile(kernel, Case(y.dtype, c, ahead=tensors * (y.element_size() + 2 * wide.itemsize)))
+    sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[wide]}
     return sizes, (triton.cdiv(_positions(y), block_p), triton.cdiv(c, block_c))

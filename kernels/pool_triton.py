@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from darts_fast.kernels.launch_table import Case, tile
 from darts_fast.kernels.triton_launch import (
     ACCUMULATORS,
     accumulator,
     counters,
-    elementwise_tile,
     images,
     in_rows,
     last_program,
@@ -154,13 +154,6 @@ def pool_bwd_kernel(
     tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_out)
 
 
-def pool_tile(c: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Half the elements of other kernels: nine taps are loaded ahead, and a tile of 2,048 took 196 registers,
-    which leaves room for 8 of 64 warps. With 1,024, 2 registers spilled of 64 channels in bfloat16 (sm_90)
-    and of 16 in float16 (sm_100)."""
-    return elementwise_tile(c, dtype, 512 if c > 32 or dtype == torch.float16 else 1024)
-
-
 def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Maximum and average, the maximum's place in its window [N, C, H / stride, W / stride] int8, and the
     statistics of both [2, 3, C]. One read of x."""
@@ -170,7 +163,7 @@ def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     refuse_single_value(positions)
     maximum, average = images(2, shape, x.dtype, x.device)
     (position,) = images(1, shape, torch.int8, x.device)
-    block_p, block_c = pool_tile(c, x.dtype)
+    block_p, block_c = tile("pool_fwd_kernel", Case(x.dtype, c))
     tiles = triton.cdiv(positions, block_p)
     dtype = accumulator(x.dtype)
     partials, statistics = x.new_empty(2, tiles, 2, c, dtype=dtype), x.new_empty(2, 3, c, dtype=dtype)
@@ -200,7 +193,7 @@ def _launch_forward(
     partials, found, counts = (x, x, x) if statistics is None else statistics
     n, c, height, width = x.shape
     out_height, out_width = maximum.shape[2:]
-    block_p, block_c = pool_tile(c, x.dtype)
+    block_p, block_c = block = tile("pool_fwd_kernel", Case(x.dtype, c))
     tiles = triton.cdiv(n * out_height * out_width, block_p)
     launch(
         pool_fwd_kernel,
@@ -215,7 +208,7 @@ def _launch_forward(
             "p_counters": counts,
             "positions": n * out_height * out_width,
         },
-        {**_sizes(x, maximum, stride), "TANGENT": statistics is None},
+        {**_sizes(x, maximum, stride, block), "TANGENT": statistics is None},
     )
 
 
@@ -233,7 +226,7 @@ def pool_backward(
     maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
     terms = [in_rows(t) for t in terms]
     (found,) = images(1, x.shape, x.dtype, x.device)
-    block_p, block_c = pool_tile(c, x.dtype)
+    block_p, block_c = block = tile("pool_bwd_kernel", Case(x.dtype, c))
     launch(
         pool_bwd_kernel,
         (triton.cdiv(n * height * width, block_p), triton.cdiv(c, block_c)),
@@ -245,14 +238,14 @@ def pool_backward(
             "p_found": found,
             "positions": n * height * width,
         },
-        {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(x, maximum, stride)},
+        {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(x, maximum, stride, block)},
     )
     return found
 
 
-def _sizes(x: Tensor, pooled: Tensor, stride: int) -> dict:
+def _sizes(x: Tensor, pooled: Tensor, stride: int, block: tuple[int, int]) -> dict:
     _, c, height, width = x.shape
-    block_p, block_c = pool_tile(c, x.dtype)
+    block_p, block_c = block
     return {
         "H": height,
         "W": width,

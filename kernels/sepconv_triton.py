@@ -20,6 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from darts_fast.kernels.handover import Link
+from darts_fast.kernels.launch_table import (
+    Case,
+    dot_channel_block,
+    positions,
+    power_of_two,
+    splits_of,
+    tile,
+    warps,
+)
 from darts_fast.kernels.mix_triton import norm_backward, norm_sums
 from darts_fast.kernels.sepconv import Own
 from darts_fast.kernels.torch_backend import Normalizer, Task
@@ -28,18 +37,14 @@ from darts_fast.kernels.triton_launch import (
     Table,
     accumulator,
     counters,
-    dot_channel_block,
-    elementwise_tile,
     images,
     last_program,
     launch,
     load_normalizer,
     merge_statistics,
     pick,
-    power_of_two,
     refuse_single_value,
     row_stride,
-    splits_of,
     store_statistics,
     sum_of_rows,
 )
@@ -540,6 +545,18 @@ class _Call(NamedTuple):
         plain = all(task == Task(i) for i, task in enumerate(self.tasks)) and not any(self.has_depthwise)
         return plain and len(self.tasks) == len(self.sources) and not any(self.normalizers)
 
+    def case(self) -> Case:
+        x = self.sources[0]
+        return Case(
+            x.dtype,
+            x.shape[1],
+            self.out_shape[1],
+            self.tasks[0].stride,
+            any(self.has_depthwise),
+            any(self.normalizers),
+            self.direct(),
+        )
+
     def sizes(self) -> dict:
         x = self.sources[0]
         _, c, height, width = x.shape
@@ -569,15 +586,6 @@ class _Call(NamedTuple):
         return n * height * width
 
 
-# 64 positions: a tile of 64 x 64 float32 is 32 registers a thread of 4 warps, and two or three are alive.
-BLOCK_P = 64
-
-
-def forward_block(dtype: torch.dtype) -> int:
-    """Positions of a program of the forward kernel: with 64, float64 spilled up to 8 times (sm_90)."""
-    return BLOCK_P // 2 if dtype.itemsize > 4 else BLOCK_P
-
-
 def sepconv_forward(
     sources: Sequence[Tensor],
     normalizers: Sequence[Normalizer | None],
@@ -591,7 +599,7 @@ def sepconv_forward(
     call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
     refuse_single_value(call.positions())
     x = sources[0]
-    tiles = triton.cdiv(call.positions(), forward_block(x.dtype))
+    tiles = triton.cdiv(call.positions(), positions("sepconv_fwd_kernel", call.case()))
     y = call.outputs(join)
     k, dtype = call.out_shape[1], accumulator(x.dtype)
     partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
@@ -732,7 +740,8 @@ def _launch_forward(
     partials, found, counts = (y, y, y) if statistics is None else statistics
     table = Table.of(call.normalizers, call.sources)
     k = call.out_shape[1]
-    block_p = forward_block(y.dtype)
+    case = call.case()._replace(tangent=tangents is not None)
+    block_p = positions("sepconv_fwd_kernel", case)
     tiles = triton.cdiv(call.positions(), block_p)
     none = (0,) * len(call.tasks)
     launch(
@@ -772,9 +781,7 @@ def _launch_forward(
             "BLOCK_P": block_p,
             "BLOCK_K": max(16, power_of_two(k)),
         },
-        # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90), tangents of 32 up
-        # to 6 times (bfloat16, sm_100). With 8, tangents of 64 did, and 16 channels have 64-bit loads.
-        8 if k > 64 or (tangents and 16 < k <= 32) else 4,
+        warps("sepconv_fwd_kernel", case),
     )
 
 
@@ -802,22 +809,11 @@ def _launch_pointwise(
     z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
     taps = max(call.kernels()) ** 2
     block_c = dot_channel_block(c, x.dtype)
-    # Weight gradients of wide types have a dot over positions, which the compiler unrolls: 64 spilled. So did
-    # the second sweep at 64 channels, and took 168 KiB of shared memory, where sm_80 has 163. 1x1
-    # convolutions of 32 and 64 outputs spilled with 32, too, and float64 took 176 KiB.
-    # Second sweeps of 64 outputs of bfloat16 spilled 410 times with 64 (sm_100).
-    block_p = BLOCK_P // 2 if left else BLOCK_P
-    if x.element_size() > 2 and (weight_gradients or left):
-        block_p = BLOCK_P // 4 if k > 16 and not any(call.has_depthwise) else BLOCK_P // 2
-    if x.element_size() > 4:
-        block_p = BLOCK_P // 4
+    case = call.case()._replace(weights=weight_gradients, tangent=left is not None)
+    block_p = positions("sepconv_bwd_pointwise_kernel", case)
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
     partials = gradients = counts = None
-    few = k <= 16 and c > 48
-    narrow = x.element_size() == 2 and direct and weight_gradients and (few or 32 < k <= 64)
-    narrow |= x.dtype == torch.float16 and weight_gradients and 32 < k < 64
-    narrow |= x.dtype == torch.float32 and weight_gradients and any(table.norms) and k <= 16
     if weight_gradients:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
@@ -866,12 +862,7 @@ def _launch_pointwise(
             "BLOCK_K": max(16, power_of_two(k)),
             "BLOCK_TAPS": power_of_two(taps),
         },
-        # With 4, 144 outputs of float32 spilled up to 287 times, 1x1 convolutions of float64 9 times (sm_90),
-        # those of 108 to 36 channels in bfloat16 twice, of 64 to 16 in float16 9 times (sm_80), of 128 to 64
-        # 24 times and 3x3 and 5x5 of 36 in float16 8 times (sm_100); with 8 that of 36 in float32 (sm_100),
-        # and 5x5 of 36 in bfloat16. Second halves of 16 in float32 spilled 3 times
-        # with 4 (sm_90).
-        8 if k > 64 or x.element_size() > 4 or narrow else 4,
+        warps("sepconv_bwd_pointwise_kernel", case),
     )
     return z, gradients
 
@@ -923,14 +914,7 @@ def _launch_backward(
     table = Table.of(call.normalizers, call.sources)
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
-    # Of first halves in float32, 2,048 elements spilled 2 registers (16 channels, sm_90), with stride 2 4 (64
-    # channels, sm_80).
-    elements = 2048
-    if call.tasks[0].stride > 1:
-        elements = 512 if x.element_size() == 2 else 1024
-    elif x.element_size() == 4 and not table.batch:
-        elements = 1024
-    block_p, block_c = elementwise_tile(c, x.dtype, elements)
+    block_p, block_c = tile("sepconv_bwd_kernel", call.case())
     tiles = triton.cdiv(call.pixels(), block_p)
     found = images(count, x.shape, x.dtype, x.device)
     partials = sums = counts = None

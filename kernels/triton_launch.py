@@ -70,39 +70,6 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict,
             kernel[grid](**arguments, **constants, num_warps=warps)
 
 
-# Tiles: BLOCK_P positions x BLOCK_C channels a program.
-
-
-def power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def channel_block(channels: int) -> int:
-    """Channels of a tile: 16 is the least that tl.dot takes, 64 the most that a tile of positions leaves
-    registers for; wider tensors (the 1x1 preprocessing reads up to 256) go through in several."""
-    return min(64, max(16, power_of_two(channels)))
-
-
-def dot_channel_block(channels: int, dtype: torch.dtype) -> int:
-    """The same where there is a dot. Wider types than 2 bytes have no tensor cores here, and the compiler
-    unrolls their dots: with 64 x 64 channels float32 spilled 5 KB a thread. They take 16 channels a time;
-    2-byte types 32, with 64 bfloat16 spilled 144 bytes on sm_80."""
-    return min(32, channel_block(channels)) if dtype.itemsize == 2 else 16
-
-
-def elementwise_tile(channels: int, dtype: torch.dtype, elements: int = 2048) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_C) of kernels without a dot: 2,048 elements, 16 a thread of 4 warps, so that a thread
-    has four 128-bit float32 loads under way for each of its operands. Of float64, half as many."""
-    block_c = channel_block(channels)
-    return elements * 4 // max(4, dtype.itemsize) // block_c, block_c
-
-
-def splits_of(tiles: int, entries: int, programs: int = 1024) -> int:
-    """Programs that share the tiles of a reduction of each of `entries`: about 1,024 programs in all, eight
-    for each of an H100's 132 multiprocessors, and partial sums that are small beside what they are of."""
-    return max(1, min(tiles, programs // entries))
-
-
 # Tensors
 
 

@@ -1,0 +1,168 @@
+"""The launch table: tiles and warps of every Triton kernel, by type and shape; a reason beside each row.
+
+Of a kernel's rows the first that fits is taken: nothing is tuned at run time. The rows are the same on every
+architecture; one that a reason names is where the row was needed, and the others compile without spills, too.
+Spills are instructions that Triton 3.8 made, as `python -m darts_fast.kernels.aot` counts them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Case(NamedTuple):
+    """What a launch is looked up by."""
+
+    dtype: torch.dtype  # of the activations
+    c: int  # channels, of a convolution's source
+    k: int = 0  # channels of a convolution's output
+    stride: int = 1
+    depthwise: bool = False  # whether a task has a depthwise part
+    normalized: bool = False  # whether a source is
+    direct: bool = False  # 1x1 convolutions of a source each
+    weights: bool = False  # with weight gradients
+    tangent: bool = False  # of the last two sweeps
+    ahead: int = 0  # bytes a channel of all that a program loads, where it is unrolled over tensors
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize
+
+
+Rows = tuple[tuple[Callable[[Case], bool], int], ...]
+
+
+def otherwise(_: Case) -> bool:
+    return True
+
+
+# Positions of a program of a kernel with a dot. 64: a tile of 64 x 64 float32 is 32 registers a thread of 4
+# warps, and two or three are alive.
+POSITIONS: dict[str, Rows] = {
+    "sepconv_fwd_kernel": (
+        # With 64 up to 8 spills (sm_90).
+        (lambda q: q.bytes == 8, 32),
+        (otherwise, 64),
+    ),
+    "sepconv_bwd_pointwise_kernel": (
+        # 64 outputs took 176 KiB of shared memory, where sm_80 has 163.
+        (lambda q: q.bytes == 8, 16),
+        # The compiler unrolls dots of float32, those of weight gradients over positions. With 32, 1x1
+        # convolutions of 32 and 64 outputs spilled.
+        (lambda q: q.bytes == 4 and (q.weights or q.tangent) and not q.depthwise and q.k > 16, 16),
+        # With 64, weight gradients spilled 141 times; so did second sweeps at 64 channels, in 168 KiB.
+        (lambda q: q.bytes == 4 and (q.weights or q.tangent), 32),
+        # With 64, 64 outputs of bfloat16 spilled 410 times (sm_100).
+        (lambda q: q.tangent, 32),
+        (otherwise, 64),
+    ),
+}
+
+# 4 a thread of each tensor, in one load. With 8, tangents of 21 candidates of bfloat16 spilled; with 4, those
+# of 35 of float32 (sm_90), whose 35 x 12 bytes are more than the 352 that fit (not all are held at once).
+UNROLLED: Rows = ((lambda q: q.ahead <= 352, 512), (otherwise, 256))
+# Nine taps are loaded ahead: a tile of 2,048 took 196 registers, which leaves room for 8 of 64 warps. With
+# 1,024, 64 channels of bfloat16 (sm_90) and 16 of float16 (sm_100) spilled twice.
+POOL: Rows = ((lambda q: q.c > 32 or q.dtype == torch.float16, 512), (otherwise, 1024))
+
+# Elements of a program of a kernel without a dot. 2,048: 16 a thread of 4 warps, so that it has four 128-bit
+# loads of float32 under way for each of its operands. Of float64, half as many.
+ELEMENTS: dict[str, Rows] = {
+    "sepconv_bwd_kernel": (
+        # With 1,024, second sweeps of bfloat16 spilled twice (sm_100).
+        (lambda q: q.stride > 1 and q.bytes == 2, 512),
+        # With 2,048, 64 channels of float32 spilled 4 times, with 512 twice (sm_80).
+        (lambda q: q.stride > 1, 1024),
+        # First halves: with 2,048, 16 channels spilled twice (sm_90).
+        (lambda q: q.bytes == 4 and not q.normalized, 1024),
+        (otherwise, 2048),
+    ),
+    "pool_fwd_kernel": POOL,
+    "pool_bwd_kernel": POOL,
+    "mix_fwd_kernel": UNROLLED,
+    "mix_tangent_kernel": UNROLLED,
+    "spread_kernel": UNROLLED,
+    "add_kernel": UNROLLED,
+    "norm_sums_kernel": (
+        # With 2,048, tangents of one candidate spilled twice (sm_90).
+        (lambda q: q.bytes == 8, 1024),
+        (otherwise, 2048),
+    ),
+    "norm_bwd_kernel": ((otherwise, 2048),),
+}
+
+# Warps of a program; of kernels that are not here 4.
+WARPS: dict[str, Rows] = {
+    "sepconv_fwd_kernel": (
+        # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
+        (lambda q: q.k > 64, 8),
+        # With 4 up to 6 spills (bfloat16, sm_100). With 8, tangents of 64 spilled, and 16 channels had 64-bit
+        # loads.
+        (lambda q: q.tangent and 16 < q.k <= 32, 8),
+        (otherwise, 4),
+    ),
+    "sepconv_bwd_pointwise_kernel": (
+        # With 4, 144 outputs of float32 spilled up to 287 times (sm_90).
+        (lambda q: q.k > 64, 8),
+        # With 4, weight gradients of 1x1 convolutions spilled 9 times (sm_90).
+        (lambda q: q.bytes == 8, 8),
+        # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
+        # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
+        (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
+        # The same of 64 to 16 of float16: 9 (sm_80). With 8, of 48 to 16 of bfloat16 8 (sm_100).
+        (lambda q: q.bytes == 2 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
+        # Of 3x3 and 5x5 of 36: 8 (sm_100); with 8, of 5x5 of bfloat16.
+        (lambda q: q.dtype == torch.float16 and q.weights and 32 < q.k < 64, 8),
+        # Of second halves of 16: 3 (sm_90).
+        (lambda q: q.bytes == 4 and q.weights and q.normalized and q.k <= 16, 8),
+        (otherwise, 4),
+    ),
+    "norm_bwd_kernel": (
+        # With 4, one adjoint spilled twice (sm_100).
+        (lambda q: q.bytes == 8, 8),
+        (otherwise, 4),
+    ),
+}
+
+
+def positions(kernel: str, case: Case) -> int:
+    """BLOCK_P of a kernel with a dot."""
+    return _first(POSITIONS[kernel], case)
+
+
+def tile(kernel: str, case: Case) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_C) of a kernel without one."""
+    block_c = channel_block(case.c)
+    return _first(ELEMENTS[kernel], case) * 4 // max(4, case.bytes) // block_c, block_c
+
+
+def warps(kernel: str, case: Case) -> int:
+    return _first(WARPS[kernel], case) if kernel in WARPS else 4
+
+
+def _first(rows: Rows, case: Case) -> int:
+    return next(value for fits, value in rows if fits(case))
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def channel_block(channels: int) -> int:
+    """Channels of a tile: 16 is the least that tl.dot takes, 64 the most that a tile of positions leaves
+    registers for; wider tensors (the 1x1 preprocessing reads up to 256) go through in several."""
+    return min(64, max(16, power_of_two(channels)))
+
+
+def dot_channel_block(channels: int, dtype: torch.dtype) -> int:
+    """The same where there is a dot. Wider types than 2 bytes have no tensor cores here, and the compiler
+    unrolls their dots: with 64 x 64 channels float32 spilled 5 KB a thread. They take 16 channels a time;
+    2-byte types 32, with 64 bfloat16 spilled 144 bytes on sm_80."""
+    return min(32, channel_block(channels)) if dtype.itemsize == 2 else 16
+
+
+def splits_of(tiles: int, entries: int, programs: int = 1024) -> int:
+    """Programs that share the tiles of a reduction of each of `entries`: about 1,024 programs in all, eight
+    for each of an H100's 132 multiprocessors, and partial sums that are small beside what they are of."""
+    return max(1, min(tiles, programs // entries))
