@@ -33,10 +33,10 @@ from darts_fast.kernels.triton_launch import (
 
 
 @triton.jit
-def store_in_all(p_outs, ROWS: tl.constexpr, b_out, i_first, o_t, o_c, m):
+def store_in_all(p_outs, ROWS: tl.constexpr, b_out, o_p, o_c, m):
     for i in tl.static_range(len(p_outs)):
-        o_out = o_t[:, None] * ROWS[i] + o_c[None, :]
-        tl.store(p_outs[i] + i_first * ROWS[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
+        o_out = o_p[:, None] * ROWS[i] + o_c[None, :]
+        tl.store(p_outs[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def mix_fwd_kernel(
         b_scale = tl.load(p_weights + k) * b_r  # [BLOCK_C]
         b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_total += (b_y - b_mean[None, :]) * b_scale[None, :]
-    store_in_all(p_outs, OUT_ROWS, b_total, i_first, o_t, o_c, m)
+    store_in_all(p_outs, OUT_ROWS, b_total, i_first + o_t, o_c, m)
 
 
 @triton.jit
@@ -360,7 +360,7 @@ def mix_tangent_kernel(
                 b_h = (b_y - b_mean[None, :]) * b_r[None, :]
                 b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
             b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
-    store_in_all(p_outs, OUT_ROWS, b_total, i_first, o_t, o_c, m)
+    store_in_all(p_outs, OUT_ROWS, b_total, i_first + o_t, o_c, m)
 
 
 def mix_forward(
