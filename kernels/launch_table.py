@@ -109,7 +109,8 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.bytes == 2 and q.weights and q.depthwise and 64 < q.k <= 128, 4),
         # With 4, 144 outputs of float32 spilled up to 287 times (sm_90).
         (lambda q: q.k > 64, 8),
-        # With 4, weight gradients of 1x1 convolutions spilled 9 times (sm_90).
+        # 1x1 weight gradients: with 8, 32 outputs spilled 3 times (sm_90, sm_100); with 4, others 9 (sm_90).
+        (lambda q: q.bytes == 8 and q.direct and q.weights and 16 < q.k <= 32, 4),
         (lambda q: q.bytes == 8, 8),
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
