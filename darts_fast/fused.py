@@ -51,7 +51,7 @@ def compile_kernels(
 ) -> None:
     """Compiles the Triton kernels that `rehearse` launches, on all processors; once for a machine, as they
     stay in Triton's cache. Launched, they would be compiled one after the other: the 400 different ones of
-    the paper's search in ten minutes.
+    the paper's search in minutes.
 
     Args:
         rehearse: run on PyTorch's meta device.
