@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU and says what became of them.
 
     python -m darts_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
-        [--kernel NAME ...] [--processes N] [--json F]
+        [--kernel NAME ...] [--json F]
 
 Every kernel is compiled as the launchers launch it at the paper's settings: the search (16 channels, 8
 layers) and, but for float64, the training of a derived network (36 channels, 20 layers); the number of images
@@ -345,7 +345,6 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(dtypes), default=list(dtypes))
     parser.add_argument("--quick", action="store_true", help="16 channels and one task list only")
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
-    parser.add_argument("--processes", type=int, default=compilation.processes(), help="that compile")
     parser.add_argument("--json", metavar="F", help="write the table there too")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -358,7 +357,7 @@ def main() -> int:
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
     launches = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
-    with closing(compilation.compile_ahead(launches, archs, args.processes, report)) as reports:
+    with closing(compilation.compile_ahead(launches, archs, compilation.processes(), report)) as reports:
         for r in reports:
             found.append(r)
             print(

@@ -1,6 +1,6 @@
 """What Triton's compiler is given for a launch, without a GPU; and many of them compiled at a time.
 
-python -m darts_fast.kernels.compilation    a worker of `compile_ahead`
+`python -m darts_fast.kernels.compilation` is a worker of `compile_ahead`.
 """
 
 import hashlib
