@@ -5,7 +5,7 @@ Parameters, buffers and names are the reference's, so a checkpoint of one is rea
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +72,16 @@ def compile_kernels(
         return
     say(f"compiling {len(launches)} kernels for sm_{arch} in {count} processes, the first time only")
     jobs = compilation.compile_ahead(launches, [arch], count, lambda planned, arch, error: error)
-    try:
-        with closing(jobs):
-            for _ in tqdm(jobs, total=len(launches), unit="kernel", disable=None, leave=False):
-                each()
+    with closing(jobs), tqdm(total=len(launches), unit="kernel", disable=None, leave=False) as bar:
+        for _ in launches:
+            try:
+                next(jobs)
+            except (OSError, RuntimeError) as error:
+                return say(f"each kernel is compiled when it is launched instead: {error}")
+            bar.update()
+            each()
+    with suppress(OSError):  # else they are found in the cache one by one
         note.touch()
-    except (OSError, RuntimeError) as error:
-        say(f"each kernel is compiled when it is launched instead: {error}")
 
 
 def kernels_on(like: Tensor) -> str:

@@ -10,6 +10,7 @@ import torch
 from darts_fast import fused, loop
 from darts_fast.config import SearchConfig
 from darts_fast.datasets import read_data
+from darts_fast.errors import RunError
 from darts_fast.runs import CHECKPOINT, RunFolder
 from darts_fast.search import Search
 
@@ -133,17 +134,19 @@ def test_kernels_are_compiled_once(monkeypatch, tmp_path):
 def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path)
 
-    def stop():
-        raise KeyboardInterrupt
+    for exception in (KeyboardInterrupt, RunError):  # a stop, and one that cannot be saved
 
-    with pytest.raises(KeyboardInterrupt):
-        machine.start(stop)
+        def stop(exception=exception):
+            raise exception
+
+        with pytest.raises(exception):
+            machine.start(stop)
     machine.error = RuntimeError("out of memory")
     machine.start()
     assert machine.said[-1] == "each kernel is compiled when it is launched instead: out of memory"
     machine.error = None
     machine.start()
-    assert len(machine.compiled) == 1 + 1 + 2
+    assert len(machine.compiled) == 1 + 1 + 1 + 2
 
 
 @pytest.mark.parametrize("resumed", [False, True])
