@@ -1,0 +1,278 @@
+"""What the three backends share: the arguments of their functions, and the functions that each of them has.
+
+Names are those of docs/mathematics.md. A trailing `d` there is `tangent` here, a capital is an `adjoint`, and
+a capital with a `d` is a second adjoint. Activations are [N, C, H, W] in channels-last memory, float64,
+float32, bfloat16 or float16; where it is said, they may be a slice of the channels of such a tensor. Weights,
+statistics, sums and p are float64 for float64 activations, else float32 (`accumulator`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-5  # of every batch norm, nn.BatchNorm2d's default
+
+
+class Source(NamedTuple):
+    """A tensor that is read as h: as it is, or normalised on load."""
+
+    x: Tensor  # [N, C, H, W]
+    statistics: Tensor | None = None  # [3, C]: mean, biased variance, r; h = (x - mean) r. None: h is x
+
+
+class Weights(NamedTuple):
+    """The weights of a task, or their tangents."""
+
+    depthwise: Tensor | None  # [C, 1, k, k], k odd; None: there is no depthwise convolution
+    pointwise: Tensor  # [K, C, 1, 1]
+
+
+class Task(NamedTuple):
+    """One half of a separable convolution, y = P (D * relu(h)), or a 1x1 convolution, y = P relu(h).
+
+    The depthwise convolution is padded to `same`. Without one the pixels (offset + stride * i, offset +
+    stride * j) are read, and the image's sizes must divide by the stride.
+    """
+
+    source: int  # its number among the sources of the call
+    weights: Weights
+    stride: int = 1
+    dilation: int = 1
+    offset: int = 0
+
+
+class Reader(NamedTuple):
+    """What reads a tensor y: candidate number `index` of a node, a source of second halves, or a
+    preprocessed state. It hands back the adjoint G of what it reads, h, so that dL/dy = p B(G):
+
+        B(G) = r (G - mean(G) - h mean(G h))
+
+    Without statistics h is y, and B(G) is G.
+    """
+
+    y: Tensor
+    statistics: Tensor | None  # [3, C], of y itself
+    index: int
+    adjoint: Tensor  # G, like y; may be a slice of channels
+    sums: Tensor | None  # [2, entries, C]: of G, G h; None: y has no statistics, and they are not read
+    weights: Tensor | None  # p [entries]; None: p is 1
+
+
+class SecondReader(NamedTuple):
+    """The same in the second backward sweep: the derivative of p B(G) along v, which is
+
+        p ( B(Gd) - r (t B(G) + s hd + u h) ),    t = mean(h yd), s = mean(G h), u = mean(G hd)
+
+    Without statistics it is p Gd.
+    """
+
+    first: Reader
+    tangent: Tensor  # yd
+    tangent_sums: Tensor | None  # [4, entries, C]: of yd, yd h, yd G, G
+    adjoint: Tensor  # Gd, as `first.adjoint`
+    sums: Tensor | None  # [2, entries, C]: of Gd, Gd h
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, one call of C++, or one function of the ATen backend."""
+
+    name: str
+    tensors: Sequence[Tensor]  # that it reads or writes
+
+    @property
+    def bytes(self) -> int:
+        """Of the distinct elements that it reads and writes: every kernel touches its tensors whole."""
+        found = {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in self.tensors}
+        return sum(t.numel() * t.element_size() for t in found.values())
+
+
+class Call(NamedTuple):
+    """A call of a backend's function: its name, what it reads and what it writes."""
+
+    function: str
+    reads: Mapping[str, Any]
+    writes: Mapping[str, Any]
+
+
+class Backend(Protocol):
+    """The functions of `kernels.aten`, `kernels.native` and `kernels.triton`, which are modules.
+
+    Keyword-only arguments are written, all others are read. A function returns its launches, which
+    `program` runs. Sums are over images and pixels.
+    """
+
+    def program(self, calls: Sequence[Call]) -> Callable[[], None]:
+        """Runs the calls one after the other, as often as it is called, on the tensors that they name."""
+
+    # Separable halves, 1x1 convolutions and the pairs of a factorized reduce. All sources of a call are
+    # alike in shape; so are all outputs, in stride, too. `len(tasks) // len(y)` neighbouring tasks write
+    # their channels side by side into one output.
+
+    def sepconv_forward(
+        self,
+        sources: Sequence[Source],
+        tasks: Sequence[Task],
+        *,
+        y: Tensor,  # [outputs, N, K, H', W'], each channels-last
+        statistics: Tensor | None,  # [outputs, 3, K]: those of y; None: they are not wanted
+    ) -> list[Launch]: ...
+
+    def sepconv_backward(
+        self,
+        sources: Sequence[Source],
+        tasks: Sequence[Task],
+        readers: Sequence[Reader],  # one an output
+        *,
+        adjoint: Tensor,  # [sources, N, C, H, W]: H = dL/dh = [h > 0] (D' * P' Y), summed over the tasks
+        sums: Tensor | None,  # [2, sources, C]: of H, H h; None: no source is normalised
+        gradients: Tensor | None,  # [tasks, K C + C taps]: dP [K, C], then dD [C, k k]; None: not wanted
+    ) -> list[Launch]: ...
+
+    def sepconv_tangent(
+        self,
+        sources: Sequence[Source],
+        tasks: Sequence[Task],
+        source_tangents: Sequence[Tensor],  # xd of each source
+        weight_tangents: Sequence[Weights],  # Dd, Pd of each task
+        adjoints: Tensor | None,  # [sources, N, C, H, W]: H; None: no source is normalised
+        *,
+        y: Tensor,  # [outputs, N, K, H', W']: yd = P (D * ad + Dd * a) + Pd (D * a)
+        sums: Tensor | None,  # [4, sources, C]: of xd, xd h, xd H, H; None: no source is normalised
+    ) -> list[Launch]: ...
+
+    def sepconv_second(
+        self,
+        sources: Sequence[Source],
+        tasks: Sequence[Task],
+        weight_tangents: Sequence[Weights],
+        readers: Sequence[SecondReader],  # one an output
+        *,
+        adjoint: Tensor,  # [sources, N, C, H, W]: Hd = [h > 0] (D' * (P' Yd + Pd' Y) + Dd' * P' Y), summed
+        sums: Tensor | None,  # [2, sources, C]: of Hd, Hd h; None: no source is normalised
+    ) -> list[Launch]: ...
+
+    # A node: o = sum over candidates k of p_k h_k.
+
+    def mix_forward(
+        self,
+        candidates: Sequence[Source],
+        weights: Tensor,  # p [candidates]
+        *,
+        outs: Sequence[Tensor],  # o, written to each of these; they may be slices of channels
+    ) -> list[Launch]: ...
+
+    def mix_backward(
+        self,
+        candidates: Sequence[Source],
+        adjoint: Tensor,  # G = dL/do; may be a slice of channels
+        *,
+        sums: Tensor,  # [2, candidates, C]: of G, G h
+        weight_gradient: Tensor,  # dL/dp [candidates]
+    ) -> list[Launch]: ...
+
+    def mix_tangent(
+        self,
+        candidates: Sequence[Source],
+        weights: Tensor,
+        tangents: Sequence[Tensor],  # yd of each candidate
+        adjoint: Tensor,  # G
+        sums: Tensor,  # what `mix_backward` wrote
+        *,
+        outs: Sequence[Tensor],  # od = sum over k of p_k hd_k
+        tangent_sums: Tensor,  # [4, candidates, C]: of yd, yd h, yd G, G
+        weight_gradient: Tensor,  # [candidates]: the sum of G hd_k
+    ) -> list[Launch]: ...
+
+    def mix_second(
+        self,
+        candidates: Sequence[Source],
+        adjoint: Tensor,  # Gd
+        gradient_before: Tensor,  # what `mix_tangent` wrote as `weight_gradient`
+        *,
+        sums: Tensor,  # [2, candidates, C]: of Gd, Gd h
+        weight_gradient: Tensor,  # [candidates]: the sum of Gd h_k + G hd_k
+    ) -> list[Launch]: ...
+
+    # Batch norm of several tensors alike, each by itself: preprocessing.
+
+    def norm_forward(self, sources: Sequence[Source], *, out: Tensor) -> list[Launch]:
+        """out [sources, N, C, H, W]: h of each."""
+
+    def norm_backward(
+        self,
+        sources: Sequence[Source],
+        adjoints: Sequence[Tensor],  # G of each, or Gd
+        *,
+        sums: Tensor,  # [2, sources, C]: of G, G h
+    ) -> list[Launch]: ...
+
+    def norm_tangent(
+        self,
+        sources: Sequence[Source],
+        tangents: Sequence[Tensor],  # yd of each
+        adjoints: Sequence[Tensor],  # G of each
+        *,
+        out: Tensor,  # [sources, N, C, H, W]: hd of each
+        sums: Tensor,  # [4, sources, C]: of yd, yd h, yd G, G
+    ) -> list[Launch]: ...
+
+    # Tensors that several nodes read: a state's pools, and with stride 1 the state itself.
+
+    def fan_out_backward(
+        self,
+        sources: Sequence[Source],
+        readers: Sequence[Sequence[Reader]],  # of each source; may be none
+        *,
+        out: Tensor,  # [sources, N, C, H, W]: the sum over readers of p B(G)
+    ) -> list[Launch]: ...
+
+    def fan_out_second(
+        self,
+        sources: Sequence[Source],
+        readers: Sequence[Sequence[SecondReader]],
+        *,
+        out: Tensor,  # [sources, N, C, H, W]: its derivative along v, see `SecondReader`
+    ) -> list[Launch]: ...
+
+    # 3x3 max and average pool of a state, padding 1, over the pixels that are there.
+
+    def pool_forward(
+        self,
+        x: Tensor,
+        stride: int,
+        *,
+        pools: Tensor,  # [2, N, C, H', W']: maximum, average
+        position: Tensor,  # uint8 [N, C, H', W']: of the maximum in its window, 0 to 8, row-major, the first
+        statistics: Tensor | None,  # [2, 3, C]; None: they are not wanted
+    ) -> list[Launch]: ...
+
+    def pool_backward(
+        self,
+        position: Tensor,
+        stride: int,
+        pools: Tensor,  # [2, N, C, H', W']: the adjoints of both, or the second ones
+        terms: Sequence[Tensor],  # other adjoints of x, which are added; they may be slices of channels
+        *,
+        out: Tensor,  # [N, C, H, W]: the adjoint of x
+    ) -> list[Launch]: ...
+
+    def pool_tangent(self, tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
+        """The tangents of both pools, [2, N, C, H', W']: they are linear once the positions are held."""
+
+    def add(self, terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
+        """The sum of two or more tensors, which may be slices of channels."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums, statistics and weights beside activations of this one."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: Any = None) -> Tensor:
+    """Uninitialised [entries, N, C, H, W], each entry channels-last, one behind the other."""
+    n, c, height, width = shape
+    return torch.empty(entries, n, height, width, c, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
