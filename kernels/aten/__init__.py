@@ -1,0 +1,58 @@
+"""The kernels in ATen: the plain, portable twin of the others, in every dtype and on every device.
+
+2-byte activations are widened to float32 on load and narrowed on store; everything between is float32 or
+wider.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from darts_fast.kernels.aten.mix import (
+    add,
+    fan_out_backward,
+    fan_out_second,
+    mix_backward,
+    mix_forward,
+    mix_second,
+    mix_tangent,
+    norm_backward,
+    norm_forward,
+    norm_tangent,
+)
+from darts_fast.kernels.aten.pool import pool_backward, pool_forward, pool_tangent
+from darts_fast.kernels.aten.sepconv import sepconv_backward, sepconv_forward, sepconv_second, sepconv_tangent
+from darts_fast.kernels.types import Call
+
+__all__ = [
+    "add",
+    "fan_out_backward",
+    "fan_out_second",
+    "mix_backward",
+    "mix_forward",
+    "mix_second",
+    "mix_tangent",
+    "norm_backward",
+    "norm_forward",
+    "norm_tangent",
+    "pool_backward",
+    "pool_forward",
+    "pool_tangent",
+    "program",
+    "sepconv_backward",
+    "sepconv_forward",
+    "sepconv_second",
+    "sepconv_tangent",
+]
+
+
+def program(calls: Sequence[Call]) -> Callable[[], None]:
+    """Returns a function that runs the calls one after the other, without recording them for autograd."""
+    launches = [launch for call in calls for launch in globals()[call.function](**call.reads, **call.writes)]
+
+    @torch.no_grad()
+    def run() -> None:
+        for launch in launches:
+            launch.run()
+
+    return run

@@ -1,0 +1,153 @@
+"""Mixes, batch norms, the tensors that several nodes read, and sums of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from darts_fast.kernels.aten.batch_norm import (
+    Terms,
+    first_terms,
+    normalised,
+    normalised_tangent,
+    per_channel,
+    second_terms,
+    summed,
+    sums_with,
+    wide,
+)
+from darts_fast.kernels.aten.launch import launched
+from darts_fast.kernels.types import Reader, SecondReader, Source
+
+# A node: o = sum over candidates k of p_k h_k.
+
+
+@launched
+def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> None:
+    total = weights.new_zeros(1, 1, 1, 1)
+    factors = []
+    for candidate, p in zip(candidates, weights, strict=True):
+        factors.append(p)
+        if candidate.statistics is not None:
+            mean, _, r = candidate.statistics
+            total = total - per_channel(p * r * mean)
+            factors[-1] = per_channel(p * r)
+    total = torch.addcmul(total, wide(candidates[0].x), factors[0])
+    for candidate, factor in zip(candidates[1:], factors[1:], strict=True):
+        total.addcmul_(wide(candidate.x), factor)
+    for out in outs:
+        out.copy_(total)
+
+
+@launched
+def mix_backward(
+    candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
+) -> None:
+    g = wide(adjoint)
+    for k, candidate in enumerate(candidates):
+        sums[:, k] = sums_with(g, candidate)
+    torch.sum(sums[1], 1, out=weight_gradient)
+
+
+@launched
+def mix_tangent(
+    candidates: Sequence[Source],
+    weights: Tensor,
+    tangents: Sequence[Tensor],
+    adjoint: Tensor,
+    sums: Tensor,
+    *,
+    outs: Sequence[Tensor],
+    tangent_sums: Tensor,
+    weight_gradient: Tensor,
+) -> None:
+    g, total = wide(adjoint), None
+    m = g.numel() / g.shape[1]
+    for k, (candidate, p, yd) in enumerate(zip(candidates, weights, tangents, strict=True)):
+        hd, tangent_sums[:2, k] = normalised_tangent(yd, candidate)
+        tangent_sums[2:, k] = sums_with(g, Source(yd)).flip(0)
+        total = hd * p if total is None else total.addcmul_(hd, p)
+        products = tangent_sums[2, k]
+        if candidate.statistics is not None:
+            means = sums[0, k] * tangent_sums[0, k] + sums[1, k] * tangent_sums[1, k]
+            products = candidate.statistics[2] * (products - means / m)
+        weight_gradient[k] = products.sum()
+    for out in outs:
+        out.copy_(total)
+
+
+@launched
+def mix_second(
+    candidates: Sequence[Source],
+    adjoint: Tensor,
+    gradient_before: Tensor,
+    *,
+    sums: Tensor,
+    weight_gradient: Tensor,
+) -> None:
+    gd = wide(adjoint)
+    for k, candidate in enumerate(candidates):
+        sums[:, k] = sums_with(gd, candidate)
+    torch.add(gradient_before, sums[1].sum(1), out=weight_gradient)
+
+
+# Batch norm of several tensors alike, each by itself.
+
+
+@launched
+def norm_forward(sources: Sequence[Source], *, out: Tensor) -> None:
+    for number, source in enumerate(sources):
+        out[number].copy_(normalised(source))
+
+
+@launched
+def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums: Tensor) -> None:
+    for number, (source, g) in enumerate(zip(sources, adjoints, strict=True)):
+        sums[:, number] = sums_with(wide(g), source)
+
+
+@launched
+def norm_tangent(
+    sources: Sequence[Source],
+    tangents: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    *,
+    out: Tensor,
+    sums: Tensor,
+) -> None:
+    for number, (source, yd, g) in enumerate(zip(sources, tangents, adjoints, strict=True)):
+        hd, sums[:2, number] = normalised_tangent(yd, source)
+        sums[2:, number] = sums_with(wide(g), Source(yd)).flip(0)
+        out[number].copy_(hd)
+
+
+# Tensors that several nodes read.
+
+
+@launched
+def fan_out_backward(sources: Sequence[Source], readers: Sequence[Sequence[Reader]], *, out: Tensor) -> None:
+    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, [first_terms(reader) for reader in its], out[number])
+
+
+@launched
+def fan_out_second(
+    sources: Sequence[Source], readers: Sequence[Sequence[SecondReader]], *, out: Tensor
+) -> None:
+    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, [second_terms(reader) for reader in its], out[number])
+
+
+def _write_sum(source: Source, parts: Sequence[Terms], out: Tensor) -> None:
+    if parts:
+        out.copy_(summed(source.x, parts))
+    else:
+        out.zero_()
+
+
+@launched
+def add(terms: Sequence[Tensor], *, out: Tensor) -> None:
+    total = wide(terms[0]) + terms[1]
+    for term in terms[2:]:
+        total.add_(term)
+    out.copy_(total)
