@@ -1,46 +1,64 @@
-"""The functions of `torch_backend` as Triton kernels: what CUDA tensors are computed by. In place of
-`..._tangent` of the mix and of sepconv there are `..._tangent_forward`, which gives the tangents of the
-outputs, and `..._second`, the second backward sweep whole.
+"""The kernels in Triton: what CUDA tensors are computed by.
 
-One file an op, read downwards from kernel to launch: sepconv_triton.py, pool_triton.py, mix_triton.py;
-triton_launch.py has what they share. Tensors are [N, C, H, W] in channels-last memory; 2-byte activations are
-widened to float32 on load and narrowed on store, except that both factors of a pointwise product are 2 bytes
-wide for the tensor cores. No result depends on the order in which programs run: sums over positions are
-partial sums of programs, added in a fixed order.
+One file for each kind of operation, read downwards from kernels to the functions that launch them; launch.py
+has what they share, and launch_table.py their tiles. 2-byte activations are widened to float32 on load and
+narrowed on store, except that both factors of a pointwise product are 2 bytes wide for the tensor cores. No
+result depends on the order in which programs run: sums over positions are partial sums of programs, added in
+a fixed order.
 """
 
-from darts_fast.kernels.mix_triton import (
+from collections.abc import Callable, Sequence
+
+from darts_fast.kernels.triton.mix import (
     add,
+    fan_out_backward,
+    fan_out_second,
     mix_backward,
     mix_forward,
     mix_second,
-    mix_tangent_forward,
-    spread_backward,
-    spread_second,
+    mix_tangent,
+    norm_backward,
+    norm_forward,
+    norm_tangent,
 )
-from darts_fast.kernels.pool_triton import pool_backward, pool_forward, pool_tangent
-from darts_fast.kernels.sepconv_triton import (
+from darts_fast.kernels.triton.pool import pool_backward, pool_forward, pool_tangent
+from darts_fast.kernels.triton.sepconv import (
     sepconv_backward,
     sepconv_forward,
     sepconv_second,
-    sepconv_tangent_forward,
+    sepconv_tangent,
 )
-from darts_fast.kernels.triton_launch import in_rows
+from darts_fast.kernels.types import Call
 
 __all__ = [
     "add",
-    "in_rows",
+    "fan_out_backward",
+    "fan_out_second",
     "mix_backward",
     "mix_forward",
     "mix_second",
-    "mix_tangent_forward",
+    "mix_tangent",
+    "norm_backward",
+    "norm_forward",
+    "norm_tangent",
     "pool_backward",
     "pool_forward",
     "pool_tangent",
+    "program",
     "sepconv_backward",
     "sepconv_forward",
     "sepconv_second",
-    "sepconv_tangent_forward",
-    "spread_backward",
-    "spread_second",
+    "sepconv_tangent",
 ]
+
+
+def program(calls: Sequence[Call]) -> Callable[[], None]:
+    """Returns a function that launches the calls one after the other. Partial sums, and other tensors that
+    only one call needs, are allocated when it is launched, and freed behind it."""
+
+    def run() -> None:
+        for call in calls:
+            for launch in globals()[call.function](**call.reads, **call.writes):
+                launch.run()
+
+    return run

@@ -1,127 +1,86 @@
-"""What the Triton kernels share: how they are launched and recorded, their tiles, their device functions.
+"""What the Triton kernels share: their launches, the layout of tensors, device functions.
 
 Imported only where Triton kernels run, are compiled or are counted: importing it imports triton.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.torch_backend import EPSILON, Normalizer
+from darts_fast.kernels import types
+from darts_fast.kernels.types import EPSILON, Source
 
-# Launches
 
-
-class Launch(NamedTuple):
-    """One launch of one kernel: all that the run, the compiler without a GPU and the counter need to know.
+class Launch(types.Launch):
+    """One launch of one kernel: everything that running it, and compiling it without a GPU, need.
 
     `arguments` are tensors, tuples of tensors and integers by parameter name; `constants` are compiled in.
     """
 
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        warps: int = 4,
+    ):
+        values = [v for value in arguments.values() for v in (value if isinstance(value, tuple) else [value])]
+        super().__init__(kernel.fn.__name__, [v for v in values if isinstance(v, Tensor)])
+        self.kernel, self.grid, self.warps = kernel, grid, warps
+        self.arguments, self.constants = arguments, constants
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that the launch reads or writes, once."""
-        found = {}
-        for value in self.arguments.values():
-            for t in value if isinstance(value, tuple) else [value]:
-                if isinstance(t, Tensor):
-                    found[t.untyped_storage()._cdata, t.storage_offset(), t.numel()] = t
-        return list(found.values())
-
-    def bytes(self) -> int:
-        """Of the distinct elements read and written: every kernel touches its tensors whole."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-
-_observers: list[Callable[[Launch], None]] = []
-
-
-@contextmanager
-def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
-    """Within, `observer` is told of every launch before it is made."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, warps: int = 4) -> None:
-    """Launches on the tensors' device, on its current stream; on the meta device there is only to observe."""
-    planned = Launch(kernel, grid, arguments, constants, warps)
-    for observer in _observers:
-        observer(planned)
-    first = next(iter(arguments.values()))
-    device = (first[0] if isinstance(first, tuple) else first).device
-    if device.type != "meta":
+    def run(self) -> None:
+        """Launches on the tensors' device, on its current stream."""
+        device = self.tensors[0].device
         # Triton launches on the current device, wherever the pointers are.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](**arguments, **constants, num_warps=warps)
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
+
+# Parameters that are slices of longer vectors (p and its gradient), of which a kernel loads or stores single
+# elements. With `do_not_specialize_on_alignment` Triton compiles one variant wherever the slice begins.
+SLICES_OF_VECTORS = ("p_weights", "p_gradient", "p_before")
 
 # Tensors
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised [entries, N, C, H, W], each entry channels-last, one behind the other."""
-    n, c, height, width = shape
-    buffer = torch.empty(entries, n, height, width, c, dtype=dtype, device=device)
-    return buffer.permute(0, 1, 4, 2, 3)
-
-
 def row_stride(x: Tensor) -> int:
-    """Elements from one position to the next, if x [N, C, H, W] is channels-last or a slice of the channels
-    of a tensor that is; else 0."""
+    """Elements from one position of x [N, C, H, W] to the next.
+
+    Raises:
+        ValueError: x is neither channels-last nor a slice of the channels of a tensor that is.
+    """
     _, _, height, width = x.shape
     row = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
     expected = (height * width * row, 1, width * row, row)
     alike = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True))
-    return row if alike and row >= x.shape[1] else 0
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """x, copied where it has no row stride."""
-    return x if row_stride(x) else x.contiguous(memory_format=torch.channels_last)
-
-
-class Table(NamedTuple):
-    """The batch norms of a launch's entries: `means` and `rs` are tuples of [C], with tensors that are not
-    read where an entry has none; `norms` says which have one, `batch` whether the statistics are those of the
-    tensors themselves (see `Normalizer`)."""
-
-    means: tuple[Tensor, ...]
-    rs: tuple[Tensor, ...]
-    norms: tuple[int, ...]
-    batch: bool
-
-    @classmethod
-    def of(cls, normalizers: Sequence[Normalizer | None], stand_ins: Sequence[Tensor]) -> "Table":
-        # A tuple of pointers has one type: the statistics' where there are any.
-        others = [norm.mean for norm in normalizers if norm is not None] or stand_ins
-        return cls(
-            tuple(others[0] if norm is None else norm.mean for norm in normalizers),
-            tuple(others[0] if norm is None else norm.r for norm in normalizers),
-            tuple(int(norm is not None) for norm in normalizers),
-            any(norm is not None and norm.batch for norm in normalizers),
+    if not alike or row < x.shape[1]:
+        raise ValueError(
+            f"a tensor must be channels-last, or a slice of the channels of one that is, and not have the "
+            f"strides {x.stride()} for the shape {tuple(x.shape)}"
         )
+    return row
+
+
+def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:
+    """The means and r [C] of the sources, with a tensor that is not read where a source is read as it is;
+    and which sources are normalised."""
+    # A tuple of pointers has one type: that of the statistics where there are any.
+    stand_in = next((s.statistics[0] for s in sources if s.statistics is not None), sources[0].x)
+    means, rs = (
+        tuple(stand_in if s.statistics is None else s.statistics[row] for s in sources) for row in (0, 2)
+    )
+    return means, rs, tuple(int(s.statistics is not None) for s in sources)
 
 
 COUNTERS = 1024  # more than any grid's second and third dimension make

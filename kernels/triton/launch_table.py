@@ -2,7 +2,7 @@
 
 Of a kernel's rows the first that fits is taken: nothing is tuned at run time. The rows are the same on every
 architecture; one that a reason names is where the row was needed, and the others compile without spills, too.
-Spills are instructions that Triton 3.8 made, as `python -m darts_fast.kernels.aot` counts them.
+Spills are instructions that Triton 3.8 made, as `python -m darts_fast.kernels.triton.aot` counts them.
 """
 
 from collections.abc import Callable
@@ -84,14 +84,14 @@ ELEMENTS: dict[str, Rows] = {
     "pool_bwd_kernel": POOL,
     "mix_fwd_kernel": UNROLLED,
     "mix_tangent_kernel": UNROLLED,
-    "spread_kernel": UNROLLED,
+    "fan_out_kernel": UNROLLED,
     "add_kernel": UNROLLED,
     "norm_sums_kernel": (
         # With 2,048, tangents of one candidate spilled twice (sm_90).
         (lambda q: q.bytes == 8, 1024),
         (otherwise, 2048),
     ),
-    "norm_bwd_kernel": ((otherwise, 2048),),
+    "norm_fwd_kernel": ((otherwise, 2048),),
 }
 
 # Warps of a program; of kernels that are not here 4.
@@ -121,11 +121,6 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.dtype == torch.float16 and q.weights and 32 < q.k < 64, 8),
         # Of second halves of 16: 3 (sm_90).
         (lambda q: q.bytes == 4 and q.weights and q.normalized and q.k <= 16, 8),
-        (otherwise, 4),
-    ),
-    "norm_bwd_kernel": (
-        # With 4, one adjoint spilled twice (sm_100).
-        (lambda q: q.bytes == 8, 8),
         (otherwise, 4),
     ),
 }

@@ -1,35 +1,30 @@
-"""The mix in Triton: `mix_forward`, `mix_backward`, `mix_tangent_forward`, `mix_second`; and what the batch
-norm on load of a separable half shares with it: the sums of a batch norm's derivative, and that derivative.
+"""Mixes, batch norms, the tensors that several nodes read, and sums of tensors, in Triton.
 
-Batch norm's adjoint needs sums over all positions before it can be written, so the two derivatives read their
-tensors twice: once for the sums (`norm_sums_kernel`), once to write.
+Batch norm's derivatives need sums over all positions before they can be written, so they read their tensors
+twice: once for the sums (`norm_sums_kernel`), once where p B(G) is computed on load, in this file by
+`fan_out_kernel`, and in sepconv.py.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.handover import Link, Reader
-from darts_fast.kernels.launch_table import Case, channel_block, splits_of, tile, warps
-from darts_fast.kernels.torch_backend import Normalizer
-from darts_fast.kernels.triton_launch import (
+from darts_fast.kernels.triton.launch import (
     ACCUMULATORS,
-    Table,
-    accumulator,
+    SLICES_OF_VECTORS,
+    Launch,
     counters,
-    images,
-    in_rows,
     last_program,
-    launch,
     load_normalizer,
+    norms_of,
     pick,
     row_stride,
     sum_of_rows,
 )
+from darts_fast.kernels.triton.launch_table import Case, splits_of, tile
+from darts_fast.kernels.types import Reader, SecondReader, Source, accumulator
 
 
 @triton.jit
@@ -39,7 +34,7 @@ def store_in_all(p_outs, ROWS: tl.constexpr, b_out, o_p, o_c, m):
         tl.store(p_outs[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
 def mix_fwd_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
@@ -91,9 +86,10 @@ def add_kernel(
 
 
 @triton.jit
-def spread_kernel(
-    p_adjoints,  # tuple, one a reader j: G_j [positions, ROWS[j] >= C]; if TANGENT Gd_j
-    p_sums,  # tuple, one a reader: [2, candidates, C], of G, G h; if TANGENT of Gd, Gd h
+def fan_out_kernel(
+    p_adjoints,  # tuple, one a reader j, those of the first tensor first: G_j [positions, ROWS[j] >= C]; if
+    # TANGENT Gd_j
+    p_sums,  # tuple, one a reader: [2, CANDIDATES[j], C], of G, G h; if TANGENT of Gd, Gd h
     p_weights,  # tuple, one a reader: p [candidates]
     p_tensors,  # tuple of y_c [positions, C]
     p_means,  # tuple of [C]; so is the next
@@ -101,15 +97,16 @@ def spread_kernel(
     p_firsts,  # tuple of G_j [positions, FIRST_ROWS[j]]; this and the next three are read if TANGENT
     p_first_sums,
     p_tangents,  # tuple of yd_c
-    p_tangent_sums,  # tuple, one a reader: [4, candidates, C], of yd, yd h, yd G, G
-    p_out,  # [tensors, positions, C]: B_c of the sum over j of p_jc G_j, or the second adjoint
+    p_tangent_sums,  # tuple, one a reader: [4, CANDIDATES[j], C], of yd, yd h, yd G, G
+    p_out,  # [tensors, positions, C]: the sum over readers of p_j B_c(G_j), or its derivative
     positions,
-    PLACES: tl.constexpr,  # where a reader has a tensor among its candidates, by reader, then by tensor
-    CANDIDATES: tl.constexpr,  # of each reader
+    ENDS: tl.constexpr,  # by tensor: how many readers it and those before it have
+    PLACES: tl.constexpr,  # the index of a reader in its sums and p
+    CANDIDATES: tl.constexpr,
+    WEIGHED: tl.constexpr,  # which readers have a p
     ROWS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
-    NORMS: tl.constexpr,  # which tensors are normalised
-    HAS_TANGENT: tl.constexpr,
+    NORMS: tl.constexpr,  # which tensors have readers that normalise them
     TANGENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -130,17 +127,19 @@ def spread_kernel(
         b_mf = tl.zeros([BLOCK_C], ACC)  # the same of the first sweep's
         b_s = tl.zeros([BLOCK_C], ACC)
         b_u = tl.zeros([BLOCK_C], ACC)
-        for j in tl.static_range(len(p_adjoints)):
-            b_weight = tl.load(p_weights[j] + PLACES[j * len(p_tensors) + c]).to(ACC)
+        for j in tl.static_range(ENDS[c], ENDS[c + 1]):
+            b_weight = tl.full([], 1.0, ACC)
+            if WEIGHED[j]:
+                b_weight = tl.load(p_weights[j] + PLACES[j]).to(ACC)
             o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
             b_found += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
             if NORMS[c]:
                 size = CANDIDATES[j] * C
-                o_sum = PLACES[j * len(p_tensors) + c] * C + o_c
+                o_sum = PLACES[j] * C + o_c
                 b_part = b_weight * share
                 b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
                 b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
-                if TANGENT and HAS_TANGENT[c]:
+                if TANGENT:
                     o_first = o_p[:, None] * FIRST_ROWS[j] + o_c[None, :]
                     b_first += b_weight * tl.load(p_firsts[j] + o_first, mask=m, other=0.0).to(ACC)
                     b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
@@ -150,10 +149,11 @@ def spread_kernel(
             b_mean, b_r = load_normalizer(p_means[c], p_rs[c], 1, o_c, m_c, ACC)
             b_h = (tl.load(p_tensors[c] + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
             b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
-            if TANGENT and HAS_TANGENT[c]:
-                p_sum = p_tangent_sums[0] + PLACES[c] * C + o_c  # the same for all readers
+            if TANGENT:
+                # The same for all readers of the tensor.
+                p_sum = p_tangent_sums[ENDS[c]] + PLACES[ENDS[c]] * C + o_c
                 b_md = tl.load(p_sum, mask=m_c, other=0.0) * share
-                b_t = tl.load(p_sum + CANDIDATES[0] * C, mask=m_c, other=0.0) * share
+                b_t = tl.load(p_sum + CANDIDATES[ENDS[c]] * C, mask=m_c, other=0.0) * share
                 b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
                 b_yd = tl.load(p_tangents[c] + o, mask=m, other=0.0).to(ACC)
                 b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
@@ -164,7 +164,7 @@ def spread_kernel(
         tl.store(p_c + o, b_found.to(p_out.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
 def norm_sums_kernel(
     p_g,  # tuple of g_k [positions, G_ROW >= C]
     p_y,  # tuple of y_k [positions, C]
@@ -173,16 +173,16 @@ def norm_sums_kernel(
     p_weighed,  # tuple of [positions, WEIGHED_ROW >= C]; read if TANGENT
     p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
     p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
-    p_gh_sums,  # [entries, C]: of weighed h; read if GAIN and TANGENT
-    p_gained,  # [c blocks, entries], written if GAIN: the sum over channels of g h, or if TANGENT of u
-    p_before,  # as p_gained, which it is added to; read if ADD
+    p_gh_sums,  # [entries, C]: of weighed h; read if GRADIENT and TANGENT
+    p_gradient,  # [entries], written if GRADIENT: the sum over channels of g h, or if TANGENT of weighed hd
+    p_before,  # [entries], added to p_gradient; read if ADD
+    p_blocks,  # [entries, c blocks]: p_gradient of one block; written if there are several
     p_counters,
     positions,
     NORMS: tl.constexpr,
     TANGENT: tl.constexpr,
-    GAIN: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
+    GRADIENT: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
     ADD: tl.constexpr,
-    BATCH: tl.constexpr,
     G_ROW: tl.constexpr,
     WEIGHED_ROW: tl.constexpr,
     C: tl.constexpr,
@@ -235,51 +235,46 @@ def norm_sums_kernel(
             b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
             tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
             tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
-        if GAIN:
-            b_gained = b_1
+        if GRADIENT:
+            b_terms = b_1
             if TANGENT:
-                if BATCH:
-                    m_norm = m_c & (has_norm > 0)
-                    b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
-                    b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
-                b_gained = b_2 * b_r
-            o_gained = tl.program_id(2) * entries + i_entry
-            gained = tl.sum(tl.where(m_c, b_gained, 0.0), axis=0)
+                m_norm = m_c & (has_norm > 0)
+                b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
+                b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
+                b_terms = b_2 * b_r
+            gradient = tl.sum(tl.where(m_c, b_terms, 0.0), axis=0)
             if ADD:
-                gained += tl.load(p_before + o_gained)
-            tl.store(p_gained + o_gained, gained)
+                gradient += tl.load(p_before + i_entry, mask=tl.program_id(2) == 0, other=0.0)
+            BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+            if BLOCKS == 1:
+                tl.store(p_gradient + i_entry, gradient)
+            else:
+                p_of_blocks = p_blocks + i_entry * BLOCKS
+                tl.store(p_of_blocks + tl.program_id(2), gradient)
+                if last_program(p_counters + entries * BLOCKS + i_entry, BLOCKS):
+                    total = tl.load(p_of_blocks, cache_modifier=".cg")
+                    for i in tl.static_range(1, BLOCKS):
+                        total += tl.load(p_of_blocks + i, cache_modifier=".cg")
+                    tl.store(p_gradient + i_entry, total)
 
 
 @triton.jit
-def norm_bwd_kernel(
-    p_g,  # tuple of g_k [positions, C]
+def norm_fwd_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weights,  # [rows]; read if WEIGHTED
-    p_sums,  # [2, rows, C]: of g, g h; if TANGENT and not FIRST [4, ...]: then of G h, G hd; read if BATCH
-    p_yd,  # tuple of yd_k [positions, C]; read if TANGENT
-    p_yd_sums,  # [2, rows, C]: of yd, yd h; read if TANGENT; if FIRST [4, ...]: then of yd G, G
-    p_first,  # tuple of G_k [positions, C], the first adjoint of h; read if FIRST, as is the next
-    p_first_sums,  # [rows, C]: of G h
-    p_found,  # [entries, positions, C]
+    p_tangents,  # tuple of yd_k; read if TANGENT, as is the next
+    p_sums,  # [4, entries, C]: of yd, yd h, yd G, G
+    p_out,  # [entries, positions, C]: h, or if TANGENT hd
     positions,
-    rows,
-    ROWS: tl.constexpr,  # an entry's row in the sums and weights
     NORMS: tl.constexpr,
-    HAS_YD: tl.constexpr,
-    BATCH: tl.constexpr,  # the statistics move with y
-    WEIGHTED: tl.constexpr,
     TANGENT: tl.constexpr,
-    FIRST: tl.constexpr,  # with TANGENT: take r t B(G) off, too
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    i_entry = tl.program_id(1)
-    i_row = pick(ROWS, i_entry)
-    p_g_k, p_y_k = pick(p_g, i_entry), pick(p_y, i_entry)
+    i_entry, entries = tl.program_id(1), tl.num_programs(1)
     o_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -287,40 +282,20 @@ def norm_bwd_kernel(
     o = o_p[:, None] * C + o_c[None, :]
     has_norm = pick(NORMS, i_entry)
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
-    b_found = tl.load(p_g_k + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-    if BATCH:
-        stride = rows * C
-        p_sums_k = p_sums + i_row * C + o_c
+    b_found = tl.load(pick(p_y, i_entry) + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    b_found = (b_found - b_mean[None, :]) * b_r[None, :]
+    if TANGENT:
         m_norm = m_c & (has_norm > 0)
-        b_m = tl.load(p_sums_k, mask=m_norm, other=0.0) / positions  # mean(g)
-        b_mh = tl.load(p_sums_k + stride, mask=m_norm, other=0.0) / positions  # mean(g h)
-        b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
-        b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
-        if TANGENT:
-            m_yd = m_norm & (pick(HAS_YD, i_entry) > 0)
-            p_yd_sums_k = p_yd_sums + i_row * C + o_c
-            b_md = tl.load(p_yd_sums_k, mask=m_yd, other=0.0) / positions
-            b_t = tl.load(p_yd_sums_k + stride, mask=m_yd, other=0.0) / positions
-            if FIRST:
-                b_s = tl.load(p_first_sums + i_row * C + o_c, mask=m_yd, other=0.0) / positions
-                b_u = tl.load(p_yd_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
-                b_mf = tl.load(p_yd_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
-                b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
-                b_first = tl.load(pick(p_first, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
-                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
-            else:
-                b_s = tl.load(p_sums_k + 2 * stride, mask=m_yd, other=0.0) / positions
-                b_u = tl.load(p_sums_k + 3 * stride, mask=m_yd, other=0.0) / positions
-            b_yd = tl.load(pick(p_yd, i_entry) + o, mask=m & m_yd[None, :], other=0.0).to(ACC)
-            b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
-            b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
-    if WEIGHTED:
-        b_r = b_r * tl.load(p_weights + i_row)
-    p_out = p_found + tl.cast(i_entry, tl.int64) * positions * C
-    tl.store(p_out + o, (b_found * b_r[None, :]).to(p_found.dtype.element_ty), mask=m)
+        p_sum = p_sums + i_entry * C + o_c
+        b_md = tl.load(p_sum, mask=m_norm, other=0.0) / positions
+        b_t = tl.load(p_sum + entries * C, mask=m_norm, other=0.0) / positions
+        b_yd = tl.load(pick(p_tangents, i_entry) + o, mask=m, other=0.0).to(ACC)
+        b_found = (b_yd - b_md[None, :] - b_found * b_t[None, :]) * b_r[None, :]
+    p_k = p_out + tl.cast(i_entry, tl.int64) * positions * C
+    tl.store(p_k + o, b_found.to(p_out.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
 def mix_tangent_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_tangents,  # tuple of yd_k
@@ -331,8 +306,6 @@ def mix_tangent_kernel(
     p_outs,  # tuple of [positions, OUT_ROWS[i] >= C], each written: od
     positions,
     NORMS: tl.constexpr,
-    HAS_TANGENT: tl.constexpr,
-    BATCH: tl.constexpr,
     OUT_ROWS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -349,382 +322,260 @@ def mix_tangent_kernel(
     # A division of float64 is a call: with two a candidate, 35 candidates spilled 26 times (sm_90, sm_100).
     share = 1.0 / tl.cast(positions, ACC)
     for k in tl.static_range(len(p_candidates)):
-        if HAS_TANGENT[k]:
-            b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
-            b_hd = tl.load(p_tangents[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-            if NORMS[k] and BATCH:
-                p_sums_k = p_sums + k * C + o_c
-                b_md = tl.load(p_sums_k, mask=m_c, other=0.0) * share
-                b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) * share
-                b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)
-                b_h = (b_y - b_mean[None, :]) * b_r[None, :]
-                b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
-            b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
+        b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
+        b_hd = tl.load(p_tangents[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        if NORMS[k]:
+            p_sums_k = p_sums + k * C + o_c
+            b_md = tl.load(p_sums_k, mask=m_c, other=0.0) * share
+            b_t = tl.load(p_sums_k + len(p_candidates) * C, mask=m_c, other=0.0) * share
+            b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)
+            b_h = (b_y - b_mean[None, :]) * b_r[None, :]
+            b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
+        b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
     store_in_all(p_outs, OUT_ROWS, b_total, i_first + o_t, o_c, m)
 
 
-def mix_forward(
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    p: Tensor,
-    outputs: Sequence[Tensor] = (),
-) -> Tensor:
-    """o in the candidates' dtype; p [candidates]. One read of each candidate. `outputs`, which may be slices
-    of channels, are all written, and the first returned; else o is a new tensor."""
-    y = candidates[0]
-    outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
-    table = Table.of(normalizers, candidates)
+def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> list[Launch]:
+    y, (means, rs, norms) = candidates[0].x, norms_of(candidates)
     sizes, (tiles, blocks) = _sizes("mix_fwd_kernel", y, len(candidates))
-    launch(
-        mix_fwd_kernel,
-        (tiles, blocks),
-        {
-            "p_candidates": tuple(candidates),
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_weights": p.contiguous(),
-            "p_outs": tuple(outputs),
-            "positions": _positions(y),
-        },
-        {"NORMS": table.norms, "OUT_ROWS": tuple(map(row_stride, outputs)), **sizes},
-    )
-    return outputs[0]
-
-
-def add(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of two or more tensors, in their dtype. One read of each; they may be slices of channels."""
-    y = terms[0]
-    terms = [in_rows(t) for t in terms]
-    (out,) = images(1, y.shape, y.dtype, y.device)
-    sizes, grid = _sizes("add_kernel", y, len(terms))
-    launch(
-        add_kernel,
-        grid,
-        {"p_terms": tuple(terms), "p_out": out, "positions": _positions(y)},
-        {"ROW_STRIDES": tuple(map(row_stride, terms)), **sizes},
-    )
-    return out
+    arguments = {
+        "p_candidates": tuple(source.x for source in candidates),
+        "p_means": means,
+        "p_rs": rs,
+        "p_weights": weights,
+        "p_outs": tuple(outs),
+        "positions": _positions(y),
+    }
+    constants = {"NORMS": norms, "OUT_ROWS": tuple(map(row_stride, outs)), **sizes}
+    return [Launch(mix_fwd_kernel, (tiles, blocks), arguments, constants)]
 
 
 def mix_backward(
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    p: Tensor,
-    g: Tensor,
-    links: Sequence[Link | None] = (),
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The adjoint of every candidate, p_k B_k(g), or g where it has a link; the sums of g h_k:
-    [candidates, C]; and dL/dp, their sums over channels."""
-    gained = _gains(p, candidates[0])
-    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained)
-    for link in filter(None, links):
-        link.sums = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, links), sums[1], _over_blocks(gained)
+    candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
+) -> list[Launch]:
+    adjoints = [adjoint] * len(candidates)
+    return [norm_sums(adjoints, candidates, sums=sums, weight_gradient=weight_gradient)]
 
 
-def _gains(p: Tensor, y: Tensor) -> Tensor:
-    """Uninitialised, what dL/dp gains by block of channels."""
-    return p.new_empty(triton.cdiv(y.shape[1], channel_block(y.shape[1])), len(p))
-
-
-def _over_blocks(gained: Tensor) -> Tensor:
-    return gained[0] if len(gained) == 1 else gained.sum(0)
-
-
-def _of_candidates(
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    p: Tensor,
-    g: Tensor,
+def mix_tangent(
+    candidates: Sequence[Source],
+    weights: Tensor,
+    tangents: Sequence[Tensor],
+    adjoint: Tensor,
     sums: Tensor,
-    links: Sequence[Link | None],
-    left: "_Left | None" = None,
-) -> list[Tensor]:
-    """The adjoint of every candidate, or with `left` the second one."""
-    own = [k for k in range(len(candidates)) if not (links and links[k])]
-    if not own:
-        return [g] * len(candidates)
-    found = norm_backward(
-        [g.contiguous(memory_format=torch.channels_last)] * len(own),
-        [candidates[k] for k in own],
-        [normalizers[k] for k in own],
-        sums,
-        p,
-        left and [left.tangents[k] for k in own],
-        left and left.tangent_sums,
-        left and ([left.g.contiguous(memory_format=torch.channels_last)] * len(own), left.sums),
-        own,
-    )
-    by_candidate = dict(zip(own, found, strict=True))
-    return [by_candidate.get(k, g) for k in range(len(candidates))]
-
-
-class _Left(NamedTuple):
-    """What the tangent sweep of a mix leaves for its second backward sweep."""
-
-    g: Tensor
-    sums: Tensor  # [candidates, C]: of g h
-    tangents: Sequence[Tensor | None]  # yd
-    tangent_sums: Tensor  # [4, candidates, C]: of yd, yd h, yd g, g
-    gained: Tensor  # by dL/dp, by block of channels
-
-
-def mix_tangent_forward(
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    p: Tensor,
-    g: Tensor,
-    sums: Tensor,
-    tangents: Sequence[Tensor | None],
-    links: Sequence[Link | None] = (),
-    outputs: Sequence[Tensor] = (),
-) -> tuple[Tensor, _Left]:
-    """od, and what `mix_second` needs; `sums` are what `mix_backward` returned, `outputs` as there. A tangent
-    that is None is zero."""
-    y = candidates[0]
-    has = tuple(int(yd is not None) for yd in tangents)
-    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
-    given = _where(has, tangents, candidates)
-    table = Table.of(normalizers, candidates)
-    outputs = outputs or images(1, y.shape, y.dtype, y.device).unbind()
+    *,
+    outs: Sequence[Tensor],
+    tangent_sums: Tensor,
+    weight_gradient: Tensor,
+) -> list[Launch]:
+    y, (means, rs, norms) = candidates[0].x, norms_of(candidates)
     sizes, (tiles, blocks) = _sizes("mix_tangent_kernel", y, 2 * len(candidates))
-    # Where a tangent is zero, y stands in for it: its sums are not read, and its gain becomes zero.
-    gained = _gains(p, y)
-    tangent_sums = norm_sums(given, candidates, normalizers, [g] * len(given), sums, gained)
-    for k in range(len(candidates)):
-        if not has[k]:
-            gained[:, k].zero_()
-    left = _Left(g, sums, tangents, tangent_sums, gained)
-    for link in filter(None, links):
-        link.tangent_sums = tangent_sums
-    launch(
-        mix_tangent_kernel,
-        (tiles, blocks),
-        {
-            # Of a candidate without batch norm only the tangent is read.
-            "p_candidates": _where(table.norms, candidates, given),
-            "p_tangents": given,
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_weights": p.contiguous(),
-            "p_sums": tangent_sums,
-            "p_outs": tuple(outputs),
-            "positions": _positions(y),
-        },
-        {
-            "NORMS": table.norms,
-            "HAS_TANGENT": has,
-            "BATCH": table.batch,
-            "OUT_ROWS": tuple(map(row_stride, outputs)),
-            **sizes,
-        },
-    )
-    return outputs[0], left
+    arguments = {
+        # Of a candidate without batch norm only the tangent is read.
+        "p_candidates": tuple(
+            source.x if norm else yd for source, yd, norm in zip(candidates, tangents, norms, strict=True)
+        ),
+        "p_tangents": tuple(tangents),
+        "p_means": means,
+        "p_rs": rs,
+        "p_weights": weights,
+        "p_sums": tangent_sums,
+        "p_outs": tuple(outs),
+        "positions": _positions(y),
+    }
+    constants = {"NORMS": norms, "OUT_ROWS": tuple(map(row_stride, outs)), **sizes}
+    adjoints = [adjoint] * len(candidates)
+    return [
+        norm_sums(
+            tangents,
+            candidates,
+            adjoints,
+            sums[1],
+            sums=tangent_sums,
+            weight_gradient=weight_gradient,
+        ),
+        Launch(mix_tangent_kernel, (tiles, blocks), arguments, constants),
+    ]
 
 
 def mix_second(
-    candidates: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    p: Tensor,
-    g: Tensor,
-    left: _Left,
-    links: Sequence[Link | None] = (),
-) -> tuple[list[Tensor], Tensor]:
-    """The second adjoint of every candidate (or g where it has a link), and that of p, with what it gains in
-    the tangent sweep; g is the node's."""
-    gained = torch.empty_like(left.gained)
-    sums = norm_sums([g] * len(candidates), candidates, normalizers, gained=gained, before=left.gained)
-    for link in filter(None, links):
-        link.sums = sums
-    return _of_candidates(candidates, normalizers, p, g, sums, links, left), _over_blocks(gained)
-
-
-def spread_backward(
-    tensors: Sequence[Tensor], normalizers: Sequence[Normalizer | None], readers: Sequence[Reader]
-) -> list[Tensor]:
-    """B_c of the sum over readers j of p_jc G_j, for every tensor."""
-    return _launch_spread(tensors, normalizers, readers, readers, [None] * len(tensors), readers)
-
-
-def spread_second(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    seconds: Sequence[Reader],
-    firsts: Sequence[Reader],
-    tangents: Sequence[Tensor | None],
-    tangent_sums: Sequence[Tensor],
-) -> list[Tensor]:
-    """The second adjoint of every tensor, from its tangent; `tangent_sums` are each reader's."""
-    tangents = [None if yd is None else yd.contiguous(memory_format=torch.channels_last) for yd in tangents]
-    given = [first._replace(sums=sums) for first, sums in zip(firsts, tangent_sums, strict=True)]
-    return _launch_spread(tensors, normalizers, seconds, firsts, tangents, given)
-
-
-def _launch_spread(
-    tensors: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    readers: Sequence[Reader],
-    firsts: Sequence[Reader],
-    tangents: Sequence[Tensor | None],
-    tangent_readers: Sequence[Reader],
-) -> list[Tensor]:
-    """`firsts` and `tangent_readers` are `readers` in the first sweep, where they are not read."""
-    y = tensors[0]
-    adjoints, first_adjoints = ([reader.adjoint for reader in group] for group in (readers, firsts))
-    table = Table.of(normalizers, tensors)
-    out = images(len(tensors), y.shape, y.dtype, y.device)
-    sizes, grid = _sizes("spread_kernel", y, len(tensors) * (2 * len(readers) + 2))
-    launch(
-        spread_kernel,
-        grid,
-        {
-            "p_adjoints": tuple(adjoints),
-            "p_sums": tuple(reader.sums for reader in readers),
-            "p_weights": tuple(reader.weights for reader in readers),
-            # Of a tensor without batch norm nothing is read.
-            "p_tensors": _where(table.norms, tensors, [adjoints[0]] * len(tensors)),
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_firsts": tuple(first_adjoints),
-            "p_first_sums": tuple(reader.sums for reader in firsts),
-            "p_tangents": tuple(
-                yd if yd is not None and norm else adjoints[0]
-                for yd, norm in zip(tangents, table.norms, strict=True)
-            ),
-            "p_tangent_sums": tuple(reader.sums for reader in tangent_readers),
-            "p_out": out,
-            "positions": _positions(y),
-        },
-        {
-            "PLACES": tuple(place for reader in readers for place in reader.places),
-            "CANDIDATES": tuple(reader.sums.shape[1] for reader in readers),
-            "ROWS": tuple(map(row_stride, adjoints)),
-            "FIRST_ROWS": tuple(map(row_stride, first_adjoints)),
-            "NORMS": table.norms,
-            "HAS_TANGENT": tuple(int(yd is not None) for yd in tangents),
-            "TANGENT": firsts is not readers,
-            **sizes,
-        },
-    )
-    return list(out.unbind())
+    candidates: Sequence[Source],
+    adjoint: Tensor,
+    gradient_before: Tensor,
+    *,
+    sums: Tensor,
+    weight_gradient: Tensor,
+) -> list[Launch]:
+    adjoints = [adjoint] * len(candidates)
+    return [
+        norm_sums(adjoints, candidates, before=gradient_before, sums=sums, weight_gradient=weight_gradient)
+    ]
 
 
 def norm_sums(
     gs: Sequence[Tensor],
-    ys: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
+    sources: Sequence[Source],
     weighed: Sequence[Tensor] | None = None,
     gh_sums: Tensor | None = None,
-    gained: Tensor | None = None,
     before: Tensor | None = None,
-) -> Tensor:
-    """Per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed: [sums, k, C].
-    All g, and all weighed, have one row stride.
-
-    `gained` [blocks of channels, k], of a mix: where what dL/dp gains is to be written, and `before` added;
-    with `weighed`, for which `gh_sums` are the sums of weighed h [k, C]."""
-    y, entries = ys[0], len(ys)
-    table = Table.of(normalizers, ys)
-    sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y)
-    splits = splits_of(tiles, entries)
-    count = 2 if weighed is None else 4
-    c, dtype = y.shape[1], accumulator(y.dtype)
-    partials = y.new_empty(count, entries, splits, c, dtype=dtype)
-    sums = y.new_empty(count, entries, c, dtype=dtype)
-    launch(
-        norm_sums_kernel,
-        (splits, entries, blocks),
-        {
-            "p_g": tuple(gs),
-            "p_y": tuple(ys),
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_weighed": tuple(gs if weighed is None else weighed),
-            "p_partials": partials,
-            "p_sums": sums,
-            "p_gh_sums": sums if gh_sums is None else gh_sums,
-            "p_gained": sums if gained is None else gained,
-            "p_before": sums if before is None else before,
-            "p_counters": counters(y, entries * blocks),
-            "positions": _positions(y),
-        },
-        {
-            "NORMS": table.norms,
-            "TANGENT": weighed is not None,
-            "GAIN": gained is not None,
-            "ADD": before is not None,
-            "BATCH": table.batch,
-            "G_ROW": row_stride(gs[0]),
-            "WEIGHED_ROW": row_stride((gs if weighed is None else weighed)[0]),
-            **sizes,
-        },
-    )
-    return sums
-
-
-def norm_backward(
-    gs: Sequence[Tensor],
-    ys: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
+    *,
     sums: Tensor,
-    p: Tensor | None = None,
-    yds: Sequence[Tensor | None] | None = None,
-    yd_sums: Tensor | None = None,
-    first: tuple[Sequence[Tensor], Tensor] | None = None,
-    rows: Sequence[int] | None = None,
-) -> list[Tensor]:
-    """p_k B_k(g_k), see `Normalizer.adjoint`; with tangents yd, less p_k r_k (s_k hd_k + u_k h_k); with
-    `first` then also less p_k r_k t_k B_k(G_k), which a separable half takes from g before.
+    weight_gradient: Tensor | None = None,
+) -> Launch:
+    """Writes, per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed.
 
     Args:
-        sums: of g, g h; with tangents and without `first` then of G h, G hd: s and u times the positions.
-        yd_sums: of yd and yd h; with `first` then of yd G and G.
-        first: the G_k, and the sums of G_k h_k.
-        rows: the entries' rows in sums and p, if they are not all that there are.
+        gs: g of each source, all of one row stride; so are all `weighed`.
+        gh_sums: the sums of weighed h [sources, C], if there are `weighed` and a `weight_gradient`.
+        before: [sources], which is added to the `weight_gradient`.
+        sums: [2, or 4 with `weighed`, sources, C].
+        weight_gradient: [sources], of a mix: the sum over channels of g h; with `weighed` of weighed gd,
+            where gd is the tangent of h if g is that of y.
     """
-    y, entries = ys[0], len(ys)
-    table = Table.of(normalizers, ys)
-    found = images(entries, y.shape, y.dtype, y.device)
-    sizes, (tiles, blocks) = _sizes("norm_bwd_kernel", y)
-    yds_given = [None] * entries if yds is None else yds
-    launch(
-        norm_bwd_kernel,
-        (tiles, entries, blocks),
-        {
-            "p_g": tuple(gs),
-            "p_y": _where(table.norms, ys, gs),  # y is read for batch norm only
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_weights": sums if p is None else p.contiguous(),
-            "p_sums": sums,
-            "p_yd": tuple(
-                yd if norm and yd is not None else g
-                for yd, g, norm in zip(yds_given, gs, table.norms, strict=True)
-            ),
-            "p_yd_sums": sums if yd_sums is None else yd_sums,
-            "p_first": tuple(first[0] if first else gs),
-            "p_first_sums": first[1] if first else sums,
-            "p_found": found,
-            "positions": _positions(y),
-            "rows": sums.shape[1],
-        },
-        {
-            "ROWS": tuple(range(entries) if rows is None else rows),
-            "NORMS": table.norms,
-            "HAS_YD": tuple(int(yd is not None) for yd in yds_given),
-            "BATCH": table.batch,
-            "WEIGHTED": p is not None,
-            "TANGENT": yds is not None,
-            "FIRST": first is not None,
-            **sizes,
-        },
-        warps("norm_bwd_kernel", Case(y.dtype, y.shape[1])),
+    y, entries, (means, rs, norms) = sources[0].x, len(sources), norms_of(sources)
+    if len({(row_stride(g), row_stride(v)) for g, v in zip(gs, weighed or gs, strict=True)}) > 1:
+        raise ValueError("the adjoints, and the tangents, of one Triton launch must have one row stride")
+    sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y)
+    splits = splits_of(tiles, entries)
+    blocks_of_gradients = y.new_empty(entries, blocks, dtype=sums.dtype) if blocks > 1 else sums
+    arguments = {
+        "p_g": tuple(gs),
+        "p_y": tuple(source.x for source in sources),
+        "p_means": means,
+        "p_rs": rs,
+        "p_weighed": tuple(weighed or gs),
+        "p_partials": y.new_empty(len(sums), entries, splits, y.shape[1], dtype=sums.dtype),
+        "p_sums": sums,
+        "p_gh_sums": sums if gh_sums is None else gh_sums,
+        "p_gradient": sums if weight_gradient is None else weight_gradient,
+        "p_before": sums if before is None else before,
+        "p_blocks": blocks_of_gradients,
+        "p_counters": counters(y, entries * (blocks + int(blocks > 1))),
+        "positions": _positions(y),
+    }
+    constants = {
+        "NORMS": norms,
+        "TANGENT": weighed is not None,
+        "GRADIENT": weight_gradient is not None,
+        "ADD": before is not None,
+        "G_ROW": row_stride(gs[0]),
+        "WEIGHED_ROW": row_stride((weighed or gs)[0]),
+        **sizes,
+    }
+    return Launch(norm_sums_kernel, (splits, entries, blocks), arguments, constants)
+
+
+def norm_forward(sources: Sequence[Source], *, out: Tensor) -> list[Launch]:
+    return [_norm_forward(sources, None, None, out)]
+
+
+def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums: Tensor) -> list[Launch]:
+    return [norm_sums(adjoints, sources, sums=sums)]
+
+
+def norm_tangent(
+    sources: Sequence[Source],
+    tangents: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    *,
+    out: Tensor,
+    sums: Tensor,
+) -> list[Launch]:
+    return [norm_sums(tangents, sources, adjoints, sums=sums), _norm_forward(sources, tangents, sums, out)]
+
+
+def _norm_forward(
+    sources: Sequence[Source], tangents: Sequence[Tensor] | None, sums: Tensor | None, out: Tensor
+) -> Launch:
+    y, (means, rs, norms) = sources[0].x, norms_of(sources)
+    sizes, (tiles, blocks) = _sizes("norm_fwd_kernel", y)
+    tensors = tuple(source.x for source in sources)
+    arguments = {
+        "p_y": tensors,
+        "p_means": means,
+        "p_rs": rs,
+        "p_tangents": tensors if tangents is None else tuple(tangents),
+        "p_sums": means[0] if sums is None else sums,
+        "p_out": out,
+        "positions": _positions(y),
+    }
+    constants = {"NORMS": norms, "TANGENT": tangents is not None, **sizes}
+    return Launch(norm_fwd_kernel, (tiles, len(sources), blocks), arguments, constants)
+
+
+def fan_out_backward(
+    sources: Sequence[Source], readers: Sequence[Sequence[Reader]], *, out: Tensor
+) -> list[Launch]:
+    return [_fan_out(sources, readers, readers, None, out)]
+
+
+def fan_out_second(
+    sources: Sequence[Source], readers: Sequence[Sequence[SecondReader]], *, out: Tensor
+) -> list[Launch]:
+    firsts = [[reader.first for reader in of_one] for of_one in readers]
+    return [_fan_out(sources, firsts, readers, readers, out)]
+
+
+def _fan_out(
+    sources: Sequence[Source],
+    firsts: Sequence[Sequence[Reader]],
+    readers: Sequence[Sequence[Reader | SecondReader]],
+    seconds: Sequence[Sequence[SecondReader]] | None,
+    out: Tensor,
+) -> Launch:
+    """`readers` are the seconds if there are any, else the firsts."""
+    # A tensor that no reader normalises is not read; out stands in for all that is not read.
+    read = [
+        source if source.statistics is not None and of_one else Source(out)
+        for source, of_one in zip(sources, readers, strict=True)
+    ]
+    means, rs, norms = norms_of(read)
+    tangents = [
+        of_one[0].tangent if seconds and norm else out for of_one, norm in zip(readers, norms, strict=True)
+    ]
+    all_firsts, all_readers, all_seconds = (
+        [reader for of_one in group or () for reader in of_one] for group in (firsts, readers, seconds)
     )
-    return list(found.unbind())
+
+    def of_all(values: list[Tensor | None]) -> tuple[Tensor, ...]:
+        return tuple(out if value is None else value for value in values or [None])
+
+    adjoints = [reader.adjoint for reader in all_readers]
+    first_adjoints = [reader.adjoint for reader in all_firsts]
+    sizes, grid = _sizes("fan_out_kernel", out[0], 2 * (len(read) + len(adjoints)))
+    arguments = {
+        "p_adjoints": of_all(adjoints),
+        "p_sums": of_all([reader.sums for reader in all_readers]),
+        "p_weights": of_all([reader.weights for reader in all_firsts]),
+        "p_tensors": tuple(source.x for source in read),
+        "p_means": means,
+        "p_rs": rs,
+        "p_firsts": of_all(first_adjoints),
+        "p_first_sums": of_all([reader.sums for reader in all_firsts]),
+        "p_tangents": tuple(tangents),
+        "p_tangent_sums": of_all([reader.tangent_sums for reader in all_seconds]),
+        "p_out": out,
+        "positions": _positions(out[0]),
+    }
+    constants = {
+        "ENDS": tuple(sum(map(len, readers[:c])) for c in range(len(readers) + 1)),
+        "PLACES": tuple(reader.index for reader in all_firsts),
+        "CANDIDATES": tuple(0 if reader.sums is None else reader.sums.shape[1] for reader in all_firsts),
+        "WEIGHED": tuple(int(reader.weights is not None) for reader in all_firsts),
+        "ROWS": tuple(map(row_stride, adjoints)),
+        "FIRST_ROWS": tuple(map(row_stride, first_adjoints)),
+        "NORMS": norms,
+        "TANGENT": seconds is not None,
+        **sizes,
+    }
+    return Launch(fan_out_kernel, grid, arguments, constants)
 
 
-def _where(flags: Sequence[int], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(t if flag else o for flag, t, o in zip(flags, tensors, others, strict=True))
+def add(terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
+    sizes, grid = _sizes("add_kernel", out, len(terms))
+    arguments = {"p_terms": tuple(terms), "p_out": out, "positions": _positions(out)}
+    constants = {"ROW_STRIDES": tuple(map(row_stride, terms)), **sizes}
+    return [Launch(add_kernel, grid, arguments, constants)]
 
 
 def _positions(y: Tensor) -> int:

@@ -1,26 +1,23 @@
-"""The two pools of a state in Triton: `pool_forward`, `pool_backward`, `pool_tangent` of the interface."""
+"""3x3 max and average pool of a state, in Triton."""
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.launch_table import Case, tile
-from darts_fast.kernels.triton_launch import (
+from darts_fast.kernels.triton.launch import (
     ACCUMULATORS,
-    accumulator,
+    Launch,
     counters,
-    images,
-    in_rows,
     last_program,
-    launch,
     merge_statistics,
     refuse_single_value,
     row_stride,
     store_statistics,
 )
+from darts_fast.kernels.triton.launch_table import Case, tile
+from darts_fast.kernels.types import accumulator
 
 
 @triton.jit
@@ -35,8 +32,8 @@ def pool_fwd_kernel(
     p_x,  # [N, H, W, C]
     p_max,  # [N, HO, WO, C]; so are the next two
     p_average,
-    p_position,  # int8: which of the window's nine pixels, row-major, is the maximum; read if TANGENT
-    p_partials,  # [2, tiles, 2, C], written unless TANGENT, as the next
+    p_position,  # uint8: which of the window's nine pixels, row-major, is the maximum; read if TANGENT
+    p_partials,  # [2, tiles, 2, C], written if STATISTICS, as the next
     p_statistics,  # [2, 3, C]
     p_counters,
     positions,  # N * HO * WO
@@ -47,6 +44,7 @@ def pool_fwd_kernel(
     C: tl.constexpr,
     STRIDE: tl.constexpr,
     TANGENT: tl.constexpr,  # x is a tangent: gather it where the maxima are
+    STATISTICS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
@@ -90,7 +88,8 @@ def pool_fwd_kernel(
     tl.store(p_max + o_out, b_max.to(p_max.dtype.element_ty), mask=m_out)
     tl.store(p_average + o_out, b_average.to(p_average.dtype.element_ty), mask=m_out)
     if not TANGENT:
-        tl.store(p_position + o_out, b_position.to(tl.int8), mask=m_out)
+        tl.store(p_position + o_out, b_position.to(tl.uint8), mask=m_out)
+    if STATISTICS:
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
         layer = tl.cast(tiles, tl.int64) * 2 * C
         p_tile = p_partials + i_tile * 2 * C
@@ -140,7 +139,7 @@ def pool_bwd_kernel(
         o_oy, o_ox = o_wy // STRIDE, o_wx // STRIDE
         m = m_in[:, None] & m_c[None, :]
         o = o_image + (((o_n * HO + o_oy) * WO + o_ox)[:, None] * C + o_c[None, :])
-        b_position = tl.load(p_position + o, mask=m, other=-1).to(tl.int32)
+        b_position = tl.load(p_position + o, mask=m, other=9).to(tl.int32)  # 9: of no pixel
         b_max = tl.load(p_max + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
         b_average = tl.load(p_average + o, mask=m, other=0.0).to(ACC)
         b_count = valid_taps(o_oy, STRIDE, H) * valid_taps(o_ox, STRIDE, W)
@@ -154,93 +153,61 @@ def pool_bwd_kernel(
     tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_out)
 
 
-def pool_forward(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maximum and average, the maximum's place in its window [N, C, H / stride, W / stride] int8, and the
-    statistics of both [2, 3, C]. One read of x."""
-    n, c, height, width = x.shape
-    shape = n, c, -(-height // stride), -(-width // stride)
-    positions = n * shape[2] * shape[3]
-    refuse_single_value(positions)
-    maximum, average = images(2, shape, x.dtype, x.device)
-    (position,) = images(1, shape, torch.int8, x.device)
-    block_p, block_c = tile("pool_fwd_kernel", Case(x.dtype, c))
-    tiles = triton.cdiv(positions, block_p)
-    dtype = accumulator(x.dtype)
-    partials, statistics = x.new_empty(2, tiles, 2, c, dtype=dtype), x.new_empty(2, 3, c, dtype=dtype)
-    _launch_forward(
-        x, maximum, average, position, (partials, statistics, counters(x, triton.cdiv(c, block_c))), stride
-    )
-    return maximum, average, position, statistics
+def pool_forward(
+    x: Tensor, stride: int, *, pools: Tensor, position: Tensor, statistics: Tensor | None
+) -> list[Launch]:
+    return [_forward(x, position, stride, pools, statistics, tangent=False)]
 
 
-def pool_tangent(xd: Tensor, position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """The tangents of the two pools: both are linear once the positions are held."""
-    xd = xd.contiguous(memory_format=torch.channels_last)
-    maximum, average = images(2, position.shape, xd.dtype, xd.device)
-    _launch_forward(xd, maximum, average, position, None, stride)
-    return maximum, average
+def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
+    return [_forward(tangent, position, stride, pools, None, tangent=True)]
 
 
-def _launch_forward(
-    x: Tensor,
-    maximum: Tensor,
-    average: Tensor,
-    position: Tensor,
-    statistics: tuple[Tensor, ...] | None,
-    stride: int,
-) -> None:
-    """`statistics` are partial ones, whole ones and counters, unless x is a tangent."""
-    partials, found, counts = (x, x, x) if statistics is None else statistics
-    n, c, height, width = x.shape
-    out_height, out_width = maximum.shape[2:]
+def _forward(
+    x: Tensor, position: Tensor, stride: int, pools: Tensor, statistics: Tensor | None, tangent: bool
+) -> Launch:
+    n, c, height, width = position.shape
+    positions = n * height * width
     block_p, block_c = block = tile("pool_fwd_kernel", Case(x.dtype, c))
-    tiles = triton.cdiv(n * out_height * out_width, block_p)
-    launch(
-        pool_fwd_kernel,
-        (tiles, triton.cdiv(c, block_c)),
-        {
-            "p_x": x,
-            "p_max": maximum,
-            "p_average": average,
-            "p_position": position,
-            "p_partials": partials,
-            "p_statistics": found,
-            "p_counters": counts,
-            "positions": n * out_height * out_width,
-        },
-        {**_sizes(x, maximum, stride, block), "TANGENT": statistics is None},
-    )
+    tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(c, block_c)
+    partials = counts = None
+    if statistics is not None:
+        refuse_single_value(positions)
+        partials, counts = x.new_empty(2, tiles, 2, c, dtype=statistics.dtype), counters(x, blocks)
+    arguments = {
+        "p_x": x,
+        "p_max": pools[0],
+        "p_average": pools[1],
+        "p_position": position,
+        "p_partials": x if partials is None else partials,
+        "p_statistics": x if statistics is None else statistics,
+        "p_counters": x if counts is None else counts,
+        "positions": positions,
+    }
+    constants = {
+        **_sizes(x, position, stride, block),
+        "TANGENT": tangent,
+        "STATISTICS": statistics is not None,
+    }
+    return Launch(pool_fwd_kernel, (tiles, blocks), arguments, constants)
 
 
 def pool_backward(
-    x: Tensor,
-    position: Tensor,
-    stride: int,
-    maximum: Tensor,
-    average: Tensor,
-    terms: Sequence[Tensor] = (),
-) -> Tensor:
-    """The adjoint of x from those of the two pools, and the sum of `terms`, which may be slices of channels;
-    of x only the shape and dtype are used."""
-    n, c, height, width = x.shape
-    maximum, average = (g.contiguous(memory_format=torch.channels_last) for g in (maximum, average))
-    terms = [in_rows(t) for t in terms]
-    (found,) = images(1, x.shape, x.dtype, x.device)
-    block_p, block_c = block = tile("pool_bwd_kernel", Case(x.dtype, c))
-    launch(
-        pool_bwd_kernel,
-        (triton.cdiv(n * height * width, block_p), triton.cdiv(c, block_c)),
-        {
-            "p_max": maximum,
-            "p_average": average,
-            "p_position": position,
-            "p_terms": tuple(terms) or (maximum,),
-            "p_found": found,
-            "positions": n * height * width,
-        },
-        {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(x, maximum, stride, block)},
-    )
-    return found
+    position: Tensor, stride: int, pools: Tensor, terms: Sequence[Tensor], *, out: Tensor
+) -> list[Launch]:
+    n, c, height, width = out.shape
+    block_p, block_c = block = tile("pool_bwd_kernel", Case(out.dtype, c))
+    arguments = {
+        "p_max": pools[0],
+        "p_average": pools[1],
+        "p_position": position,
+        "p_terms": tuple(terms) or (out,),
+        "p_found": out,
+        "positions": n * height * width,
+    }
+    constants = {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(out, position, stride, block)}
+    grid = triton.cdiv(n * height * width, block_p), triton.cdiv(c, block_c)
+    return [Launch(pool_bwd_kernel, grid, arguments, constants)]
 
 
 def _sizes(x: Tensor, pooled: Tensor, stride: int, block: tuple[int, int]) -> dict:

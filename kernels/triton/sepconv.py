@@ -1,5 +1,4 @@
-"""Halves of separable convolutions in Triton: `sepconv_forward`, `sepconv_backward`,
-`sepconv_tangent_forward`, `sepconv_second`.
+"""Halves of separable convolutions and 1x1 convolutions in Triton.
 
 Notation of docs/mathematics.md: a = relu(h), z = D * a, y = P z; capitals are adjoints, a trailing d is a
 tangent. The four sweeps are three kernels, each launched once for all tasks of a call:
@@ -7,20 +6,30 @@ tangent. The four sweeps are three kernels, each launched once for all tasks of 
     sepconv_fwd_kernel            y = P (D * a) and its statistics; as tangent yd = P (D * ad + Dd * a) + Pd z
     sepconv_bwd_pointwise_kernel  Z = P' Y, and the weight gradients; as tangent also Zd = P' Yd + Pd' Y
     sepconv_bwd_kernel            H = [h > 0] D' * Z, summed over a source's tasks; as tangent Hd
-
-Batch norm on load has its own derivative behind the last one: `norm_backward` of mix_triton.py.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.handover import Link
-from darts_fast.kernels.launch_table import (
+from darts_fast.kernels.triton.launch import (
+    ACCUMULATORS,
+    Launch,
+    counters,
+    last_program,
+    load_normalizer,
+    merge_statistics,
+    norms_of,
+    pick,
+    refuse_single_value,
+    row_stride,
+    store_statistics,
+    sum_of_rows,
+)
+from darts_fast.kernels.triton.launch_table import (
     Case,
     dot_channel_block,
     positions,
@@ -29,25 +38,8 @@ from darts_fast.kernels.launch_table import (
     tile,
     warps,
 )
-from darts_fast.kernels.mix_triton import norm_backward, norm_sums
-from darts_fast.kernels.sepconv import Own
-from darts_fast.kernels.torch_backend import Normalizer, Task
-from darts_fast.kernels.triton_launch import (
-    ACCUMULATORS,
-    Table,
-    accumulator,
-    counters,
-    images,
-    last_program,
-    launch,
-    load_normalizer,
-    merge_statistics,
-    pick,
-    refuse_single_value,
-    row_stride,
-    store_statistics,
-    sum_of_rows,
-)
+from darts_fast.kernels.triton.mix import norm_sums
+from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, accumulator, images
 
 # The interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same and exact.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -77,7 +69,7 @@ def sepconv_fwd_kernel(
     p_depthwise_d,
     p_pointwise_d,
     p_y,  # [tasks / JOIN, N, HO, WO, JOIN * K]
-    p_partials,  # [tasks, tiles, 2, K]; written unless TANGENT, as the next
+    p_partials,  # [tasks, tiles, 2, K]; written if STATISTICS, as the next
     p_statistics,  # [tasks / JOIN, 3, JOIN * K]
     p_counters,
     positions,  # N * HO * WO
@@ -89,12 +81,9 @@ def sepconv_fwd_kernel(
     DILATIONS: tl.constexpr,
     SHIFTS: tl.constexpr,  # from an output's pixel times the stride to its first tap
     HAS_D: tl.constexpr,  # whether the task has a depthwise part; else z = a
-    HAS_XD: tl.constexpr,  # which tangents are not zero
-    HAS_DD: tl.constexpr,
-    HAS_PD: tl.constexpr,
     TANGENT: tl.constexpr,
+    STATISTICS: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    BATCH: tl.constexpr,
     JOIN: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -115,8 +104,7 @@ def sepconv_fwd_kernel(
     p_p, p_pd = pick(p_pointwise, i_task), pick(p_pointwise_d, i_task)
     kernel, dilation, shift = pick(KERNELS, i_task), pick(DILATIONS, i_task), pick(SHIFTS, i_task)
     has_norm, i_source = pick(NORMS, i_task), pick(SOURCES, i_task)
-    m_d, m_xd = pick(HAS_D, i_task) > 0, pick(HAS_XD, i_task) > 0
-    m_dd, m_pd = pick(HAS_DD, i_task) > 0, pick(HAS_PD, i_task) > 0
+    m_d = pick(HAS_D, i_task) > 0
     # Offsets from the image of the tile's first position are small: 32 bits are enough for them.
     i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
     i_image = i_first // (HO * WO)
@@ -133,8 +121,8 @@ def sepconv_fwd_kernel(
         o_c = i_c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_mean, b_r = load_normalizer(pick(p_means, i_task), pick(p_rs, i_task), has_norm, o_c, m_c, ACC)
-        if TANGENT and NORMALIZE and BATCH:
-            m_norm = m_c & m_xd & (has_norm > 0)
+        if TANGENT and NORMALIZE:
+            m_norm = m_c & (has_norm > 0)
             p_sum = p_xd_sums + i_source * C + o_c
             b_md = tl.load(p_sum, mask=m_norm, other=0.0) / pixels
             b_td = tl.load(p_sum + sources * C, mask=m_norm, other=0.0) / pixels
@@ -153,20 +141,18 @@ def sepconv_fwd_kernel(
             b_a = tl.where(m & ~(b_h < 0.0), b_h, 0.0)  # NaN stays
             b_z += b_a * b_d[None, :]
             if TANGENT:
-                b_hd = tl.load(p_in_d + o, mask=m & m_xd, other=0.0).to(ACC)
+                b_hd = tl.load(p_in_d + o, mask=m, other=0.0).to(ACC)
                 if NORMALIZE:
-                    if BATCH:
-                        b_hd = b_hd - b_md[None, :] - b_h * b_td[None, :]
-                    b_hd = b_hd * b_r[None, :]
+                    b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_r[None, :]
                 b_ad = tl.where(m & (b_h > 0.0), b_hd, 0.0)
-                b_dd = tl.load(p_dd + o_c * (kernel * kernel) + i_tap, mask=m_c & m_dd, other=0.0).to(ACC)
+                b_dd = tl.load(p_dd + o_c * (kernel * kernel) + i_tap, mask=m_c & m_d, other=0.0).to(ACC)
                 b_zd += b_ad * b_d[None, :] + b_a * b_dd[None, :]
         o_weight = o_k[None, :] * C + o_c[:, None]
         m_weight = m_k[None, :] & m_c[:, None]
         b_p = tl.load(p_p + o_weight, mask=m_weight, other=0.0)  # [BLOCK_C, BLOCK_K]
         element: tl.constexpr = p_y.dtype.element_ty
         if TANGENT:
-            b_pd = tl.load(p_pd + o_weight, mask=m_weight & m_pd, other=0.0)
+            b_pd = tl.load(p_pd + o_weight, mask=m_weight, other=0.0)
             b_y += dot(b_zd.to(element), b_p.to(element), ACC) + dot(b_z.to(element), b_pd.to(element), ACC)
         else:
             b_y += dot(b_z.to(element), b_p.to(element), ACC)
@@ -174,7 +160,7 @@ def sepconv_fwd_kernel(
     p_out = p_y + (tl.cast(i_output, tl.int64) * positions + i_first) * (JOIN * K) + i_part * K
     o_out = o_t[:, None] * (JOIN * K) + o_k[None, :]
     tl.store(p_out + o_out, b_y.to(p_y.dtype.element_ty), mask=m_p[:, None] & m_k[None, :])
-    if not TANGENT:
+    if STATISTICS:
         count = tl.minimum(positions - i_first, BLOCK_P).to(ACC)
         p_tile = p_partials + (tl.cast(i_task, tl.int64) * tiles + i_tile) * 2 * K
         store_statistics(p_tile, b_y, m_p, count, o_k, m_k, K)
@@ -192,38 +178,38 @@ def sepconv_bwd_pointwise_kernel(
     p_depthwise,
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
-    p_adjoints,  # tuple of Y [N, HO, WO, Y_ROWS[t] >= K]; where LINKED of G, and Y = p B(G)
-    p_seconds,  # tuple of Yd; where LINKED of Gd; read if TANGENT
-    p_own,  # tuple of y; this and the next four are read where LINKED
+    p_adjoints,  # tuple of G [N, HO, WO, G_ROWS[t] >= K]; Y = p B(G)
+    p_seconds,  # tuple of Gd; read if TANGENT
+    p_mix_weights,  # tuple of p [candidates]; read where WEIGHED
+    p_own,  # tuple of y; this and the next three are read where OWN_NORMS
     p_own_means,  # tuple of [K]; so is the next
     p_own_rs,
-    p_mix_weights,  # tuple of [candidates]
     p_first_sums,  # tuple of [2, candidates, K]: of G, G h
-    p_own_d,  # tuple of yd; this and the next two are read where LINKED if TANGENT
+    p_own_d,  # tuple of yd; this and the next two are read where OWN_NORMS if TANGENT
     p_own_d_sums,  # tuple of [4, candidates, K]: of yd, yd h, yd G, G
     p_second_sums,  # tuple of [2, candidates, K]: of Gd, Gd h
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
     p_partials,  # [tasks, c blocks, splits, K + TAPS, BLOCK_C]: dP and dD of a program; written if WEIGHTS
-    p_gradients,  # [tasks, K * C + C * TAPS]: dP [K, C], dD [C, k * k]; written if WEIGHTS
+    p_gradients,  # [tasks, gradients_row]: dP [K, C], dD [C, k * k]; written if WEIGHTS
     p_counters,
     positions,  # N * HO * WO
     tasks,
+    gradients_row,
     NORMS: tl.constexpr,
     KERNELS: tl.constexpr,
     DILATIONS: tl.constexpr,
     SHIFTS: tl.constexpr,
     HAS_D: tl.constexpr,
-    HAS_PD: tl.constexpr,
-    HAS_YD: tl.constexpr,
-    LINKED: tl.constexpr,  # which tasks' outputs are read by a link; empty: none
-    PLACES: tl.constexpr,  # its row in the sums, and the place of its p
-    CANDIDATES: tl.constexpr,  # how many rows there are
-    WEIGHED: tl.constexpr,  # whether it has a p
+    OWN_NORMS: tl.constexpr,  # which tasks' outputs are normalised by their readers, and so have sums
+    WEIGHED: tl.constexpr,  # which have a p
+    PLAIN: tl.constexpr,  # whether none are normalised, and none have a p: Y = G
+    PLACES: tl.constexpr,  # the reader's index in the sums and in p
+    CANDIDATES: tl.constexpr,  # entries of the sums
     WEIGHTS: tl.constexpr,
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
     NORMALIZE: tl.constexpr,
-    TAPS: tl.constexpr,  # of the largest depthwise kernel
+    TAPS: tl.constexpr,  # of the largest depthwise kernel; 0: no task has one
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -231,7 +217,7 @@ def sepconv_bwd_pointwise_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    Y_ROWS: tl.constexpr,  # from one position of Y and Yd to the next: they may be slices of channels
+    G_ROWS: tl.constexpr,  # from one position of G and Gd to the next: they may be slices of channels
     OWN_ROW: tl.constexpr,  # the same of y and yd, and from one row of all sums of channels to the next
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -241,7 +227,7 @@ def sepconv_bwd_pointwise_kernel(
 ):
     i_split, i_task, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
-    p_y, y_row = pick(p_adjoints, i_task), pick(Y_ROWS, i_task)
+    p_y, y_row = pick(p_adjoints, i_task), pick(G_ROWS, i_task)
     element: tl.constexpr = p_z.dtype.element_ty
     o_t, o_k = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -250,8 +236,7 @@ def sepconv_bwd_pointwise_kernel(
     m_weight = m_k[:, None] & m_c[None, :]
     b_p = tl.load(pick(p_pointwise, i_task) + o_weight, mask=m_weight, other=0.0)  # [BLOCK_K, BLOCK_C]
     if TANGENT:
-        m_pd = m_weight & (pick(HAS_PD, i_task) > 0)
-        b_pd = tl.load(pick(p_pointwise_d, i_task) + o_weight, mask=m_pd, other=0.0)
+        b_pd = tl.load(pick(p_pointwise_d, i_task) + o_weight, mask=m_weight, other=0.0)
     if WEIGHTS:
         p_in, p_d = pick(p_x, i_task), pick(p_depthwise, i_task)
         kernel, dilation, shift = pick(KERNELS, i_task), pick(DILATIONS, i_task), pick(SHIFTS, i_task)
@@ -261,26 +246,26 @@ def sepconv_bwd_pointwise_kernel(
         o_tap = tl.arange(0, BLOCK_TAPS)
         b_dp = tl.zeros([BLOCK_K, BLOCK_C], ACC)
         b_dd = tl.zeros([BLOCK_TAPS, BLOCK_C], ACC)
-    if len(LINKED) > 0:
-        m_link = m_k & (pick(LINKED, i_task) > 0)
+    if not PLAIN:
+        m_own_k = m_k & (pick(OWN_NORMS, i_task) > 0)
         i_place, size = pick(PLACES, i_task), pick(CANDIDATES, i_task) * OWN_ROW
         o_sum = i_place * OWN_ROW + o_k
-        b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_link, other=0.0)
-        b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_link, other=1.0)
-        m_weighed = m_link & (pick(WEIGHED, i_task) > 0)
+        b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_own_k, other=0.0)
+        b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_own_k, other=1.0)
+        m_weighed = m_k & (pick(WEIGHED, i_task) > 0)
         b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_weighed, other=1.0)
         b_scale = b_weight * b_own_r  # p r, [BLOCK_K]
         p_sums_1 = pick(p_first_sums, i_task)
-        b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_link, other=0.0) / positions
-        b_s = tl.load(p_sums_1 + size + o_sum, mask=m_link, other=0.0) / positions
+        b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_own_k, other=0.0) / positions
+        b_s = tl.load(p_sums_1 + size + o_sum, mask=m_own_k, other=0.0) / positions
         if TANGENT:
             p_sums_d, p_sums_2 = pick(p_own_d_sums, i_task), pick(p_second_sums, i_task)
-            b_md = tl.load(p_sums_d + o_sum, mask=m_link, other=0.0) / positions
-            b_td = tl.load(p_sums_d + size + o_sum, mask=m_link, other=0.0) / positions
-            b_u = tl.load(p_sums_d + 2 * size + o_sum, mask=m_link, other=0.0) / positions
+            b_md = tl.load(p_sums_d + o_sum, mask=m_own_k, other=0.0) / positions
+            b_td = tl.load(p_sums_d + size + o_sum, mask=m_own_k, other=0.0) / positions
+            b_u = tl.load(p_sums_d + 2 * size + o_sum, mask=m_own_k, other=0.0) / positions
             b_u = b_own_r * (b_u - b_g_mean * b_md - b_s * b_td)
-            b_gd_mean = tl.load(p_sums_2 + o_sum, mask=m_link, other=0.0) / positions
-            b_sd = tl.load(p_sums_2 + size + o_sum, mask=m_link, other=0.0) / positions
+            b_gd_mean = tl.load(p_sums_2 + o_sum, mask=m_own_k, other=0.0) / positions
+            b_sd = tl.load(p_sums_2 + size + o_sum, mask=m_own_k, other=0.0) / positions
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
@@ -288,10 +273,9 @@ def sepconv_bwd_pointwise_kernel(
         m_y = m_p[:, None] & m_k[None, :]
         b_y = tl.load(p_y + i_first * y_row + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
         if TANGENT:
-            m_yd = m_y & (pick(HAS_YD, i_task) > 0)
-            b_yd = tl.load(pick(p_seconds, i_task) + i_first * y_row + o_in_y, mask=m_yd, other=0.0)
-        if len(LINKED) > 0:
-            m_own = m_p[:, None] & m_link[None, :]
+            b_yd = tl.load(pick(p_seconds, i_task) + i_first * y_row + o_in_y, mask=m_y, other=0.0)
+        if not PLAIN:
+            m_own = m_p[:, None] & m_own_k[None, :]
             o_own = o_t[:, None] * OWN_ROW + o_k[None, :]
             b_h = tl.load(pick(p_own, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
             b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
@@ -337,21 +321,25 @@ def sepconv_bwd_pointwise_kernel(
                 b_a = tl.where(m & ~(b_a < 0.0), b_a, 0.0)  # [BLOCK_P, BLOCK_C]
                 b_d = tl.load(p_d + o_c * (kernel * kernel) + i_tap, mask=m_d, other=1.0).to(ACC)
                 b_forward += b_a * b_d[None, :]
-                b_sum = tl.sum(b_z * b_a, axis=0)  # [BLOCK_C]
-                b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
+                if TAPS > 0:
+                    b_sum = tl.sum(b_z * b_a, axis=0)  # [BLOCK_C]
+                    b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
             b_dp += dot(tl.trans(b_y.to(element)), b_forward.to(element), ACC)
     if WEIGHTS:
         taps = kernel * kernel
+        if TAPS == 0:
+            taps = 0
         row: tl.constexpr = (K + TAPS) * BLOCK_C
         i_block = i_task * tl.num_programs(2) + i_c
         p_rows = p_partials + tl.cast(i_block * splits, tl.int64) * row
         p_row = p_rows + tl.cast(i_split, tl.int64) * row
         o_b = tl.arange(0, BLOCK_C)
         tl.store(p_row + o_k[:, None] * BLOCK_C + o_b[None, :], b_dp, mask=m_weight)
-        o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
-        tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        if TAPS > 0:
+            o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
+            tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
         if last_program(p_counters + i_block, splits):
-            p_found = p_gradients + tl.cast(i_task, tl.int64) * (K * C + C * TAPS)
+            p_found = p_gradients + tl.cast(i_task, tl.int64) * gradients_row
             for i_column in range(0, (K + taps) * BLOCK_C, COLUMNS):
                 o_column = i_column + tl.arange(0, COLUMNS)
                 o_row, o_channel = o_column // BLOCK_C, i_c * BLOCK_C + o_column % BLOCK_C
@@ -364,17 +352,15 @@ def sepconv_bwd_pointwise_kernel(
 
 @triton.jit
 def sepconv_bwd_kernel(
-    p_x,  # tuple, as the next three and p_xd one a source: [N, H, W, C]
+    p_x,  # tuple, as the next two one a source: [N, H, W, C]
     p_means,
     p_rs,
-    p_xd,  # read if TANGENT, as are the next two
-    p_xd_sums,  # [2, sources, C]: of xd, xd h
-    p_depthwise_d,  # tuple, one a task, as the next
-    p_depthwise,
+    p_depthwise,  # tuple, one a task, as the next
+    p_depthwise_d,  # read if TANGENT
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
     p_found,  # [sources, N, H, W, C]
-    p_partials,  # [2, or 4 if TANGENT and not LINKED, sources, tiles, C]; written if SUMS, as the next
-    p_sums,  # [2 or 4, sources, C]: of H, H h, and if 4 of first h, first hd
+    p_partials,  # [2, sources, tiles, C]; written if SUMS, as the next
+    p_sums,  # [2, sources, C]: of H, H h
     p_counters,
     pixels,  # N * H * W
     positions,  # N * HO * WO
@@ -384,12 +370,8 @@ def sepconv_bwd_kernel(
     DILATIONS: tl.constexpr,
     SHIFTS: tl.constexpr,
     HAS_D: tl.constexpr,
-    HAS_XD: tl.constexpr,
-    HAS_DD: tl.constexpr,
     TANGENT: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SUMS: tl.constexpr,  # batch norm moves with x: write H and its sums, for `norm_backward` or a link
-    LINKED: tl.constexpr,  # the sources have links
+    SUMS: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -409,8 +391,7 @@ def sepconv_bwd_kernel(
     o_n, o_y, o_x = o_p // (H * W), o_p // W % H, o_p % W
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_first = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # D' * Z
-    b_second = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # D' * Zd + Dd' * Z
+    b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # D' * Z, or D' * Zd + Dd' * Z
     for t in tl.static_range(len(SOURCES)):  # unrolled: no choice of pointers, and divisions by constants
         if i_source == SOURCES[t]:
             p_task = p_z + (tl.cast(t, tl.int64) * positions + i_image * (HO * WO)) * C
@@ -426,50 +407,32 @@ def sepconv_bwd_kernel(
                 o_d = o_c * (KERNELS[t] * KERNELS[t]) + i_tap
                 b_d = tl.load(p_depthwise[t] + o_d, mask=m_c & (HAS_D[t] > 0), other=1.0).to(ACC)
                 b_z = tl.load(p_task + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-                if not (TANGENT and LINKED):
-                    b_first += b_z * b_d[None, :]
                 if TANGENT:
-                    m_dd = m_c & (HAS_DD[t] > 0)
-                    b_dd = tl.load(p_depthwise_d[t] + o_d, mask=m_dd, other=0.0).to(ACC)
+                    b_dd = tl.load(p_depthwise_d[t] + o_d, mask=m_c & (HAS_D[t] > 0), other=0.0).to(ACC)
                     p_task_d = p_task + tl.cast(len(SOURCES), tl.int64) * positions * C
                     b_zd = tl.load(p_task_d + o, mask=m, other=0.0).to(ACC)
-                    b_second += b_zd * b_d[None, :] + b_z * b_dd[None, :]
+                    b_found += b_zd * b_d[None, :] + b_z * b_dd[None, :]
+                else:
+                    b_found += b_z * b_d[None, :]
     m = m_p[:, None] & m_c[None, :]
     o = i_first * C + (o_t[:, None] * C + o_c[None, :])
     has_norm = pick(NORMS, i_source)
     b_mean, b_r = load_normalizer(pick(p_means, i_source), pick(p_rs, i_source), has_norm, o_c, m_c, ACC)
     b_h = tl.load(pick(p_x, i_source) + o, mask=m, other=0.0).to(ACC)
     b_h = (b_h - b_mean[None, :]) * b_r[None, :]
-    m_open = m & (b_h > 0.0)
-    b_first = tl.where(m_open, b_first, 0.0)
-    b_found = b_first
-    if TANGENT:
-        b_found = tl.where(m_open, b_second, 0.0)
+    b_found = tl.where(m & (b_h > 0.0), b_found, 0.0)
     entries = tl.num_programs(1)
     tiles = tl.num_programs(0)
     p_tile = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
-        if TANGENT and not LINKED:
-            # Of B(first) only its product with -r t is wanted: it joins what B is taken of next.
-            m_xd = m_c & (pick(HAS_XD, i_source) > 0)
-            p_sum = p_xd_sums + i_source * C + o_c
-            b_md = tl.load(p_sum, mask=m_xd, other=0.0) / pixels
-            b_td = tl.load(p_sum + entries * C, mask=m_xd, other=0.0) / pixels
-            b_hd = tl.load(pick(p_xd, i_source) + o, mask=m & m_xd[None, :], other=0.0).to(ACC)
-            b_hd = (b_hd - b_md[None, :] - b_h * b_td[None, :]) * b_r[None, :]
-            b_found -= b_first * (b_r * b_td)[None, :]
-            tl.store(p_tile + 2 * stride, tl.sum(b_first * b_h, axis=0), mask=m_c)
-            tl.store(p_tile + 3 * stride, tl.sum(b_first * b_hd, axis=0), mask=m_c)
         tl.store(p_tile, tl.sum(b_found, axis=0), mask=m_c)
         tl.store(p_tile + stride, tl.sum(b_found * b_h, axis=0), mask=m_c)
-    elif NORMALIZE:
-        b_found = b_found * b_r[None, :]
     p_out = p_found + i_source.to(tl.int64) * pixels * C
     tl.store(p_out + o, b_found.to(p_found.dtype.element_ty), mask=m)
     if SUMS:
         if last_program(p_counters + i_source * tl.num_programs(2) + i_c, tiles):
-            for i_sum in tl.static_range(4 if TANGENT and not LINKED else 2):
+            for i_sum in tl.static_range(2):
                 p_rows = p_partials + i_sum * stride + tl.cast(i_source * tiles, tl.int64) * C
                 b_sum = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
                 tl.store(p_sums + (i_sum * entries + i_source) * C + o_c, b_sum, mask=m_c)
@@ -479,49 +442,47 @@ def sepconv_bwd_kernel(
 
 
 class _Call(NamedTuple):
-    """The arguments that the three functions share, as the kernels take them."""
+    """The arguments that the functions share, as the kernels take them."""
 
     sources: tuple[Tensor, ...]
-    normalizers: tuple[Normalizer | None, ...]
+    means: tuple[Tensor, ...]  # of the sources
+    rs: tuple[Tensor, ...]
+    norms: tuple[int, ...]
     tasks: tuple[Task, ...]
-    depthwise: tuple[Tensor, ...]  # with a tensor that is not read where a task has none
-    pointwise: tuple[Tensor, ...]
     has_depthwise: tuple[int, ...]
-    out_shape: tuple[int, int, int, int]
+    out_shape: tuple[int, int, int, int]  # of a task
 
     @classmethod
-    def of(
-        cls,
-        sources: Sequence[Tensor],
-        normalizers: Sequence[Normalizer | None],
-        tasks: Sequence[Task],
-        depthwise: Sequence[Tensor | None],
-        pointwise: Sequence[Tensor],
-    ) -> "_Call":
-        x = sources[0]
+    def of(cls, sources: Sequence[Source], tasks: Sequence[Task]) -> "_Call":
+        x, pointwise = sources[0].x, [task.weights.pointwise for task in tasks]
         if (
-            len({s.shape for s in sources}) > 1
+            len({(source.x.shape, source.x.dtype) for source in sources}) > 1
             or len({p.shape for p in pointwise}) > 1
             or len({task.stride for task in tasks}) > 1
-            or len({s.dtype for s in sources}) > 1
         ):
             raise ValueError("the sources, outputs and strides of one Triton launch must be alike")
         n, _, height, width = x.shape
         stride, k = tasks[0].stride, pointwise[0].shape[0]
-        given = tuple(d is not None for d in depthwise)
         return cls(
-            tuple(sources),
-            tuple(normalizers),
+            tuple(source.x for source in sources),
+            *norms_of(sources),
             tuple(tasks),
-            tuple(p if d is None else d.contiguous() for d, p in zip(depthwise, pointwise, strict=True)),
-            tuple(p.contiguous() for p in pointwise),
-            tuple(int(d) for d in given),
+            tuple(int(task.weights.depthwise is not None) for task in tasks),
             (n, k, -(-height // stride), -(-width // stride)),
         )
 
     def of_tasks(self, values: Sequence) -> tuple:
-        """What each task's source has."""
+        """The value of each task's source."""
         return tuple(values[task.source] for task in self.tasks)
+
+    def weights(
+        self, given: Sequence[Weights] | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The depthwise and the pointwise weights, or those given; with a tensor that is not read where a
+        task has no depthwise ones."""
+        given = given or [task.weights for task in self.tasks]
+        depthwise = tuple(w.pointwise if w.depthwise is None else w.depthwise for w in given)
+        return depthwise, tuple(w.pointwise for w in given)
 
     def geometry(self) -> dict:
         """How each task walks its source."""
@@ -536,14 +497,18 @@ class _Call(NamedTuple):
         }
 
     def kernels(self) -> tuple[int, ...]:
-        return tuple(
-            d.shape[-1] if has else 1 for d, has in zip(self.depthwise, self.has_depthwise, strict=True)
-        )
+        depthwise = [task.weights.depthwise for task in self.tasks]
+        return tuple(1 if d is None else d.shape[-1] for d in depthwise)
 
     def direct(self) -> bool:
         """Whether the tasks are 1x1 convolutions of a source each, whose adjoint is [h > 0] P' Y."""
-        plain = all(task == Task(i) for i, task in enumerate(self.tasks)) and not any(self.has_depthwise)
-        return plain and len(self.tasks) == len(self.sources) and not any(self.normalizers)
+        plain = all(task == Task(i, task.weights) for i, task in enumerate(self.tasks))
+        return (
+            plain
+            and len(self.tasks) == len(self.sources)
+            and not any(self.has_depthwise)
+            and not any(self.norms)
+        )
 
     def case(self) -> Case:
         x = self.sources[0]
@@ -553,7 +518,7 @@ class _Call(NamedTuple):
             self.out_shape[1],
             self.tasks[0].stride,
             any(self.has_depthwise),
-            any(self.normalizers),
+            any(self.norms),
             self.direct(),
         )
 
@@ -571,12 +536,6 @@ class _Call(NamedTuple):
             "ACC": ACCUMULATORS[accumulator(x.dtype)],
         }
 
-    def outputs(self, join: int) -> Tensor:
-        """Uninitialised [tasks / join, N, join * K, HO, WO]."""
-        n, k, height, width = self.out_shape
-        x = self.sources[0]
-        return images(len(self.tasks) // join, (n, join * k, height, width), x.dtype, x.device)
-
     def positions(self) -> int:
         n, _, height, width = self.out_shape
         return n * height * width
@@ -587,386 +546,293 @@ class _Call(NamedTuple):
 
 
 def sepconv_forward(
-    sources: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    tasks: Sequence[Task],
-    depthwise_weights: Sequence[Tensor | None],
-    pointwise_weights: Sequence[Tensor],
-    join: int = 1,
-) -> tuple[list[Tensor], Tensor]:
-    """y of every task in the sources' dtype, and their statistics [tasks, 3, K]: one launch. The channels of
-    `join` neighbours are side by side in one output."""
-    call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    refuse_single_value(call.positions())
-    x = sources[0]
-    tiles = triton.cdiv(call.positions(), positions("sepconv_fwd_kernel", call.case()))
-    y = call.outputs(join)
-    k, dtype = call.out_shape[1], accumulator(x.dtype)
-    partials = x.new_empty(len(tasks), tiles, 2, k, dtype=dtype)
-    statistics = x.new_empty(len(y), 3, join * k, dtype=dtype)
-    _launch_forward(call, y, (partials, statistics, counters(x, len(tasks))))
-    return list(y.unbind()), statistics
+    sources: Sequence[Source], tasks: Sequence[Task], *, y: Tensor, statistics: Tensor | None
+) -> list[Launch]:
+    return [_forward(_Call.of(sources, tasks), y, statistics)]
 
 
 def sepconv_backward(
-    sources: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
+    sources: Sequence[Source],
     tasks: Sequence[Task],
-    depthwise_weights: Sequence[Tensor | None],
-    pointwise_weights: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
-    weight_gradients: bool,
-    owns: Sequence[Own | None] = (),
-    source_links: Sequence[Link] = (),
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """The adjoint of every source (with links, of its batch norm), and the gradients of the weights: None
-    where they are not asked for."""
-    call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    z, sums = _launch_pointwise(call, adjoints, weight_gradients, owns)
-    found = list(z[0].unbind()) if call.direct() else _launch_backward(call, z, source_links)
-    d_gradients: list[Tensor | None] = [None] * len(tasks)
-    p_gradients: list[Tensor | None] = [None] * len(tasks)
+    readers: Sequence[Reader],
+    *,
+    adjoint: Tensor,
+    sums: Tensor | None,
+    gradients: Tensor | None,
+) -> list[Launch]:
+    return _backward(_Call.of(sources, tasks), readers, None, None, adjoint, sums, gradients)
+
+
+def sepconv_tangent(
+    sources: Sequence[Source],
+    tasks: Sequence[Task],
+    source_tangents: Sequence[Tensor],
+    weight_tangents: Sequence[Weights],
+    adjoints: Tensor | None,
+    *,
+    y: Tensor,
+    sums: Tensor | None,
+) -> list[Launch]:
+    tangents = _Tangents(source_tangents, weight_tangents, sums)
+    launches = [_forward(_Call.of(sources, tasks), y, None, tangents)]
     if sums is not None:
-        for i, (d, p) in enumerate(zip(depthwise_weights, pointwise_weights, strict=True)):
-            p_gradients[i] = sums[i, : p.numel()].view(p.shape)
-            if d is not None:
-                d_gradients[i] = sums[i, p.numel() : p.numel() + d.numel()].view(d.shape)
-    return found, d_gradients, p_gradients
-
-
-class _Left(NamedTuple):
-    """What the tangent sweep leaves for the second backward sweep."""
-
-    adjoints: Sequence[Tensor]
-    tangents: "_Tangents"
-    outputs: Sequence[Tensor]  # yd of every task
-    owns: Sequence[Own | None]
-    source_links: Sequence[Link]
-
-
-def sepconv_tangent_forward(
-    sources: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
-    tasks: Sequence[Task],
-    depthwise_weights: Sequence[Tensor | None],
-    pointwise_weights: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
-    source_tangents: Sequence[Tensor | None],
-    depthwise_tangents: Sequence[Tensor | None],
-    pointwise_tangents: Sequence[Tensor | None],
-    owns: Sequence[Own | None] = (),
-    join: int = 1,
-    source_links: Sequence[Link] = (),
-    firsts: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], _Left]:
-    """yd of every task, joined as the outputs are, and what `sepconv_second` needs. A tangent that is None
-    is zero. `firsts` are the sources' adjoints that `sepconv_backward` gave, where they have links."""
-    call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    tangents = _Tangents.of(call, source_tangents, depthwise_tangents, pointwise_tangents, firsts)
-    for link in source_links:
-        link.tangent_sums = tangents.sums
-    y = call.outputs(join)
-    _launch_forward(call, y, None, tangents)
-    by_task = [part for output in y for part in output.chunk(join, dim=1)]
-    return list(y.unbind()), _Left(adjoints, tangents, by_task, owns, source_links)
+        launches.insert(0, norm_sums(source_tangents, sources, list(adjoints), sums=sums))
+    return launches
 
 
 def sepconv_second(
-    sources: Sequence[Tensor],
-    normalizers: Sequence[Normalizer | None],
+    sources: Sequence[Source],
     tasks: Sequence[Task],
-    depthwise_weights: Sequence[Tensor | None],
-    pointwise_weights: Sequence[Tensor],
-    adjoints: Sequence[Tensor | None],
-    left: _Left,
-) -> list[Tensor]:
-    """The second adjoint of every source, from those of the outputs, `adjoints` (None: zero)."""
-    call = _Call.of(sources, normalizers, tasks, depthwise_weights, pointwise_weights)
-    z, _ = _launch_pointwise(call, left.adjoints, False, left.owns, left, adjoints)
-    if call.direct():
-        return list(z[0].unbind())
-    return _launch_backward(call, z, left.source_links, left.tangents)
+    weight_tangents: Sequence[Weights],
+    readers: Sequence[SecondReader],
+    *,
+    adjoint: Tensor,
+    sums: Tensor | None,
+) -> list[Launch]:
+    firsts = [reader.first for reader in readers]
+    return _backward(_Call.of(sources, tasks), firsts, readers, weight_tangents, adjoint, sums, None)
 
 
 class _Tangents(NamedTuple):
-    """Tangents of the sources and weights, with tensors that are not read where they are zero."""
+    """The tangents of the sources and of the weights, and the sums of the former, see `sepconv_tangent`."""
 
-    sources: tuple[Tensor, ...]
-    depthwise: tuple[Tensor, ...]
-    pointwise: tuple[Tensor, ...]
-    has_sources: tuple[int, ...]
-    has_depthwise: tuple[int, ...]
-    has_pointwise: tuple[int, ...]
-    sums: (
-        Tensor | None
-    )  # [2, sources, C]: of xd, xd h, where batch norm moves with x; with links 4, as theirs
-
-    @classmethod
-    def of(
-        cls,
-        call: _Call,
-        sources: Sequence[Tensor | None],
-        depthwise: Sequence[Tensor | None],
-        pointwise: Sequence[Tensor | None],
-        firsts: Sequence[Tensor],
-    ) -> "_Tangents":
-        has_sources = tuple(int(xd is not None) for xd in sources)
-        given = tuple(
-            x if xd is None else xd.contiguous(memory_format=torch.channels_last)
-            for xd, x in zip(sources, call.sources, strict=True)
-        )
-        batch = Table.of(call.normalizers, call.sources).batch
-        return cls(
-            given,
-            tuple(
-                d if dd is None else dd.contiguous() for dd, d in zip(depthwise, call.depthwise, strict=True)
-            ),
-            tuple(
-                p if pd is None else pd.contiguous() for pd, p in zip(pointwise, call.pointwise, strict=True)
-            ),
-            has_sources,
-            tuple(int(dd is not None) for dd in depthwise),
-            tuple(int(pd is not None) for pd in pointwise),
-            norm_sums(given, call.sources, call.normalizers, firsts or None)
-            if batch and any(has_sources)
-            else None,
-        )
+    sources: Sequence[Tensor]
+    weights: Sequence[Weights]
+    sums: Tensor | None
 
 
-def _launch_forward(
-    call: _Call, y: Tensor, statistics: tuple[Tensor, ...] | None, tangents: _Tangents | None = None
-) -> None:
-    """`statistics` are partial ones, whole ones and counters, unless it is a tangent."""
-    partials, found, counts = (y, y, y) if statistics is None else statistics
-    table = Table.of(call.normalizers, call.sources)
-    k = call.out_shape[1]
+def _forward(call: _Call, y: Tensor, statistics: Tensor | None, tangents: _Tangents | None = None) -> Launch:
+    x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
     case = call.case()._replace(tangent=tangents is not None)
     block_p = positions("sepconv_fwd_kernel", case)
     tiles = triton.cdiv(call.positions(), block_p)
-    none = (0,) * len(call.tasks)
-    launch(
-        sepconv_fwd_kernel,
-        (tiles, len(call.tasks)),
-        {
-            "p_x": call.of_tasks(call.sources),
-            "p_means": call.of_tasks(table.means),
-            "p_rs": call.of_tasks(table.rs),
-            "p_depthwise": call.depthwise,
-            "p_pointwise": call.pointwise,
-            "p_xd": call.of_tasks(tangents.sources if tangents else call.sources),
-            "p_xd_sums": tangents.sums if tangents and tangents.sums is not None else call.pointwise[0],
-            "p_depthwise_d": tangents.depthwise if tangents else call.depthwise,
-            "p_pointwise_d": tangents.pointwise if tangents else call.pointwise,
-            "p_y": y,
-            "p_partials": partials,
-            "p_statistics": found,
-            "p_counters": counts,
-            "positions": call.positions(),
-            "pixels": call.pixels(),
-            "sources": len(call.sources),
-        },
-        {
-            "SOURCES": tuple(task.source for task in call.tasks),
-            "NORMS": call.of_tasks(table.norms),
-            **call.geometry(),
-            "HAS_XD": call.of_tasks(tangents.has_sources) if tangents else none,
-            "HAS_DD": tangents.has_depthwise if tangents else none,
-            "HAS_PD": tangents.has_pointwise if tangents else none,
-            "TANGENT": tangents is not None,
-            "NORMALIZE": any(table.norms),
-            "BATCH": tangents is not None and tangents.sums is not None,
-            "JOIN": len(call.tasks) // len(y),
-            "K": k,
-            **call.sizes(),
-            "BLOCK_P": block_p,
-            "BLOCK_K": max(16, power_of_two(k)),
-        },
-        warps("sepconv_fwd_kernel", case),
-    )
+    partials = counts = None
+    if statistics is not None:
+        refuse_single_value(call.positions())
+        partials = x.new_empty(count, tiles, 2, k, dtype=statistics.dtype)
+        counts = counters(x, count)
+    depthwise, pointwise = call.weights()
+    depthwise_d, pointwise_d = call.weights(tangents.weights if tangents else None)
+    arguments = {
+        "p_x": call.of_tasks(call.sources),
+        "p_means": call.of_tasks(call.means),
+        "p_rs": call.of_tasks(call.rs),
+        "p_depthwise": depthwise,
+        "p_pointwise": pointwise,
+        "p_xd": call.of_tasks(tangents.sources if tangents else call.sources),
+        "p_xd_sums": tangents.sums if tangents and tangents.sums is not None else pointwise[0],
+        "p_depthwise_d": depthwise_d,
+        "p_pointwise_d": pointwise_d,
+        "p_y": y,
+        "p_partials": y if partials is None else partials,
+        "p_statistics": y if statistics is None else statistics,
+        "p_counters": y if counts is None else counts,
+        "positions": call.positions(),
+        "pixels": call.pixels(),
+        "sources": len(call.sources),
+    }
+    constants = {
+        "SOURCES": tuple(task.source for task in call.tasks),
+        "NORMS": call.of_tasks(call.norms),
+        **call.geometry(),
+        "TANGENT": tangents is not None,
+        "STATISTICS": statistics is not None,
+        "NORMALIZE": any(call.norms),
+        "JOIN": count // len(y),
+        "K": k,
+        **call.sizes(),
+        "BLOCK_P": block_p,
+        "BLOCK_K": max(16, power_of_two(k)),
+    }
+    return Launch(sepconv_fwd_kernel, (tiles, count), arguments, constants, warps("sepconv_fwd_kernel", case))
 
 
-def _launch_pointwise(
+def _backward(
     call: _Call,
-    adjoints: Sequence[Tensor],
-    weight_gradients: bool,
-    owns: Sequence[Own | None] = (),
-    left: _Left | None = None,
-    seconds: Sequence[Tensor | None] = (),
-) -> tuple[Tensor, Tensor | None]:
-    """Z, and with tangents and second adjoints Zd: [1 or 2, tasks, N, C, HO, WO]; and the tasks' dP and dD,
-    flat, if wanted."""
-    table = Table.of(call.normalizers, call.sources)
-    tangents = left.tangents if left else None
-    x, count = call.sources[0], len(call.tasks)
-    n, k, out_height, out_width = call.out_shape
+    firsts: Sequence[Reader],
+    seconds: Sequence[SecondReader] | None,
+    weight_tangents: Sequence[Weights] | None,
+    adjoint: Tensor,
+    sums: Tensor | None,
+    gradients: Tensor | None,
+) -> list[Launch]:
+    """The second backward sweep if there are `seconds`, else the first."""
+    if call.direct():
+        return [_pointwise(call, firsts, seconds, weight_tangents, adjoint, gradients)]
+    n, _, height, width = call.out_shape
+    x, count, layers = call.sources[0], len(call.tasks), 1 if seconds is None else 2
+    z = images(layers * count, (n, x.shape[1], height, width), x.dtype, x.device).unflatten(
+        0, (layers, count)
+    )
+    return [
+        _pointwise(call, firsts, seconds, weight_tangents, z, gradients),
+        _depthwise(call, z, weight_tangents, adjoint, sums),
+    ]
+
+
+def _pointwise(
+    call: _Call,
+    firsts: Sequence[Reader],
+    seconds: Sequence[SecondReader] | None,
+    weight_tangents: Sequence[Weights] | None,
+    z: Tensor,
+    gradients: Tensor | None,
+) -> Launch:
+    """Z of the tasks, and with `seconds` Zd: [1 or 2, tasks, N, C, HO, WO]; or the sources' adjoints, see
+    `_Call.direct`."""
+    x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
     c, dtype = x.shape[1], accumulator(x.dtype)
-    has_seconds = tuple(int(yd is not None) for yd in seconds) or (0,) * count
-    given = zip(adjoints, seconds or adjoints, strict=True)
-    pairs = [_of_one_row_stride(y, y if yd is None else yd) for y, yd in given]
-    adjoints, seconds = zip(*pairs, strict=True)
-    direct = call.direct()
-    layers = 1 if tangents is None or direct else 2
-    z = images(layers * count, (n, c, out_height, out_width), x.dtype, x.device).unflatten(0, (layers, count))
-    taps = max(call.kernels()) ** 2
+    taps = max(size * size * has for size, has in zip(call.kernels(), call.has_depthwise, strict=True))
     block_c = dot_channel_block(c, x.dtype)
-    case = call.case()._replace(weights=weight_gradients, tangent=left is not None)
+    case = call.case()._replace(weights=gradients is not None, tangent=seconds is not None)
     block_p = positions("sepconv_bwd_pointwise_kernel", case)
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
-    partials = gradients = counts = None
-    if weight_gradients:
+    partials = counts = None
+    if gradients is not None:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
         splits = splits_of(splits, count * blocks, 264)
         partials = x.new_empty(count, blocks, splits, k + taps, block_c, dtype=dtype)
-        gradients, counts = x.new_empty(count, k * c + c * taps, dtype=dtype), counters(x, count * blocks)
-    launch(
-        sepconv_bwd_pointwise_kernel,
-        (splits, count, blocks),
-        {
-            "p_x": call.of_tasks(call.sources) if weight_gradients or direct else call.pointwise,
-            "p_means": call.of_tasks(table.means) if weight_gradients else call.pointwise,
-            "p_rs": call.of_tasks(table.rs) if weight_gradients else call.pointwise,
-            "p_depthwise": call.depthwise if weight_gradients else call.pointwise,
-            "p_pointwise": call.pointwise,
-            "p_pointwise_d": tangents.pointwise if tangents else call.pointwise,
-            "p_adjoints": adjoints,
-            "p_seconds": seconds,
-            **_own_arguments(owns, adjoints, left),
-            "p_z": z,
-            "p_partials": z if partials is None else partials,
-            "p_gradients": z if gradients is None else gradients,
-            "p_counters": z if counts is None else counts,
-            "positions": call.positions(),
-            "tasks": count,
-        },
-        {
-            "NORMS": call.of_tasks(table.norms),
-            **call.geometry(),
-            "HAS_PD": tangents.has_pointwise if tangents else (0,) * count,
-            "HAS_YD": has_seconds,
-            "LINKED": tuple(int(own is not None) for own in owns),
-            "PLACES": tuple(own.link.index if own else 0 for own in owns),
-            "CANDIDATES": tuple(own.first.shape[1] if own else 0 for own in owns),
-            "WEIGHED": tuple(int(own is not None and own.link.weights is not None) for own in owns),
-            "WEIGHTS": weight_gradients,
-            "TANGENT": tangents is not None,
-            "DIRECT": direct,
-            "NORMALIZE": any(table.norms),
-            "TAPS": taps,
-            "Y_ROWS": tuple(map(row_stride, adjoints)),
-            "OWN_ROW": next((row_stride(own.y) for own in owns if own), k),
-            "K": k,
-            **call.sizes(),
-            "BLOCK_P": block_p,
-            "BLOCK_K": max(16, power_of_two(k)),
-            "BLOCK_TAPS": power_of_two(taps),
-        },
-        warps("sepconv_bwd_pointwise_kernel", case),
-    )
-    return z, gradients
-
-
-def _of_one_row_stride(y: Tensor, yd: Tensor) -> tuple[Tensor, Tensor]:
-    if row_stride(y) and row_stride(y) == row_stride(yd):
-        return y, yd
-    return y.contiguous(memory_format=torch.channels_last), yd.contiguous(memory_format=torch.channels_last)
-
-
-def _own_arguments(owns: Sequence[Own | None], adjoints: Sequence[Tensor], left: _Left | None) -> dict:
-    """With tensors that are not read where a task has no link."""
-    given = [own for own in owns if own is not None]
-    if not given:
-        names = (
-            "own",
-            "own_means",
-            "own_rs",
-            "mix_weights",
-            "first_sums",
-            "own_d",
-            "own_d_sums",
-            "second_sums",
-        )
-        return {f"p_{name}": adjoints for name in names}
-    filled = [given[0] if own is None else own for own in owns]
-    return {
-        "p_own": tuple(y if own is None else own.y for own, y in zip(owns, adjoints, strict=True)),
-        "p_own_means": tuple(own.statistics[0] for own in filled),
-        "p_own_rs": tuple(own.statistics[2] for own in filled),
-        "p_mix_weights": tuple(
-            own.statistics[2] if own.link.weights is None else own.link.weights for own in filled
-        ),
-        "p_first_sums": tuple(own.first for own in filled),
-        "p_own_d": tuple(yd if own else y for own, yd, y in zip(owns, left.outputs, adjoints, strict=True))
-        if left
-        else adjoints,
-        "p_own_d_sums": tuple(
-            own.link.tangent_sums[..., own.channels] if left else own.first for own in filled
-        ),
-        "p_second_sums": tuple(own.link.sums[..., own.channels] if left else own.first for own in filled),
+        counts = counters(x, count * blocks)
+    depthwise, pointwise = call.weights()
+    of_readers, constants_of_readers = _of_readers(firsts, seconds, count // len(firsts))
+    arguments = {
+        "p_x": call.of_tasks(call.sources) if gradients is not None or call.direct() else pointwise,
+        "p_means": call.of_tasks(call.means) if gradients is not None else pointwise,
+        "p_rs": call.of_tasks(call.rs) if gradients is not None else pointwise,
+        "p_depthwise": depthwise if gradients is not None else pointwise,
+        "p_pointwise": pointwise,
+        "p_pointwise_d": call.weights(weight_tangents)[1],
+        **of_readers,
+        "p_z": z,
+        "p_partials": z if partials is None else partials,
+        "p_gradients": z if gradients is None else gradients,
+        "p_counters": z if counts is None else counts,
+        "positions": call.positions(),
+        "tasks": count,
+        "gradients_row": 0 if gradients is None else gradients.stride(0),
     }
+    constants = {
+        "NORMS": call.of_tasks(call.norms),
+        **call.geometry(),
+        **constants_of_readers,
+        "WEIGHTS": gradients is not None,
+        "TANGENT": seconds is not None,
+        "DIRECT": call.direct(),
+        "NORMALIZE": any(call.norms),
+        "TAPS": taps,
+        "K": k,
+        **call.sizes(),
+        "BLOCK_P": block_p,
+        "BLOCK_K": max(16, power_of_two(k)),
+        "BLOCK_TAPS": power_of_two(max(1, taps)),
+    }
+    grid, used = (splits, count, blocks), warps("sepconv_bwd_pointwise_kernel", case)
+    return Launch(sepconv_bwd_pointwise_kernel, grid, arguments, constants, used)
 
 
-def _launch_backward(
-    call: _Call, z: Tensor, links: Sequence[Link], tangents: _Tangents | None = None
-) -> list[Tensor]:
-    """The adjoints of the sources, or with links of their batch norms; with tangents, the second adjoints."""
-    table = Table.of(call.normalizers, call.sources)
+def _of_readers(
+    firsts: Sequence[Reader], seconds: Sequence[SecondReader] | None, join: int
+) -> tuple[dict, dict]:
+    """The arguments and the constants that come from the readers of outputs of `join` tasks each."""
+    firsts = [part for reader in firsts for part in _parts(reader, join)]
+    count = len(firsts)
+    seconds = [part for reader in seconds for part in _parts(reader, join)] if seconds else [None] * count
+    adjoints = tuple(reader.adjoint for reader in firsts)
+    second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, seconds, strict=True))
+    rows = tuple(map(row_stride, adjoints))
+    if rows != tuple(map(row_stride, second_adjoints)):
+        raise ValueError("an adjoint and its derivative must have the same strides")
+    means, rs, norms = norms_of([Source(reader.adjoint, reader.statistics) for reader in firsts])
+    weighed = tuple(int(reader.weights is not None) for reader in firsts)
+    # A tuple of pointers has one type, also where a tensor stands in for one that is not read.
+    weights = next((reader.weights for reader in firsts if reader.weights is not None), means[0])
+
+    def images_of(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(v if norm else g for v, norm, g in zip(values, norms, adjoints, strict=True))
+
+    def sums_of(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return tuple(means[0] if value is None else value for value in values)
+
+    arguments = {
+        "p_adjoints": adjoints,
+        "p_seconds": second_adjoints,
+        "p_mix_weights": tuple(weights if r.weights is None else r.weights for r in firsts),
+        "p_own": images_of([r.y for r in firsts]),
+        "p_own_means": means,
+        "p_own_rs": rs,
+        "p_first_sums": sums_of([r.sums for r in firsts]),
+        "p_own_d": images_of([g if s is None else s.tangent for g, s in zip(adjoints, seconds, strict=True)]),
+        "p_own_d_sums": sums_of([s and s.tangent_sums for s in seconds]),
+        "p_second_sums": sums_of([s and s.sums for s in seconds]),
+    }
+    read = [norm or has_p for norm, has_p in zip(norms, weighed, strict=True)]
+    constants = {
+        "OWN_NORMS": norms,
+        "WEIGHED": weighed,
+        "PLAIN": not any(read),
+        "PLACES": tuple(r.index if is_read else 0 for r, is_read in zip(firsts, read, strict=True)),
+        "CANDIDATES": tuple(0 if r.sums is None else r.sums.shape[1] for r in firsts),
+        "G_ROWS": rows,
+        "OWN_ROW": row_stride(firsts[0].y),
+    }
+    return arguments, constants
+
+
+def _parts(reader: Reader | SecondReader, count: int) -> list:
+    """The readers of each of `count` equal parts of the channels."""
+    if count == 1:
+        return [reader]
+    by_field = []
+    for name, value in zip(reader._fields, reader, strict=True):
+        if name == "first":
+            by_field.append(_parts(value, count))
+        elif isinstance(value, Tensor) and name != "weights":
+            by_field.append(value.chunk(count, dim=1 if value.dim() == 4 else -1))
+        else:
+            by_field.append([value] * count)
+    return [type(reader)(*values) for values in zip(*by_field, strict=True)]
+
+
+def _depthwise(
+    call: _Call,
+    z: Tensor,
+    weight_tangents: Sequence[Weights] | None,
+    adjoint: Tensor,
+    sums: Tensor | None,
+) -> Launch:
+    """The sources' adjoints from Z, or with tangents the second ones from Z and Zd."""
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
     block_p, block_c = tile("sepconv_bwd_kernel", call.case())
-    tiles = triton.cdiv(call.pixels(), block_p)
-    found = images(count, x.shape, x.dtype, x.device)
-    partials = sums = counts = None
-    if table.batch:
-        layers, dtype = 2 if tangents is None or links else 4, accumulator(x.dtype)
-        partials = x.new_empty(layers, count, tiles, c, dtype=dtype)
-        sums, counts = (
-            x.new_empty(layers, count, c, dtype=dtype),
-            counters(x, count * triton.cdiv(c, block_c)),
-        )
-    xd_sums = tangents.sums if tangents else None
-    none = (0,) * len(call.tasks)
-    launch(
-        sepconv_bwd_kernel,
-        (tiles, count, triton.cdiv(c, block_c)),
-        {
-            "p_x": call.sources,
-            "p_means": table.means,
-            "p_rs": table.rs,
-            "p_xd": tangents.sources if tangents and not links else call.sources,
-            "p_xd_sums": z if xd_sums is None else xd_sums,
-            "p_depthwise_d": tangents.depthwise if tangents else call.depthwise,
-            "p_depthwise": call.depthwise,
-            "p_z": z,
-            "p_found": found,
-            "p_partials": z if partials is None else partials,
-            "p_sums": z if sums is None else sums,
-            "p_counters": z if counts is None else counts,
-            "pixels": call.pixels(),
-            "positions": call.positions(),
-        },
-        {
-            "SOURCES": tuple(task.source for task in call.tasks),
-            "NORMS": table.norms,
-            **call.geometry(),
-            "HAS_XD": tangents.has_sources if tangents and xd_sums is not None else (0,) * count,
-            "HAS_DD": tangents.has_depthwise if tangents else none,
-            "TANGENT": tangents is not None,
-            "NORMALIZE": any(table.norms),
-            "SUMS": table.batch,
-            "LINKED": bool(links),
-            **call.sizes(),
-            "BLOCK_P": block_p,
-            "BLOCK_C": block_c,
-        },
-    )
-    found = list(found.unbind())
-    for link in links:
-        link.sums = sums
-    if links or sums is None:
-        return found
-    if tangents is None:
-        return norm_backward(found, call.sources, call.normalizers, sums)
-    yds = [xd if has else None for xd, has in zip(tangents.sources, tangents.has_sources, strict=True)]
-    return norm_backward(found, call.sources, call.normalizers, sums, None, yds, xd_sums)
+    tiles, blocks = triton.cdiv(call.pixels(), block_p), triton.cdiv(c, block_c)
+    partials = counts = None
+    if sums is not None:
+        partials = x.new_empty(2, count, tiles, c, dtype=sums.dtype)
+        counts = counters(x, count * blocks)
+    arguments = {
+        "p_x": call.sources,
+        "p_means": call.means,
+        "p_rs": call.rs,
+        "p_depthwise": call.weights()[0],
+        "p_depthwise_d": call.weights(weight_tangents)[0],
+        "p_z": z,
+        "p_found": adjoint,
+        "p_partials": z if partials is None else partials,
+        "p_sums": z if sums is None else sums,
+        "p_counters": z if counts is None else counts,
+        "pixels": call.pixels(),
+        "positions": call.positions(),
+    }
+    constants = {
+        "SOURCES": tuple(task.source for task in call.tasks),
+        "NORMS": call.norms,
+        **call.geometry(),
+        "TANGENT": weight_tangents is not None,
+        "SUMS": sums is not None,
+        **call.sizes(),
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+    }
+    return Launch(sepconv_bwd_kernel, (tiles, count, blocks), arguments, constants)
