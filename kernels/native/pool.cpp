@@ -1,20 +1,6 @@
 // 3x3 max and average pool (padding 1, over the pixels that are there) of a state, in one pass over it.
 #include "lanes.h"
-
-extern "C" {
-
-// x [n, h, w, c], channels-last; the pools [n, ho, wo, c]. Pointers that a function does not use are null.
-struct Pool {
-  const float* x;
-  float *maximum, *average;
-  uint8_t* position;  // of the maximum in its window, row-major: 0 to 8
-  float* statistics;  // [2, 3, c]
-  float* adjoint;     // of x
-  const float* const* terms;  // like x, summed with what the pools hand back
-  int64_t count;              // of the terms
-  int64_t n, h, w, c, stride;
-};
-}
+#include "tables.h"
 
 namespace {
 
@@ -68,8 +54,8 @@ struct PoolSums {
 
 }  // namespace
 
-extern "C" void darts_pool_forward(const Pool* call, int threads) {
-  const Pool& q = *call;
+extern "C" void darts_pool_forward(const void* table, int threads) {
+  const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
   Parts parts(q.n);
   of_call.reset();
@@ -118,7 +104,7 @@ extern "C" void darts_pool_forward(const Pool* call, int threads) {
     }
   }
   for (int pool = 0; pool < 2; ++pool)
-    for (int64_t i = 0; i < q.c; ++i) {
+    for (int64_t i = 0; q.statistics && i < q.c; ++i) {
       Moments moments;
       for (int64_t part = 0; part < parts.count; ++part) {
         int64_t images = part + 1 < parts.count ? parts.size : q.n - part * parts.size;
@@ -131,8 +117,8 @@ extern "C" void darts_pool_forward(const Pool* call, int threads) {
 }
 
 // The adjoint of x, gathered: every pixel adds what the windows that it is in have for it.
-extern "C" void darts_pool_backward(const Pool* call, int threads) {
-  const Pool& q = *call;
+extern "C" void darts_pool_backward(const void* table, int threads) {
+  const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < q.n * q.h; ++row) {
@@ -145,7 +131,7 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
       for (int64_t x = 0; x < q.w; ++x) {
         float* into = q.adjoint + (row * q.w + x) * q.c + i;
         T terms = {};
-        for (int64_t k = 0; k < q.count; ++k) terms += load_ahead<T>(q.terms[k] + (row * q.w + x) * q.c + i);
+        for (int64_t k = 0; k < q.n_terms; ++k) terms += load_ahead<T>(q.terms[k].row(row * q.w + x) + i);
         if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
           T of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)
@@ -175,8 +161,8 @@ extern "C" void darts_pool_backward(const Pool* call, int threads) {
 }
 
 // The tangents of both pools, from that of x.
-extern "C" void darts_pool_tangent(const Pool* call, int threads) {
-  const Pool& q = *call;
+extern "C" void darts_pool_tangent(const void* table, int threads) {
+  const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < q.n * ho; ++row) {

@@ -1,0 +1,94 @@
+// Tensors that several nodes read, and the adjoint of each: the sum of what its readers hand back. And plain sums.
+#include "chunks.h"
+#include "reader.h"
+
+namespace {
+
+template <bool SECOND>
+void fan_out(const FanOut& q, int threads) {
+  of_call.reset();
+  std::vector<float*> factors;  // of each tensor, [readers, FACTORS, c]
+  for (int64_t t = 0; t < q.count; ++t) {
+    const Shared& tensor = q.tensors[t];
+    factors.push_back(of_call.take(tensor.n_readers * FACTORS * q.c));
+    for (int64_t k = 0; k < tensor.n_readers; ++k)
+      write_factors(tensor.readers[k], q.c, double(q.m), SECOND, factors[t] + k * FACTORS * q.c, q.c);
+  }
+  Chunks chunks(q);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    for (int64_t t = 0; t < q.count; ++t) {
+      const Shared& tensor = q.tensors[t];
+      const Matrix statistics = tensor.n_readers ? tensor.readers[0].statistics : Matrix{};
+      bool normalised = statistics.data != nullptr;
+      for_channels(q.c, [&](auto zero, int64_t i) {
+        using T = decltype(zero);
+        auto factor = [&](int64_t k, int which) { return load<T>(factors[t] + (k * FACTORS + which) * q.c + i); };
+        auto total = [&](int which) {
+          T sum = {};
+          for (int64_t k = 0; k < tensor.n_readers; ++k) sum += factor(k, which);
+          return sum;
+        };
+        float* out = tensor.out + i;
+        if (normalised && SECOND) {
+          const float* tangent = tensor.readers[0].tangent.data + i;
+          T of_y = total(OF_Y), one = total(OF_ONE), of_tangent = total(OF_TANGENT);
+          T mean = load<T>(statistics.row(MEAN) + i);
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+            store(out + j, of_tangent * load_ahead<T>(tangent + j) +
+                               (of_y * (load_ahead<T>(tensor.y + i + j) - mean) + one));
+        } else if (normalised) {
+          T of_y = total(OF_Y), one = total(OF_ONE), mean = load<T>(statistics.row(MEAN) + i);
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c)
+            store(out + j, of_y * (load_ahead<T>(tensor.y + i + j) - mean) + one);
+        } else {
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c) store(out + j, T{});
+        }
+        for (int64_t k = 0; k < tensor.n_readers; ++k) {
+          const Reader& reader = tensor.readers[k];
+          const Matrix& g = SECOND ? reader.second : reader.adjoint;
+          T of_g = factor(k, OF_G);
+          if (normalised && SECOND) {
+            T of_first = factor(k, OF_FIRST);
+            for (int64_t j = first; j < last; ++j)
+              store(out + j * q.c, load<T>(out + j * q.c) + of_g * load_ahead<T>(g.row(j) + i) +
+                                       of_first * load_ahead<T>(reader.adjoint.row(j) + i));
+          } else {
+            for (int64_t j = first; j < last; ++j)
+              store(out + j * q.c, load<T>(out + j * q.c) + of_g * load_ahead<T>(g.row(j) + i));
+          }
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+// The adjoint of every tensor: the sum over its readers of p B(G)
+extern "C" void darts_fan_out_backward(const void* table, int threads) {
+  fan_out<false>(*static_cast<const FanOut*>(table), threads);
+}
+
+// Its derivative along v
+extern "C" void darts_fan_out_second(const void* table, int threads) {
+  fan_out<true>(*static_cast<const FanOut*>(table), threads);
+}
+
+extern "C" void darts_add(const void* table, int threads) {
+  const Sum& q = *static_cast<const Sum*>(table);
+  Chunks chunks(q);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
+    for_channels(q.c, [&](auto zero, int64_t i) {
+      using T = decltype(zero);
+      for (int64_t j = first; j < last; ++j) {
+        T sum = load_ahead<T>(q.terms[0].row(j) + i);
+        for (int64_t k = 1; k < q.n_terms; ++k) sum += load_ahead<T>(q.terms[k].row(j) + i);
+        store(q.out + j * q.c + i, sum);
+      }
+    });
+  }
+}

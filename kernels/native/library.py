@@ -1,0 +1,82 @@
+"""The library of C++ kernels that this processor runs: setup.py compiles the sources beside this file once per
+processor level, where there is a compiler."""
+
+import ctypes
+import hashlib
+import os
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from darts_fast.kernels.native.table import STRUCTURES, size_of
+
+LEVELS = {4: "x86-64-v4", 3: "x86-64-v3", 0: "portable"}
+_NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
+
+
+def _path(level: int) -> Path | None:
+    folder = Path(os.environ.get("DARTS_NATIVE_FOLDER") or Path(__file__).resolve().parent)  # see sanitize.sh
+    paths = [folder / (_NAMES[level] + suffix) for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in paths if path.exists()), None)
+
+
+def _digest() -> str:
+    """The digest of the sources beside this file, as setup.py computes it; empty where there are none (a wheel)."""
+    folder = Path(__file__).resolve().parent
+    sources = sorted(path for end in ("cpp", "h") for path in folder.glob(f"*.{end}"))
+    return hashlib.sha256(b"".join(map(Path.read_bytes, sources))).hexdigest() if sources else ""
+
+
+@cache
+def absence() -> str | None:
+    """Why there are no kernels in C++; None where there are."""
+    if _path(0) is None:
+        return "was not built: no C++ compiler with OpenMP when darts_fast was installed"
+    library = ctypes.CDLL(str(_path(0)))
+    library.darts_sources.restype = ctypes.c_char_p
+    # C++ reads tables that Python lays out: from a library of other sources the result would be garbage.
+    if library.darts_sources() and _digest() not in ("", library.darts_sources().decode()):
+        return "was built of other sources than are here: install darts_fast again"
+    return None
+
+
+@cache
+def level() -> int | None:
+    """The key of LEVELS that is used on this machine; None where there is none, see `absence`."""
+    if absence() is not None:
+        return None
+    highest = ctypes.CDLL(str(_path(0))).darts_level()
+    return max(built for built in LEVELS if built <= highest and _path(built) is not None)
+
+
+def library_of(level: int) -> ctypes.CDLL:
+    """The library of a processor level, which must have been built.
+
+    Raises:
+        RuntimeError: its structures are not those of table.py.
+    """
+    library = ctypes.CDLL(str(_path(level)))
+    library.darts_sweep.argtypes, library.darts_sweep.restype = [c_void_p, c_int64, c_int], None
+    library.darts_multiply_adds.argtypes, library.darts_multiply_adds.restype = [c_int64], c_int64
+    for structure in STRUCTURES:
+        if getattr(library, f"darts_size_of_{structure.__name__}")() != size_of(structure):
+            raise RuntimeError(f"tables.h and table.py disagree about {structure.__name__}")
+    return library
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The one that is used on this machine."""
+    return library_of(level())
+
+
+def address_of(function: str) -> int:
+    """The address of a function of C++ that a `Record` names, without its prefix."""
+    return ctypes.cast(getattr(library(), f"darts_{function}"), c_void_p).value
+
+
+def multiply_adds(rounds: int) -> int:
+    """Computes as many multiply-adds a second as one thread of this processor can, and returns how many they
+    were: a measure for benchmarks."""
+    return library().darts_multiply_adds(rounds)

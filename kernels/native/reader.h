@@ -1,0 +1,67 @@
+// The adjoint of a tensor y that a batch norm reads, from what its reader hands back: p B(G), and in the second
+// sweep the derivative of that along v. Both are sums of tensors with a factor for each channel:
+//
+//     OF_G G + OF_Y (y - mean) + OF_ONE,    and with Gd in place of G, + OF_FIRST G + OF_TANGENT yd
+//
+// The mean is taken off y first: in OF_ONE it would cancel, and lose digits.
+#pragma once
+#include "lanes.h"
+#include "tables.h"
+
+namespace {
+
+enum { OF_G, OF_Y, OF_ONE, OF_FIRST, OF_TANGENT, FACTORS };
+
+// The rows of sums
+enum { SUM_G, SUM_G_H };
+enum { SUM_YD, SUM_YD_H, SUM_YD_G, SUM_OF_G };
+
+// The rows of statistics
+enum { MEAN, VARIANCE, R };
+
+template <class T>
+struct Factors {
+  T g, y, one, first, tangent, mean;
+
+  // Of the channels from `factors` on, whose rows are `row` apart
+  Factors(const float* factors, int64_t row, T mean)
+      : g(load<T>(factors + OF_G * row)), y(load<T>(factors + OF_Y * row)), one(load<T>(factors + OF_ONE * row)),
+        first(load<T>(factors + OF_FIRST * row)), tangent(load<T>(factors + OF_TANGENT * row)), mean(mean) {}
+  __attribute__((always_inline)) T of(T of_g, T of_y) const { return g * of_g + (y * (of_y - mean) + one); }
+  __attribute__((always_inline)) T of(T of_g, T of_y, T of_first, T of_tangent) const {
+    return first * of_first + (tangent * of_tangent + of(of_g, of_y));
+  }
+};
+
+// The factors of c channels, each a sum over m pixels, into rows `row` apart; without statistics OF_G is p and
+// the others are 0.
+//
+//     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y))
+//     p ( B(Gd) - r (t B(G) + s hd + u h) ),       hd = r (yd - mean(yd) - h t)
+//
+// with t = mean(h yd), s = mean(G h) and u = mean(G hd) = r (mean(G yd) - mean(G) mean(yd) - s t)
+inline void write_factors(const Reader& reader, int64_t c, double m, bool second, float* into, int64_t row) {
+  double p = reader.weight ? double(*reader.weight) : 1.0;
+  for (int64_t i = 0; i < c; ++i, ++into) {
+    double of_g = p, of_y = 0, of_one = 0, of_first = 0, of_tangent = 0;
+    if (reader.statistics.data) {
+      auto mean_of = [&](const Matrix& sums, int quantity) { return double(sums.row(quantity)[i]) / m; };
+      double r = double(reader.statistics.row(R)[i]), g = mean_of(reader.sums, SUM_G);
+      double s = mean_of(reader.sums, SUM_G_H);
+      of_g = p * r;
+      if (second) {
+        double yd = mean_of(reader.tangent_sums, SUM_YD), t = mean_of(reader.tangent_sums, SUM_YD_H);
+        double u = r * (mean_of(reader.tangent_sums, SUM_YD_G) - g * yd - s * t);
+        of_first = -of_g * r * t, of_tangent = -of_g * r * s;
+        of_y = of_g * r * (2 * r * s * t - mean_of(reader.second_sums, SUM_G_H) - u);
+        of_one = -of_g * mean_of(reader.second_sums, SUM_G) - of_first * g - of_tangent * yd;
+      } else {
+        of_y = -of_g * r * s, of_one = -of_g * g;
+      }
+    }
+    into[OF_G * row] = float(of_g), into[OF_Y * row] = float(of_y), into[OF_ONE * row] = float(of_one);
+    into[OF_FIRST * row] = float(of_first), into[OF_TANGENT * row] = float(of_tangent);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,263 @@
+"""The tables that C++ reads: structures of addresses and whole numbers, 8 bytes each.
+
+Every structure here is one of tables.h, which says what its fields mean, with the same fields in the same order;
+`library_of` compares their sizes. 0 is the null pointer.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darts_fast.kernels import types
+
+
+class Matrix(NamedTuple):
+    data: int = 0
+    stride: int = 0
+
+
+class Reader(NamedTuple):
+    y: Matrix = Matrix()
+    statistics: Matrix = Matrix()
+    adjoint: Matrix = Matrix()
+    sums: Matrix = Matrix()
+    weight: int = 0
+    tangent: Matrix = Matrix()
+    tangent_sums: Matrix = Matrix()
+    second: Matrix = Matrix()
+    second_sums: Matrix = Matrix()
+
+
+class Source(NamedTuple):
+    x: int = 0
+    statistics: Matrix = Matrix()
+    tangent: int = 0
+    adjoint: int = 0
+    sums: Matrix = Matrix()
+    n: int = 0
+    h: int = 0
+    w: int = 0
+    c: int = 0
+
+
+class Task(NamedTuple):
+    source: int = 0
+    kernel: int = 0
+    stride: int = 0
+    dilation: int = 0
+    offset: int = 0
+    k: int = 0
+    d: int = 0
+    p: int = 0
+    d_tangent: int = 0
+    p_tangent: int = 0
+    y: Matrix = Matrix()
+    statistics: Matrix = Matrix()
+    reader: Reader = Reader()
+    p_gradient: int = 0
+    d_gradient: int = 0
+
+
+class SepConv(NamedTuple):
+    sources: int = 0
+    n_sources: int = 0
+    tasks: int = 0
+    n_tasks: int = 0
+
+
+class Candidate(NamedTuple):
+    y: int = 0
+    statistics: Matrix = Matrix()
+    weight: int = 0
+    tangent: int = 0
+
+
+class Mix(NamedTuple):
+    candidates: int = 0
+    count: int = 0
+    m: int = 0
+    c: int = 0
+    adjoint: Matrix = Matrix()
+    outs: int = 0
+    n_outs: int = 0
+    sums: Matrix = Matrix()
+    tangent_sums: Matrix = Matrix()
+    weight_gradient: int = 0
+    gradient_before: int = 0
+
+
+class Shared(NamedTuple):
+    y: int = 0
+    readers: int = 0
+    n_readers: int = 0
+    out: int = 0
+
+
+class FanOut(NamedTuple):
+    tensors: int = 0
+    count: int = 0
+    m: int = 0
+    c: int = 0
+
+
+class Sum(NamedTuple):
+    terms: int = 0
+    n_terms: int = 0
+    out: int = 0
+    m: int = 0
+    c: int = 0
+
+
+class Pool(NamedTuple):
+    x: int = 0
+    maximum: int = 0
+    average: int = 0
+    position: int = 0
+    statistics: int = 0
+    adjoint: int = 0
+    terms: int = 0
+    n_terms: int = 0
+    n: int = 0
+    h: int = 0
+    w: int = 0
+    c: int = 0
+    stride: int = 0
+
+
+class Record(NamedTuple):
+    function: int = 0
+    call: int = 0
+
+
+STRUCTURES = Matrix, Reader, Source, Task, SepConv, Candidate, Mix, Shared, FanOut, Sum, Pool, Record
+
+
+def _numbers(structure: tuple) -> Iterator[int]:
+    for field in structure:
+        if isinstance(field, tuple):
+            yield from _numbers(field)
+        else:
+            yield field
+
+
+def size_of(structure: type[tuple]) -> int:
+    """The bytes of a structure."""
+    return 8 * len(list(_numbers(structure())))
+
+
+class Table:
+    """An array of structures of one kind, which C++ reads at `address` as long as this lives."""
+
+    def __init__(self, structures: Sequence[tuple]):
+        self._numbers = array("q", [number for structure in structures for number in _numbers(structure)])
+        self.address, self.count = self._numbers.buffer_info()[0], len(structures)
+
+
+@dataclass
+class Launch(types.Launch):
+    """One call of C++."""
+
+    function: str  # without its prefix
+    call: Table  # of one structure, which the function takes
+    tables: Sequence[Table] = ()  # to which the structure points
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors that are read in nested sequences of arguments: of a reader without statistics, y is not."""
+    if isinstance(tree, types.Reader) and tree.statistics is None:
+        tree = tree.adjoint, tree.weights
+    elif isinstance(tree, types.SecondReader) and tree.first.statistics is None:
+        tree = tree.adjoint, tree.first.weights
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from tensors_in(part)
+
+
+# Tensors in memory
+
+
+def pixels(x: Tensor) -> Matrix:
+    """[N, C, H, W] in channels-last memory, or a slice of the channels of such a tensor.
+
+    Raises:
+        TypeError: it is not float32.
+        ValueError: it lies otherwise in memory.
+    """
+    if x.dtype is not torch.float32:
+        raise TypeError(f"the native kernels compute in float32, not {x.dtype}")
+    n, c, height, width = x.shape
+    # A dimension of one value may have any stride.
+    row = next((x.stride(i) // steps for i, steps in ((3, 1), (2, width), (0, height * width)) if x.shape[i] > 1), c)
+    strides = zip(x.shape, x.stride(), (height * width * row, 1, width * row, row), strict=True)
+    if row < c or any(size > 1 and stride != wanted for size, stride, wanted in strides):
+        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)} are not those of channels-last memory")
+    return Matrix(x.data_ptr(), row)
+
+
+def image(x: Tensor) -> int:
+    """The same of a tensor with all its channels.
+
+    Raises:
+        ValueError: it is a slice of channels.
+    """
+    found = pixels(x)
+    if found.stride != x.shape[1]:
+        raise ValueError(f"a slice of channels, strides {x.stride()} of {tuple(x.shape)}, is not taken here")
+    return found.data
+
+
+def rows(x: Tensor | None) -> Matrix:
+    """[rows, C]: statistics or sums. None is the absent matrix.
+
+    Raises:
+        ValueError: the channels of a row are apart.
+    """
+    if x is None:
+        return Matrix()
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)}: the channels of a row are apart")
+    return Matrix(x.data_ptr(), x.stride(0))
+
+
+def numbers(x: Tensor | None) -> int:
+    """The address of weights or of their gradients. None is null.
+
+    Raises:
+        ValueError: they are not one behind the other.
+    """
+    if x is None:
+        return 0
+    if not x.is_contiguous():
+        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)} are not those of contiguous memory")
+    return x.data_ptr()
+
+
+def reader(read: types.Reader | types.SecondReader, channels: slice = slice(None)) -> Reader:
+    """What a reader hands back of these channels of y."""
+    second = read if isinstance(read, types.SecondReader) else None
+    first = read.first if second else read
+
+    def sums_of(sums: Tensor | None) -> Matrix:
+        return Matrix() if sums is None else rows(sums[:, first.index, channels])
+
+    found = Reader(
+        y=pixels(first.y[:, channels]),
+        statistics=rows(None if first.statistics is None else first.statistics[:, channels]),
+        adjoint=pixels(first.adjoint[:, channels]),
+        sums=sums_of(first.sums),
+        weight=0 if first.weights is None else first.weights[first.index].data_ptr(),
+    )
+    if second is None:
+        return found
+    return found._replace(
+        tangent=pixels(second.tangent[:, channels]),
+        tangent_sums=sums_of(second.tangent_sums),
+        second=pixels(second.adjoint[:, channels]),
+        second_sums=sums_of(second.sums),
+    )
