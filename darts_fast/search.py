@@ -354,8 +354,8 @@ class Search(Loop):
                 form += ", in float32: in 2 bytes the differences would be rounding"
         cells = "reference cells"
         if config.fused:
-            like = torch.empty(0, dtype=activations or torch.float32, device=self.device)
-            cells = f"fused cells, kernels: {kernels_on(like)}"
+            dtype = activations or torch.float32
+            cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

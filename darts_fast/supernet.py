@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.function import FunctionCtx
 
-from darts_fast.fused import FusedCell, fused_stem
+from darts_fast.fused import FusedCells, fused_stem
 from darts_fast.reference import MixedCell
 from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
 
 ALPHAS = ("alphas_normal", "alphas_reduce")
+CELLS = "cells."  # what the names of the cells' weights begin with
 
 
 class Supernet(nn.Module):
@@ -25,8 +26,8 @@ class Supernet(nn.Module):
         classes: number of classes.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         image_channels: channels of the input images.
-        fused: compute the cells by `fused.FusedCell` instead of `reference.MixedCell`: the same function of
-            the same parameters, faster.
+        fused: compute the cells by `fused.FusedCells` instead of their own `forward`: the same function of the
+            same parameters, faster. (Not in evaluation mode where gradients are wanted.)
 
     The alphas `alphas_normal` and `alphas_reduce` ([14, 8] each: edges in the order of `space.EDGES`,
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
@@ -39,7 +40,6 @@ class Supernet(nn.Module):
     ):
         super().__init__()
         self.fused = fused
-        cell_class = FusedCell if fused else MixedCell
         width = STEM_MULTIPLIER * channels
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
@@ -50,11 +50,12 @@ class Supernet(nn.Module):
             reduction = layer in reduction_layers(layers)
             if reduction:
                 channels *= 2
-            self.cells.append(cell_class(before_previous, previous, channels, reduction, previous_reduction))
+            self.cells.append(MixedCell(before_previous, previous, channels, reduction, previous_reduction))
             before_previous, previous, previous_reduction = previous, NODES * channels, reduction
         self.classifier = nn.Linear(previous, classes)
         for name in ALPHAS:
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES))))
+        self._fused_cells = FusedCells(self.cells) if fused else None
         self._batch_norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         self._flatten()
 
@@ -62,6 +63,14 @@ class Supernet(nn.Module):
         """Moves the weights into one new tensor."""
         weights = self.weights()
         self._like = {name: torch.empty_like(w, device="meta") for name, w in weights.items()}
+        # The same with the weights of all cells, which are neighbours, as one.
+        numbers = sum(w.numel() for name, w in weights.items() if name.startswith(CELLS))
+        self._pieces: dict[str, Tensor] = {}
+        for name, like in self._like.items():
+            if name.startswith(CELLS):
+                self._pieces[CELLS] = like.new_empty(numbers)
+            else:
+                self._pieces[name] = like
         # Of each parameter: the dictionary that its module reads it from, and its name there.
         self._owners = {
             f"{prefix}{key}": (module._parameters, key)
@@ -98,18 +107,33 @@ class Supernet(nn.Module):
     def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes].
 
-        `activations` is the type of what the cells compute, where it is not that of the weights (for fused
-        cells only); statistics, stem, classifier and logits are of the weights' in any case.
+        `activations` is the type of what the cells compute, where it is not that of the weights (on kernels
+        only); statistics, stem, classifier and logits are of the weights' in any case.
         """
-        normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
-        # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and float32
-        # gradients crossed kinks that the reference's do not (tests/test_float32.py).
-        stem = fused_stem(self.stem, images) if self.fused else self.stem(images)
-        before_previous = previous = stem if activations is None else stem.to(activations)
-        for cell in self.cells:
-            output = cell(before_previous, previous, reduce if cell.reduction else normal)
-            before_previous, previous = previous, output
-        return self.classifier(previous.mean(dim=(2, 3), dtype=stem.dtype))
+        return self._forward(images, activations, self._joined(self.weights()) if self._on_kernels() else None)
+
+    def _forward(self, images: Tensor, activations: torch.dtype | None, cells: Tensor | None) -> Tensor:
+        """`cells`: the weights of all cells in a row, where these are computed by the kernels."""
+        probabilities = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
+        if cells is not None:
+            # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and float32
+            # gradients crossed kinks that the reference's do not (tests/test_float32.py).
+            stem = fused_stem(self.stem, images)
+            output = self._fused_cells(stem, cells, probabilities, activations or stem.dtype)
+        else:
+            stem = before_previous = output = self.stem(images)
+            for cell in self.cells:
+                following = cell(before_previous, output, probabilities[int(cell.reduction)])
+                before_previous, output = output, following
+        return self.classifier(output.mean(dim=(2, 3), dtype=stem.dtype))
+
+    def _on_kernels(self) -> bool:
+        """The kernels have no derivatives in evaluation mode."""
+        return self.fused and (self.training or not torch.is_grad_enabled())
+
+    def _joined(self, weights: dict[str, Tensor]) -> Tensor:
+        """The weights of the cells, of all weights by name, in a row."""
+        return torch.cat([w.flatten() for name, w in weights.items() if name.startswith(CELLS)])
 
     def logits(
         self,
@@ -124,8 +148,17 @@ class Supernet(nn.Module):
         Args:
             weights: {"weights": a tensor such as `flat_weights`}; or by name, as `weights()`.
         """
+        cells = None
         if "weights" in weights:
-            weights = self.split(weights["weights"])
+            flat = weights["weights"]
+            if self._on_kernels():
+                pieces = dict(zip(self._pieces, _Split.apply(flat, tuple(self._pieces.values())), strict=True))
+                cells, weights = pieces.pop(CELLS), pieces
+            else:
+                weights = self.split(flat)
+        elif self._on_kernels():
+            cells = self._joined(weights)
+            weights = {name: w for name, w in weights.items() if not name.startswith(CELLS)}
         given = {**weights, **alphas}
         places = [self._owners[name] for name in given]
         own = [owner[key] for owner, key in places]
@@ -133,7 +166,7 @@ class Supernet(nn.Module):
         try:
             for (owner, key), tensor in zip(places, given.values(), strict=True):
                 owner[key] = tensor
-            return self(images, activations)
+            return self._forward(images, activations, cells)
         finally:
             for (owner, key), tensor in zip(places, own, strict=True):
                 owner[key] = tensor

@@ -25,15 +25,6 @@ NOTHING = {
     aten.is_same_size.default,
 }
 
-# PyTorch gives this operation no shapes for meta tensors.
-_library = torch.library.Library("aten", "IMPL")
-_library.impl(
-    "batch_norm_update_stats",
-    lambda x, mean, variance, momentum: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
-    "Meta",
-)
-
-
 class Count(NamedTuple):
     """Launches, and bytes read and written."""
 
@@ -68,14 +59,6 @@ class Traffic(TorchDispatchMode):
             for tensor in _tensors(found):
                 self._watch(tensor.untyped_storage())
         return found
-
-    def launched(self, planned: Any) -> None:
-        """Counts one `triton_launch.Launch`."""
-        self._add(planned.kernel.fn.__name__, planned.bytes())
-
-    def called(self, name: str, moved: int) -> None:
-        """Counts one call of C++, see `native.observed`."""
-        self._add(name, moved)
 
     def _add(self, name: str, moved: int) -> None:
         self.total = self.total.plus(1, moved)

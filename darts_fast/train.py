@@ -356,8 +356,8 @@ class Training(Loop):
         config, activations = self.config, self.train_step.activations
         cells = "PyTorch's operations"
         if config.fused:
-            like = torch.empty(0, dtype=activations or torch.float32, device=self.device)
-            cells = f"fused, kernels: {kernels_on(like)}; batch norms and 1x7 convolutions: ATen"
+            dtype = activations or torch.float32
+            cells = f"fused, kernels: {kernels_on(self.device, dtype)}; batch norms and 1x7 convolutions: ATen"
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

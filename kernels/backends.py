@@ -1,69 +1,71 @@
-"""Which module computes what."""
+"""Which backend computes what."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from darts_fast.kernels import native, torch_backend
+from darts_fast.kernels import aten, native
+from darts_fast.kernels.plan import Collector
+from darts_fast.kernels.types import Backend, Call
 
-_chosen: list[ModuleType] = []
+_chosen: list[Backend] = []
 
 
-def backend(like: Tensor) -> ModuleType:
-    """The module that computes on activations such as `like`: chosen by device, dtype and what was built when
-    darts_fast was installed (or by `using`), never by what failed elsewhere. All have the functions of
-    `torch_backend`.
+def backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that computes on activations of this device and type: chosen by them and by what was built
+    when darts_fast was installed (or by `using`), never by what failed elsewhere.
 
-        CUDA            triton_backend
+        CUDA            triton
         CPU, float32    native, where its library was built
-        anything else   torch_backend
+        anything else   aten
     """
     if _chosen:
         return _chosen[-1]
-    if like.device.type == "cuda":
-        from darts_fast.kernels import triton_backend
+    if device.type == "cuda":
+        from darts_fast.kernels import triton
 
-        return triton_backend
-    if like.device.type == "cpu" and like.dtype == torch.float32 and native.level() is not None:
+        return triton
+    if device.type == "cpu" and dtype == torch.float32 and native.level() is not None:
         return native
-    return torch_backend
+    return aten
 
 
 @contextmanager
-def using(module: ModuleType) -> Iterator[None]:
-    """Within, `module` computes on every device: for tests (Triton's interpreter on the CPU) and for counting
-    and compiling its launches from tensors without data."""
-    _chosen.append(module)
+def using(chosen: Backend) -> Iterator[None]:
+    """Within, this backend computes on every device: for tests (Triton's interpreter on the CPU), for
+    benchmarks, and for counting and compiling launches without data."""
+    _chosen.append(chosen)
     try:
         yield
     finally:
         _chosen.pop()
 
 
-def second_backward_in_one(like: Tensor) -> bool:
-    """Whether the backend has `..._tangent_forward` and `..._second` in place of `..._tangent`: the second
-    backward sweep takes in one pass what the tangent sweep adds to it, see `handover`."""
-    return hasattr(backend(like), "mix_second")
-
-
-def used(like: Tensor) -> str:
-    """What `backend(like)` is, in a few words, and where it is not the fastest for its device: why."""
-    if backend(like) is native:
+def used(device: torch.device, dtype: torch.dtype) -> str:
+    """What `backend` is, in a few words, and where it is not the fastest for its device: why."""
+    if backend(device, dtype) is native:
         return f"native (C++, {native.LEVELS[native.level()]})"
-    if like.device.type == "cuda":
+    if device.type == "cuda":
         return "triton"
-    if like.device.type == "cpu" and like.dtype == torch.float32:
-        return f"torch (ATen; native is faster but {native.absence()})"
-    return "torch (ATen)"
+    if device.type == "cpu" and dtype == torch.float32:
+        return f"aten (native is faster but {native.absence()})"
+    return "aten"
 
 
 def available() -> dict[str, str]:
     """Each backend with what it is used for on this machine, or why it is not."""
     found = {"triton": "CUDA" if torch.cuda.is_available() else "no CUDA device"}
     if native.level() is None:
-        return {**found, "native": native.absence(), "torch": "everything on the CPU"}
+        return {**found, "native": native.absence(), "aten": "everything on the CPU"}
     level = native.LEVELS[native.level()]
-    return {**found, "native": f"float32 on the CPU, {level}", "torch": "everything else on the CPU"}
+    return {**found, "native": f"float32 on the CPU, {level}", "aten": "everything else on the CPU"}
+
+
+@contextmanager
+def collected() -> Iterator[list[Call]]:
+    """Within, no kernel computes: the calls that would be made are appended to the list. For counting and for
+    compiling ahead, on meta tensors."""
+    collector = Collector()
+    with using(collector):
+        yield collector.calls

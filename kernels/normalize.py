@@ -5,7 +5,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.first_derivative import refuse_second_derivative, weights_wanted
-from darts_fast.kernels.torch_backend import EPSILON, aten
+from darts_fast.kernels.types import EPSILON
+
+aten = torch.ops.aten
 
 
 def normalize(y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,244 @@
+"""The one autograd function through which a network calls the sweeps of its cells.
+
+    forward     output = cells(x, weights, p)
+    backward    adjoints of x and p, gradients of the weights: itself a function, whose
+    backward    is the tangent sweep; then autograd calls the first function's backward a second time in the
+                same pass, with the second adjoint of the output: the second sweep
+
+So `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` is the exact Hessian-vector product.
+"""
+
+from collections.abc import Sequence
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from darts_fast.kernels.cell import Cell, Sweeps
+from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
+from darts_fast.kernels.plan import Binding, Blocks, Layout, Lease, place
+from darts_fast.kernels.types import Backend, Call
+
+
+class Plan:
+    """The sweeps of a network's cells for one shape of x, bound to memory of a device.
+
+    Args: see `cell.Sweeps`; `backend` computes.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        parameters: int,
+        norms: Sequence[int],
+        training: bool,
+        device: torch.device,
+        backend: Backend,
+    ):
+        self.sweeps = s = Sweeps(cells, shape, dtype, parameters, norms, training)
+        self.backend, self.device, self._blocks = backend, device, Blocks(device)
+        self._bound: dict[tuple, Bound] = {}
+        self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
+        # Of each batch norm, unbiased variance / biased variance
+        self.unbiased = [s.values[norm] / (s.values[norm] - 1) for norm in sorted(s.values)]
+        given = [[s.x, s.weights, *s.p.values(), *([] if training else [s.constants])]]
+        results = [[s.output, *s.batch_statistics.values()]]
+        if not training:
+            self.layouts["exact"] = place(["forward"], [s.calls["forward"]], given, results)
+            return
+        given += [[s.adjoint], [s.x_tangent, s.weight_tangents], [s.second]]
+        results += [
+            [s.x_adjoint, s.gradients, *s.p_gradients.values()],
+            [s.output_tangent],
+            [s.x_second, *s.p_seconds.values()],
+        ]
+        names = list(s.calls)
+        exact = place(names, list(s.calls.values()), given, results)
+        # Without a second derivative the backward sweep keeps nothing. What the forward sweep keeps lies the
+        # same, because whether there will be one is not known then.
+        kept = {key: at for key, at in exact.places.items() if at.block == "forward kept"}
+        calls = [s.calls[name] for name in names[:2]]
+        self.layouts = {"exact": exact, "first order": place(names[:2], calls, given[:2], results[:2], kept)}
+        # The forward sweep of the validation batch and the tangent sweep of the training batch keep much, and
+        # never at the same time: blocks of one size serve both.
+        most = max(exact.sizes["forward kept"], exact.sizes["tangent kept"])
+        exact.sizes["forward kept"] = exact.sizes["tangent kept"] = most
+        self.gradient_order = s.gradient_order().to(device)
+
+    def lease(self, layout: str, block: str) -> Lease:
+        return Lease(self._blocks, self.layouts[layout].sizes[block])
+
+    def bound(self, sweep: str, layout: str, leases: dict[str, Lease], gradients: bool = True) -> "Bound":
+        """A sweep on these blocks; with `gradients` those of the weights are computed."""
+        blocks = {name: lease.block for name, lease in leases.items()}
+        key = sweep, layout, gradients, *map(id, blocks.values())
+        if key not in self._bound:
+            calls = self.sweeps.calls[sweep]
+            if not gradients:
+                without = {"gradients": None}
+                calls = [c._replace(writes=c.writes | without) if "gradients" in c.writes else c for c in calls]
+            self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls)
+        return self._bound[key]
+
+
+class Bound:
+    """A sweep on blocks: `run()` computes it, `at(t)` is the real tensor in the place of meta tensor `t`."""
+
+    def __init__(self, backend: Backend, layout: Layout, blocks: dict[str, Tensor], calls: Sequence[Call]):
+        self.at = Binding(layout, blocks)
+        self.run = backend.program([Call(*map(self.at, call)) for call in calls])
+
+
+class Pass:
+    """One forward pass and what follows from it. Its blocks are given back when nothing refers to it."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.leases = {"forward kept": plan.lease("exact", "forward kept")}
+        # Between the tangent sweep and the second one: the autograd pass they are in, and the leases of both.
+        self.pending: tuple[int, dict[str, Lease]] | None = None
+
+    def forward(self, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None) -> Tensor:
+        s, scratch = self.plan.sweeps, self.plan.lease("exact", "forward scratch")
+        bound = self.plan.bound("forward", "exact", self.leases | {"forward scratch": scratch})
+        self._x = x.shape, x.stride(), x.dtype
+        bound.at(s.x).copy_(x)
+        bound.at(s.weights).copy_(weights)
+        for kind, of_kind in p.items():
+            bound.at(s.p[kind]).copy_(of_kind)
+        if constants is not None:
+            bound.at(s.constants).copy_(constants)
+        bound.run()
+        self.statistics = [bound.at(s.batch_statistics[norm]) for norm in sorted(s.batch_statistics)]
+        return bound.at(s.output)
+
+    def backward(
+        self, adjoint: Tensor, gradients: bool, exact: bool
+    ) -> tuple[dict[str, Lease], Tensor, Tensor | None, list[Tensor]]:
+        """With `exact`, its leases keep what the tangent sweep reads."""
+        plan, s = self.plan, self.plan.sweeps
+        layout = "exact" if exact else "first order"
+        kept = {"backward kept": plan.lease(layout, "backward kept")} if exact else {}
+        leases = self.leases | kept
+        scratch = {"backward scratch": plan.lease(layout, "backward scratch")}
+        bound = plan.bound("backward", layout, leases | scratch, gradients)
+        bound.at(s.adjoint).copy_(adjoint)
+        bound.run()
+        of_weights = bound.at(s.gradients)[plan.gradient_order] if gradients else None
+        return leases, self._like_x(bound.at(s.x_adjoint)), of_weights, _summed(bound, s.p_gradients)
+
+    def tangent(self, leases: dict[str, Lease], x: Tensor | None, weights: Tensor | None) -> Tensor:
+        """The tangent of the output, from those of x and the weights (None: zero)."""
+        plan, s = self.plan, self.plan.sweeps
+        leases = leases | {"tangent kept": plan.lease("exact", "tangent kept")}
+        scratch = {"tangent scratch": plan.lease("exact", "tangent scratch")}
+        bound = plan.bound("tangent", "exact", leases | scratch)
+        for place, tangent in ((bound.at(s.x_tangent), x), (bound.at(s.weight_tangents), weights)):
+            place.zero_() if tangent is None else place.copy_(tangent)
+        bound.run()
+        self.pending = torch._C._current_graph_task_id(), leases
+        return bound.at(s.output_tangent)
+
+    def second(self, adjoint: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The second adjoints of x and p."""
+        plan, s, (_, leases) = self.plan, self.plan.sweeps, self.pending
+        self.pending = None
+        scratch = {"second scratch": plan.lease("exact", "second scratch")}
+        bound = plan.bound("second", "exact", leases | scratch)
+        bound.at(s.second).copy_(adjoint)
+        bound.run()
+        return self._like_x(bound.at(s.x_second)), _summed(bound, s.p_seconds)
+
+    def _like_x(self, adjoint: Tensor) -> Tensor:
+        shape, stride, dtype = self._x
+        return torch.empty_strided(shape, stride, dtype=dtype, device=adjoint.device).copy_(adjoint)
+
+
+def _summed(bound: Bound, by_cell: dict[int, Tensor]) -> list[Tensor]:
+    return [bound.at(of_cells).sum(0) for of_cells in by_cell.values()]
+
+
+def cells(
+    plan: Plan, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of the last cell.
+
+    Differentiable once with respect to x, weights and p; and the gradients of x and weights once more with
+    respect to x and p, along tangents of x and of the weights.
+
+    Args:
+        x: [N, C, H, W] in the plan's dtype; the first cell reads it twice.
+        weights: all weights of the cells, in a row: float64 for float64 x, else float32.
+        p: by kind of cell, the probabilities of its candidates, of the weights' type.
+        constants: in evaluation, what the batch norms normalise by: [3, channels of all batch norms]. Then
+            nothing is differentiated.
+
+    Returns:
+        [N, nodes * C, H, W], channels-last, valid as long as its graph; and of each batch norm, in training,
+        the statistics of the batch [3, C], valid until then, too.
+
+    Raises:
+        RuntimeError: when another derivative is asked for.
+    """
+    current = Pass(plan)
+    if not plan.sweeps.training:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *p.values())):
+            raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
+        return current.forward(x, weights, p, constants).clone(), []
+    (weights,) = differentiable_once([weights])
+    output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
+    return output, current.statistics
+
+
+class _Cells(torch.autograd.Function):
+    """Returns beside the output an empty tensor, which `_CellsBackward` takes and for which its backward, the
+    tangent sweep, returns a gradient: so autograd calls `backward` here after it, in every pass with one."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, current: Pass, kinds: tuple[int, ...], x: Tensor, weights: Tensor, *p: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.current = current
+        ctx.set_materialize_grads(False)
+        token = x.new_empty(0)
+        ctx.save_for_backward(token)
+        return current.forward(x, weights, dict(zip(kinds, p, strict=True)), None), token
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, adjoint: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        current, wanted = ctx.current, weights_wanted(ctx.next_functions[1:2])
+        if current.pending and current.pending[0] == torch._C._current_graph_task_id():
+            if wanted:
+                refuse_second_derivative("its weights")
+            x, p = current.second(adjoint)
+            return None, None, x, None, *p
+        (token,) = ctx.saved_tensors
+        return None, None, *_CellsBackward.apply(current, wanted, torch.is_grad_enabled(), token, adjoint)
+
+
+class _CellsBackward(torch.autograd.Function):
+    """The backward sweep. Its own backward is the tangent sweep."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, current: Pass, gradients: bool, exact: bool, token: Tensor, adjoint: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.current = current
+        ctx.set_materialize_grads(False)
+        leases, x, weights, p = current.backward(adjoint, gradients, exact)
+        ctx.leases = leases if exact else None
+        return x, weights, *p
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, x: Tensor | None, weights: Tensor | None, *p: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if any(of_kind is not None for of_kind in p):
+            refuse_second_derivative("the gradients of its alphas")
+        current = ctx.current
+        if current.pending and current.pending[0] == torch._C._current_graph_task_id():
+            refuse_second_derivative("two of its backward passes at once")
+        output = current.tangent(ctx.leases, x, weights)
+        return None, None, None, output.new_empty(0), output
