@@ -37,14 +37,17 @@ def counted(step: Callable[[], object], device: torch.device, dtype: torch.dtype
 
 
 def compile_kernels(
-    step: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
+    dry: Sequence[Callable[[], object]],
+    device: torch.device,
+    say: Callable[[str], None],
+    each: Callable[[], None],
 ) -> None:
-    """Compiles the Triton kernels that `step` launches, on all processors; once for a machine, as they stay in
+    """Compiles the Triton kernels that the functions `dry` launch, on all processors; once for a machine, as they stay in
     Triton's cache. Launched, they would be compiled one after the other: the 400 different ones of the
     paper's search in minutes.
 
     Args:
-        step: runs once, on PyTorch's meta device.
+        dry: run once each, on PyTorch's meta device.
         device: of CUDA, for which they are compiled.
         say: is told, in a line, what is about to happen; or that it was given up, and why.
         each: called after each kernel, to break off.
@@ -53,7 +56,8 @@ def compile_kernels(
     from darts_fast.kernels.triton import compilation
 
     with collected() as calls, torch.device("meta"):
-        step()
+        for function in dry:
+            function()
     found = compilation.unique(launches(triton, calls))
     major, minor = torch.cuda.get_device_capability(device)
     arch, count = 10 * major + minor, min(len(found), compilation.processes())

@@ -116,9 +116,12 @@ class Loop(ABC):
         """Takes up what `state` gave; raises Key-, Runtime-, Type- or ValueError where it does not fit."""
 
     @abstractmethod
-    def rehearse(self) -> None:
-        """A step's passes, and those of an evaluation, on tensors without data; PyTorch's default device is
-        its meta device."""
+    def dry_step(self) -> None:
+        """A step on tensors without data; PyTorch's default device is its meta device."""
+
+    @abstractmethod
+    def dry_evaluation(self) -> None:
+        """The same of a batch's evaluation."""
 
     @abstractmethod
     def announcement(self) -> str:
@@ -172,14 +175,15 @@ class Loop(ABC):
         )
 
     def traffic(self) -> str:
-        """Of a step, in words; the step leaves no trace."""
-        found = self.take.trial(lambda step: counted(step, self.device))
+        """Of a step, in words; none is taken."""
+        found = counted(self.dry_step, self.device, self.activations or torch.float32)
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
     def _compile_kernels(self) -> None:
         """On CUDA, before the first launch."""
         if self.config.fused and self.device.type == "cuda":
-            compile_kernels(self.rehearse, self.device, self.folder.log, self._stop_if_asked)
+            dry = self.dry_step, self.dry_evaluation
+            compile_kernels(dry, self.device, self.folder.log, self._stop_if_asked)
 
     @property
     def steps_done(self) -> int:

@@ -321,15 +321,22 @@ class Search(Loop):
         if state["best"] is not None:
             Genotype.from_json(state["best"]["genotype"])
 
-    def rehearse(self) -> None:
-        network, shape = self._supernet(), self.dataset.images.shape[1:]
-        images = torch.zeros(self.config.batch_size, *shape)
-        labels = torch.zeros(self.config.batch_size, dtype=torch.int64)
-        step = SearchStep(network, self.config)
+    @property
+    def activations(self) -> torch.dtype | None:
+        return self.search_step.activations
+
+    def dry_step(self) -> None:
+        images, labels = self._dry_images(), torch.zeros(self.config.batch_size, dtype=torch.int64)
+        step = SearchStep(self._supernet(), self.config)
         step.loss_scale = None  # the optimizers of meta tensors know of none
         step.take(images, labels, images, labels)
+
+    def dry_evaluation(self) -> None:
         with torch.no_grad():
-            network.eval()(images)
+            self._supernet().eval()(self._dry_images())
+
+    def _dry_images(self) -> Tensor:
+        return torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
 
     def _supernet(self) -> Supernet:
         """A new one, on PyTorch's default device."""

@@ -316,14 +316,23 @@ class Training(Loop):
         self.network.drop_path_generator.set_state(state["drop_path"])
         self.final = state["final"]
 
-    def rehearse(self) -> None:
-        module, images = self._network(), torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
-        outputs = module(images, self.train_step.activations)
+    @property
+    def activations(self) -> torch.dtype | None:
+        return self.train_step.activations
+
+    def dry_step(self) -> None:
+        module = self._network()
+        outputs = module(self._dry_images(), self.activations)
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
         total = torch.stack([y.sum() for y in heads]).sum()
         torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
+
+    def dry_evaluation(self) -> None:
         with torch.no_grad():
-            module.eval()(images)
+            self._network().eval()(self._dry_images())
+
+    def _dry_images(self) -> Tensor:
+        return torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
 
     def _network(self) -> DerivedNetwork:
         """A new one, on PyTorch's default device."""
