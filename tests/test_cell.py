@@ -1,0 +1,206 @@
+"""Cells of other shapes than the search's, lowered, against the same cells in plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+from darts_fast.kernels import Plan, aten, cells
+from darts_fast.kernels.cell import (
+    Cell,
+    Convolution,
+    Edge,
+    FactorizedReduce,
+    Half,
+    Identity,
+    Parameter,
+    Pool,
+    Sweeps,
+)
+
+
+class Book:
+    """Gives weights and batch norms their places."""
+
+    def __init__(self):
+        self.size, self.channels = 0, []
+
+    def parameter(self, *shape):
+        start, self.size = self.size, self.size + torch.Size(shape).numel()
+        return Parameter(start, shape)
+
+    def norm(self, c):
+        self.channels.append(c)
+        return len(self.channels) - 1
+
+    def pointwise(self, c, k):
+        return Convolution((Half(None, self.parameter(k, c, 1, 1), self.norm(k)),))
+
+    def separable(self, c, kernel, stride=1, dilation=1, halves=2):
+        strides = [stride] + [1] * (halves - 1)
+        return Convolution(
+            tuple(
+                Half(self.parameter(c, 1, kernel, kernel), self.parameter(c, c, 1, 1), self.norm(c), s, dilation)
+                for s in strides
+            )
+        )
+
+    def reduce(self, c, k):
+        return FactorizedReduce(
+            (self.parameter(k // 2, c, 1, 1), self.parameter(k // 2, c, 1, 1)), self.norm(k)
+        )
+
+    def pool(self, kind, c):
+        return Pool(kind, self.norm(c))
+
+
+def plain(cell, inputs, weights, p):
+    """The cell's output: equations 1 and 2 of the paper over its candidates."""
+
+    def weight(parameter):
+        return weights[parameter.offset :][: torch.Size(parameter.shape).numel()].view(parameter.shape)
+
+    def normalise(y):
+        return F.batch_norm(y, None, None, training=True)
+
+    def compute(operation, x, stride):
+        if isinstance(operation, Identity):
+            return x
+        if isinstance(operation, Pool):
+            pool = F.avg_pool2d if operation.kind else F.max_pool2d
+            options = {"count_include_pad": False} if operation.kind else {}
+            return normalise(pool(x, 3, stride, 1, **options))
+        if isinstance(operation, FactorizedReduce):
+            first, second = (weight(w) for w in operation.pointwise)
+            a = x.relu()
+            return normalise(
+                torch.cat([F.conv2d(a[..., ::2, ::2], first), F.conv2d(a[..., 1::2, 1::2], second)], 1)
+            )
+        for half in operation.halves:
+            x = x.relu()
+            if half.depthwise:
+                d = weight(half.depthwise)
+                padding = half.dilation * (d.shape[-1] // 2)
+                x = F.conv2d(x, d, None, half.stride, padding, half.dilation, x.shape[1])
+            x = normalise(F.conv2d(x, weight(half.pointwise)))
+        return x
+
+    states = [compute(part, x, 1) for part, x in zip(cell.preprocessing, inputs, strict=True)]
+    p = iter(p)
+    for node in range(cell.nodes):
+        edges = [edge for edge in cell.edges if edge.node == node]
+        states.append(
+            sum(next(p) * compute(op, states[e.source], e.stride) for e in edges for op in e.operations)
+        )
+    return torch.cat(states[2:], dim=1)
+
+
+def search_edges(book, c, nodes, stride, operations):
+    return tuple(
+        Edge(source, node, stride if source < 2 else 1, operations(book, c, stride if source < 2 else 1))
+        for node in range(nodes)
+        for source in range(2 + node)
+    )
+
+
+def everything(book, c, stride):
+    skip = Identity() if stride == 1 else book.reduce(c, c)
+    return book.pool(0, c), book.pool(1, c), skip, book.separable(c, 3, stride), book.separable(c, 5, stride, 2, 1)
+
+
+def without_pools(book, c, stride):
+    return Identity() if stride == 1 else book.reduce(c, c), book.separable(c, 3, stride)
+
+
+def one_pool(book, c, stride):
+    return (book.pool(1, c), book.separable(c, 7, stride, 1, 1))
+
+
+def convolutions(book, c, stride):
+    return book.separable(c, 3, stride), book.separable(c, 3, stride, 2, 1)
+
+
+MIXED = everything, one_pool, without_pools, convolutions
+
+
+def network(nodes, operations, reduction):
+    """Two cells, the second of which may halve the image; images have 5 channels."""
+    book, c = Book(), 4
+    first = Cell(
+        c, (book.pointwise(5, c), book.pointwise(5, c)), search_edges(book, c, nodes, 1, operations), nodes, 0
+    )
+    stride = 2 if reduction else 1
+    k = 6
+    second = Cell(
+        k,
+        (book.pointwise(5, k), book.pointwise(nodes * c, k)),
+        search_edges(book, k, nodes, stride, operations),
+        nodes,
+        int(reduction),
+    )
+    third = Cell(
+        k,
+        (book.reduce(nodes * c, k) if reduction else book.pointwise(nodes * c, k), book.pointwise(nodes * k, k)),
+        # Edges with different candidates: a state that only some nodes read by a pool, or by the identity.
+        tuple(
+            Edge(source, node, 1, MIXED[(source + node) % len(MIXED)](book, k, 1))
+            for node in range(nodes)
+            for source in range(2 + node)
+        ),
+        nodes,
+        2,
+    )
+    return book, [first, second, third]
+
+
+@pytest.mark.parametrize("reduction", [False, True], ids=["normal", "reduction"])
+@pytest.mark.parametrize("operations", [everything, without_pools, one_pool, convolutions])
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
+    torch.manual_seed(0)
+    book, data = network(nodes, operations, reduction)
+    shape = 2, 5, 8, 6
+    plan = Plan(data, shape, torch.float64, book.size, book.channels, True, torch.device("cpu"), aten)
+    lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in data}
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()
+    p = {kind: torch.rand(n, dtype=torch.float64, requires_grad=True) for kind, n in lengths.items()}
+    v, found = torch.randn_like(weights), []
+    direction = None
+    for fused in (False, True):
+        if fused:
+            y, _ = cells(plan, x, weights, p)
+        else:
+            outputs = [x, x]
+            for cell in data:
+                outputs.append(plain(cell, outputs[-2:], weights, p[cell.kind]))
+            y = outputs[-1]
+        direction = torch.randn_like(y) if direction is None else direction
+        loss = (y.tanh() * direction).sum()
+        inputs = [x, weights, *p.values()]
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(first[1], [x, *p.values()], v)
+        found.append([y, *first, *second])
+    errors = [relative_error(a, b) for a, b in zip(found[1], found[0], strict=True)]
+    assert max(errors) < 1e-9, errors
+
+
+def test_what_is_read_was_written():
+    """Of a network with every operation: each buffer is written before it is read, in every sweep."""
+    book, data = network(3, everything, True)
+    sweeps = Sweeps(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True)
+    order = sweeps.gradient_order()
+    assert order.unique().numel() == book.size  # every weight has a gradient of its own
+    assert list(sweeps.calls) == ["forward", "backward", "tangent", "second"]
+
+
+def test_sizes_that_cannot_be_halved():
+    book, data = network(1, everything, True)
+    with pytest.raises(ValueError, match="a 7x8 image cannot be halved"):
+        Sweeps(data, (2, 5, 7, 8), torch.float64, book.size, book.channels, True)
+
+
+def test_a_single_value_a_channel():
+    book, data = network(1, convolutions, False)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        Sweeps(data, (1, 5, 1, 1), torch.float64, book.size, book.channels, True)
