@@ -536,24 +536,27 @@ def _fan_out(
     all_firsts, all_readers, all_seconds = (
         [reader for of_one in group or () for reader in of_one] for group in (firsts, readers, seconds)
     )
-
-    def of_all(values: list[Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(out if value is None else value for value in values or [None])
-
+    normed = [norm for of_one, norm in zip(readers, norms, strict=True) for _ in of_one]
     adjoints = [reader.adjoint for reader in all_readers]
     first_adjoints = [reader.adjoint for reader in all_firsts]
+
+    def where_normed(values: list[Tensor | None]) -> tuple[Tensor, ...]:
+        return tuple(v if norm else out for v, norm in zip(values, normed, strict=True)) or (out,)
+
     sizes, grid = _sizes("fan_out_kernel", out[0], 2 * (len(read) + len(adjoints)))
     arguments = {
-        "p_adjoints": of_all(adjoints),
-        "p_sums": of_all([reader.sums for reader in all_readers]),
-        "p_weights": of_all([reader.weights for reader in all_firsts]),
+        "p_adjoints": tuple(adjoints) or (out,),
+        "p_sums": where_normed([reader.sums for reader in all_readers]),
+        "p_weights": tuple(out if r.weights is None else r.weights for r in all_firsts) or (out,),
         "p_tensors": tuple(source.x for source in read),
         "p_means": means,
         "p_rs": rs,
-        "p_firsts": of_all(first_adjoints),
-        "p_first_sums": of_all([reader.sums for reader in all_firsts]),
+        "p_firsts": where_normed(first_adjoints),
+        "p_first_sums": where_normed([reader.sums for reader in all_firsts]),
         "p_tangents": tuple(tangents),
-        "p_tangent_sums": of_all([reader.tangent_sums for reader in all_seconds]),
+        "p_tangent_sums": where_normed([reader.tangent_sums for reader in all_seconds])
+        if seconds
+        else (out,),
         "p_out": out,
         "positions": _positions(out[0]),
     }
