@@ -42,9 +42,9 @@ def compile_kernels(
     say: Callable[[str], None],
     each: Callable[[], None],
 ) -> None:
-    """Compiles the Triton kernels that the functions `dry` launch, on all processors; once for a machine, as they stay in
-    Triton's cache. Launched, they would be compiled one after the other: the 400 different ones of the
-    paper's search in minutes.
+    """Compiles the Triton kernels that the functions `dry` launch, on all processors; once for a machine, as
+    they stay in Triton's cache. Launched, they would be compiled one after the other: the 400 different ones
+    of the paper's search in minutes.
 
     Args:
         dry: run once each, on PyTorch's meta device.
@@ -84,8 +84,8 @@ def kernels_on(device: torch.device, dtype: torch.dtype) -> str:
 
 
 class FusedCells:
-    """The cells of a supernet, `reference.MixedCell`s, computed by `darts_fast.kernels`: the same sums, shared
-    and fused. Parameters, buffers and names are the modules' own.
+    """The cells of a supernet, `reference.MixedCell`s, computed by `darts_fast.kernels`: the same sums,
+    shared and fused. Parameters, buffers and names are the modules' own.
 
     Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass in training, where the modules
     track them.
@@ -100,8 +100,10 @@ class FusedCells:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": {}}  # they hold memory, and are made again
 
-    def __call__(self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The last cell's output, [N, NODES * C, H', W'] in `dtype`, channels-last, valid as long as its graph.
+    def __call__(
+        self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The last cell's output, [N, NODES * C, H', W'] in `dtype`, channels-last, valid as its graph is.
 
         In training differentiable as `kernels.cells` is; in evaluation not at all.
 
@@ -158,9 +160,7 @@ class FusedCells:
         if isinstance(layers[0], (nn.MaxPool2d, nn.AvgPool2d)):
             return Pool(int(isinstance(layers[0], nn.AvgPool2d)), self._norm(layers[1]))
         ends = [i + 1 for i, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d)]
-        return Convolution(
-            tuple(self._half(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False))
-        )
+        return Convolution(tuple(self._half(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)))
 
     def _half(self, layers: list[nn.Module]) -> Half:
         _, *convolutions, norm = layers  # ReLU first
@@ -247,7 +247,9 @@ def operation_on_kernels(module: nn.Module, x: Tensor, observed: list[Observed])
     for _, *convolutions, norm in halves:
         depthwise = convolutions[0] if len(convolutions) == 2 else None
         task = Geometry() if depthwise is None else Geometry(depthwise.stride[0], depthwise.dilation[0])
-        y, statistics = kernels.sepconv(x, [task], [depthwise and depthwise.weight], [convolutions[-1].weight])
+        y, statistics = kernels.sepconv(
+            x, [task], [depthwise and depthwise.weight], [convolutions[-1].weight]
+        )
         x = _batch_norm(norm, y, statistics, observed)
     return x
 

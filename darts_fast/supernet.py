@@ -26,8 +26,8 @@ class Supernet(nn.Module):
         classes: number of classes.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         image_channels: channels of the input images.
-        fused: compute the cells by `fused.FusedCells` instead of their own `forward`: the same function of the
-            same parameters, faster. (Not in evaluation mode where gradients are wanted.)
+        fused: compute the cells by `fused.FusedCells` instead of their own `forward`: the same function of
+            the same parameters, faster. (Not in evaluation mode where gradients are wanted.)
 
     The alphas `alphas_normal` and `alphas_reduce` ([14, 8] each: edges in the order of `space.EDGES`,
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
@@ -110,14 +110,16 @@ class Supernet(nn.Module):
         `activations` is the type of what the cells compute, where it is not that of the weights (on kernels
         only); statistics, stem, classifier and logits are of the weights' in any case.
         """
-        return self._forward(images, activations, self._joined(self.weights()) if self._on_kernels() else None)
+        return self._forward(
+            images, activations, self._joined(self.weights()) if self._on_kernels() else None
+        )
 
     def _forward(self, images: Tensor, activations: torch.dtype | None, cells: Tensor | None) -> Tensor:
         """`cells`: the weights of all cells in a row, where these are computed by the kernels."""
         probabilities = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         if cells is not None:
-            # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and float32
-            # gradients crossed kinks that the reference's do not (tests/test_float32.py).
+            # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and
+            # float32 gradients crossed kinks that the reference's do not (tests/test_float32.py).
             stem = fused_stem(self.stem, images)
             output = self._fused_cells(stem, cells, probabilities, activations or stem.dtype)
         else:
@@ -152,7 +154,9 @@ class Supernet(nn.Module):
         if "weights" in weights:
             flat = weights["weights"]
             if self._on_kernels():
-                pieces = dict(zip(self._pieces, _Split.apply(flat, tuple(self._pieces.values())), strict=True))
+                pieces = dict(
+                    zip(self._pieces, _Split.apply(flat, tuple(self._pieces.values())), strict=True)
+                )
                 cells, weights = pieces.pop(CELLS), pieces
             else:
                 weights = self.split(flat)

@@ -25,6 +25,7 @@ NOTHING = {
     aten.is_same_size.default,
 }
 
+
 class Count(NamedTuple):
     """Launches, and bytes read and written."""
 

@@ -366,7 +366,9 @@ class Training(Loop):
         cells = "PyTorch's operations"
         if config.fused:
             dtype = activations or torch.float32
-            cells = f"fused, kernels: {kernels_on(self.device, dtype)}; batch norms and 1x7 convolutions: ATen"
+            cells = (
+                f"fused, kernels: {kernels_on(self.device, dtype)}; batch norms and 1x7 convolutions: ATen"
+            )
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

@@ -433,14 +433,14 @@ class Norms:
 
 
 class Mix:
-    """A node: o = sum over the candidates k of all its edges of p_k h_k (equations 1 and 2 of the paper)."""
+    """A node: o = sum over the candidates k of all its edges of p_k h_k (equations 1 and 2)."""
 
     def __init__(
         self, s: Sweeps, candidates: Sequence[Image], slot: Tensor, own: bool, p: Tensor, *gradients: Tensor
     ):
         """`slot` is the node's slice of the cell's output; `own`: it is read by other nodes, and is written
-        by itself, too. (A stencil on slices of 16 channels of 2 bytes in rows of 64 would touch 16 cache lines
-        a load of a warp, in place of 4.) `gradients`: those of p of the three sweeps that have one."""
+        by itself, too. (A stencil on slices of 16 channels of 2 bytes in rows of 64 would touch 16 cache
+        lines a load of a warp, in place of 4.) `gradients`: those of p of the three sweeps that have one."""
         self.s, self.candidates, self.p, self.gradients = s, candidates, p, gradients
         self.sources = tuple(image.source() for image in candidates)
         self.own = own
@@ -484,8 +484,8 @@ class Mix:
 
 
 class Stage:
-    """Everything that the edges which leave one state compute of it, each thing once: both pools, the identity,
-    factorized reduces, and all convolutions, in a few calls."""
+    """Everything that the edges which leave one state compute of it, each thing once: both pools, the
+    identity, factorized reduces, and all convolutions, in a few calls."""
 
     def __init__(self, s: Sweeps, state: Image, stride: int, edges: dict[int, Edge]):
         self.s, self.state, self.stride = s, state, stride
@@ -519,9 +519,7 @@ class Stage:
         both = s.images(2, self.pooled)
         self.position = images(1, self.pooled, torch.uint8, "meta")[0]
         statistics = s.numbers(2, 3, c) if s.training else None
-        s.k.pool_forward(
-            self.state.y, self.stride, pools=both, position=self.position, statistics=statistics
-        )
+        s.k.pool_forward(self.state.y, self.stride, pools=both, position=self.position, statistics=statistics)
         if s.training:
             self.fanned += [Image(y, of_y) for y, of_y in zip(both, statistics, strict=True)]
         for key, op in pools.items():
@@ -591,10 +589,7 @@ class LoweredCell:
             if state >= 2:
                 node = state - 2
                 mixed = [
-                    image
-                    for e, edge in enumerate(cell.edges)
-                    if edge.node == node
-                    for image in candidates[e]
+                    image for e, edge in enumerate(cell.edges) if edge.node == node for image in candidates[e]
                 ]
                 p, *gradients = (
                     of_p[start : start + len(mixed)]

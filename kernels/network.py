@@ -9,6 +9,7 @@ So `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` is the exact 
 """
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -37,7 +38,7 @@ class Plan:
         backend: Backend,
     ):
         self.sweeps = s = Sweeps(cells, shape, dtype, parameters, norms, training)
-        self.backend, self.device, self._blocks = backend, device, Blocks(device)
+        self.backend, self.device, self.blocks = backend, device, Blocks(device)
         self._bound: dict[tuple, Bound] = {}
         self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
         # Of each batch norm, unbiased variance / biased variance
@@ -60,14 +61,18 @@ class Plan:
         kept = {key: at for key, at in exact.places.items() if at.block == "forward kept"}
         calls = [s.calls[name] for name in names[:2]]
         self.layouts = {"exact": exact, "first order": place(names[:2], calls, given[:2], results[:2], kept)}
-        # The forward sweep of the validation batch and the tangent sweep of the training batch keep much, and
-        # never at the same time: blocks of one size serve both.
-        most = max(exact.sizes["forward kept"], exact.sizes["tangent kept"])
-        exact.sizes["forward kept"] = exact.sizes["tangent kept"] = most
+        # What is never alive at the same time has one size, so that one block serves it: the scratch of all
+        # sweeps; and what the forward sweep of the validation batch and the tangent sweep of the training
+        # batch keep.
+        scratch = [f"{name} scratch" for name in names]
+        for group in (scratch, ["forward kept", "tangent kept"]):
+            most = max(layout.sizes.get(block, 0) for layout in self.layouts.values() for block in group)
+            for layout in self.layouts.values():
+                layout.sizes.update(dict.fromkeys(group, most))
         self.gradient_order = s.gradient_order().to(device)
 
     def lease(self, layout: str, block: str) -> Lease:
-        return Lease(self._blocks, self.layouts[layout].sizes[block])
+        return Lease(self.blocks, self.layouts[layout].sizes[block])
 
     def bound(self, sweep: str, layout: str, leases: dict[str, Lease], gradients: bool = True) -> "Bound":
         """A sweep on these blocks; with `gradients` those of the weights are computed."""
@@ -76,8 +81,12 @@ class Plan:
         if key not in self._bound:
             calls = self.sweeps.calls[sweep]
             if not gradients:
-                without = {"gradients": None}
-                calls = [c._replace(writes=c.writes | without) if "gradients" in c.writes else c for c in calls]
+                calls = [
+                    call._replace(writes={**call.writes, "gradients": None})
+                    if "gradients" in call.writes
+                    else call
+                    for call in calls
+                ]
             self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls)
         return self._bound[key]
 
@@ -111,7 +120,7 @@ class Pass:
             bound.at(s.constants).copy_(constants)
         bound.run()
         self.statistics = [bound.at(s.batch_statistics[norm]) for norm in sorted(s.batch_statistics)]
-        return bound.at(s.output)
+        return bound.at(s.output).detach()  # a tensor of its own: autograd hangs the graph on it
 
     def backward(
         self, adjoint: Tensor, gradients: bool, exact: bool
@@ -134,8 +143,8 @@ class Pass:
         leases = leases | {"tangent kept": plan.lease("exact", "tangent kept")}
         scratch = {"tangent scratch": plan.lease("exact", "tangent scratch")}
         bound = plan.bound("tangent", "exact", leases | scratch)
-        for place, tangent in ((bound.at(s.x_tangent), x), (bound.at(s.weight_tangents), weights)):
-            place.zero_() if tangent is None else place.copy_(tangent)
+        for slot, tangent in ((bound.at(s.x_tangent), x), (bound.at(s.weight_tangents), weights)):
+            slot.zero_() if tangent is None else slot.copy_(tangent)
         bound.run()
         self.pending = torch._C._current_graph_task_id(), leases
         return bound.at(s.output_tangent)

@@ -131,7 +131,7 @@ class _Scratch:
             if length > size:
                 insort(self._free, (offset + size, length - size))
             return offset
-        if self._free and sum(self._free[-1]) == self.size:  # the end of the block is free: it grows from there
+        if self._free and sum(self._free[-1]) == self.size:  # the end is free: the block grows from there
             offset, _ = self._free.pop()
         else:
             offset = self.size
@@ -199,19 +199,23 @@ class Blocks:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._free: list[Tensor] = []
+        self._blocks: list[Tensor] = []
+        self._in_use: list[bool] = []
 
     def take(self, size: int) -> Tensor:
-        """Uninitialised bytes, at least so many: the smallest free block that is large enough."""
-        fits = [block for block in self._free if block.numel() >= size]
-        if not fits:
-            return torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
-        block = min(fits, key=Tensor.numel)
-        self._free = [other for other in self._free if other is not block]
-        return block
+        """Uninitialised bytes: the first block of this size that is free, or a new one."""
+        for i, block in enumerate(self._blocks):
+            if block.numel() == size and not self._in_use[i]:
+                self._in_use[i] = True
+                return block
+        self._blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        self._in_use.append(True)
+        return self._blocks[-1]
 
     def give(self, block: Tensor) -> None:
-        self._free.append(block)
+        """Back, for others to take."""
+        (i,) = (i for i, other in enumerate(self._blocks) if other is block)
+        self._in_use[i] = False
 
 
 class Lease:
@@ -254,9 +258,7 @@ class Binding:
         block, offset = self._layout.places[_storage(t)]
         typed = self._typed.get((block, t.dtype))
         if typed is None:
-            whole = self._blocks[block]
-            whole = whole[: whole.numel() // 16 * 16] if whole.numel() >= 16 else whole
-            typed = self._typed[block, t.dtype] = whole.view(t.dtype)
+            typed = self._typed[block, t.dtype] = self._blocks[block].view(t.dtype)
         return typed.as_strided(t.shape, t.stride(), offset // t.element_size() + t.storage_offset())
 
 

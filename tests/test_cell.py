@@ -40,7 +40,13 @@ class Book:
         strides = [stride] + [1] * (halves - 1)
         return Convolution(
             tuple(
-                Half(self.parameter(c, 1, kernel, kernel), self.parameter(c, c, 1, 1), self.norm(c), s, dilation)
+                Half(
+                    self.parameter(c, 1, kernel, kernel),
+                    self.parameter(c, c, 1, 1),
+                    self.norm(c),
+                    s,
+                    dilation,
+                )
                 for s in strides
             )
         )
@@ -105,7 +111,13 @@ def search_edges(book, c, nodes, stride, operations):
 
 def everything(book, c, stride):
     skip = Identity() if stride == 1 else book.reduce(c, c)
-    return book.pool(0, c), book.pool(1, c), skip, book.separable(c, 3, stride), book.separable(c, 5, stride, 2, 1)
+    return (
+        book.pool(0, c),
+        book.pool(1, c),
+        skip,
+        book.separable(c, 3, stride),
+        book.separable(c, 5, stride, 2, 1),
+    )
 
 
 def without_pools(book, c, stride):
@@ -140,7 +152,10 @@ def network(nodes, operations, reduction):
     )
     third = Cell(
         k,
-        (book.reduce(nodes * c, k) if reduction else book.pointwise(nodes * c, k), book.pointwise(nodes * k, k)),
+        (
+            book.reduce(nodes * c, k) if reduction else book.pointwise(nodes * c, k),
+            book.pointwise(nodes * k, k),
+        ),
         # Edges with different candidates: a state that only some nodes read by a pool, or by the identity.
         tuple(
             Edge(source, node, 1, MIXED[(source + node) % len(MIXED)](book, k, 1))
