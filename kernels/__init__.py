@@ -1,13 +1,13 @@
 """Kernels of the mixed cell, installed as `darts_fast.kernels`.
 
-    cell.py       a cell as data, lowered to the calls of its four sweeps
-    plan.py       the buffers of these calls, placed in memory
-    network.py    the autograd function through which a network calls its sweeps
-    single.py     single calls as autograd functions, for derived networks
-    normalize.py  batch norm with affine parameters, of stems and of derived networks
-    types.py      what a backend is: its functions and their arguments
-    aten/  native/  triton/    the backends, a package each with the same functions in the same files
-    backends.py   which of them computes what
+cell.py       a cell as data, lowered to the calls of its four sweeps
+plan.py       the buffers of these calls, placed in memory
+network.py    the autograd function through which a network calls its sweeps
+single.py     single calls as autograd functions, for derived networks
+normalize.py  batch norm with affine parameters, of stems and of derived networks
+types.py      what a backend is: its functions and their arguments
+aten/  native/  triton/    the backends, a package each with the same functions in the same files
+backends.py   which of them computes what
 """
 
 from darts_fast.kernels.backends import backend, used
