@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import gpu_report  # noqa: E402
-
-from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
-from darts_fast.datasets import read_data  # noqa: E402
-from darts_fast.search import Search  # noqa: E402
-from darts_fast.train import Training  # noqa: E402
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.datasets import read_data
+from darts_fast.kernels.backends import collected
+from darts_fast.kernels.plan import launches
+from darts_fast.search import Search
+from darts_fast.train import Training
 
 # Compiles the first launch of a kernel as aot.py does, and as Triton's launcher does on an H100; prints both
 # hashes, and the machine-independent code.
@@ -24,9 +23,9 @@ BOTH = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from darts_fast.kernels import aot, compilation
+from darts_fast.kernels.triton import aot, compilation
 launches = aot.supernet_launches(torch.bfloat16, quick=True)
-planned = next(found for found in launches if found.kernel.fn.__name__ == "norm_sums_kernel")
+planned = next(found for found in launches if found.name == "norm_sums_kernel")
 here = compilation.compiled(compilation.source(planned), planned.warps, 90)
 
 class Driver:  # where there is no GPU to ask
@@ -54,7 +53,7 @@ on_linux = pytest.mark.skipif(
 @on_linux
 def test_kernels_compile_for_sm_90(tmp_path):
     file = tmp_path / "table.json"
-    command = ["-m", "darts_fast.kernels.aot", "--arch", "sm_90", "--dtype", "bfloat16", "--quick"]
+    command = ["-m", "darts_fast.kernels.triton.aot", "--arch", "sm_90", "--dtype", "bfloat16", "--quick"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command, "--kernel", *KERNELS, "--json", str(file)],
@@ -73,7 +72,7 @@ def test_kernels_compile_for_sm_90(tmp_path):
 
 def test_under_the_interpreter_it_says_that_it_cannot():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "darts_fast.kernels.aot", "--quick"]
+    command = [sys.executable, "-m", "darts_fast.kernels.triton.aot", "--quick"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
@@ -100,14 +99,14 @@ def test_the_launcher_compiles_the_same_and_the_last_program_sees_the_others_sum
 
 
 @on_linux
-@pytest.mark.parametrize("launches", ["supernet_launches", "derived_launches"])
-def test_a_smaller_last_batch_compiles_nothing(launches, monkeypatch):
-    from darts_fast.kernels import aot
-    from darts_fast.kernels.compilation import key
+@pytest.mark.parametrize("table", ["supernet_launches", "derived_launches"])
+def test_a_smaller_last_batch_compiles_nothing(table, monkeypatch):
+    from darts_fast.kernels.triton import aot
+    from darts_fast.kernels.triton.compilation import key
 
-    whole = {key(planned) for planned in getattr(aot, launches)(torch.bfloat16)}
+    whole = {key(planned) for planned in getattr(aot, table)(torch.bfloat16)}
     monkeypatch.setattr(aot, "BATCH", 39)  # of 64, of which nothing but the images' sizes is a factor
-    assert {key(planned) for planned in getattr(aot, launches)(torch.bfloat16)} == whole
+    assert {key(planned) for planned in getattr(aot, table)(torch.bfloat16)} == whole
 
 
 def run_at_the_papers_setting(network, dtype):
@@ -125,24 +124,17 @@ def run_at_the_papers_setting(network, dtype):
 @on_linux
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("network", ["supernet", "derived"])
-def test_the_table_has_every_launch_of_a_rehearsal_and_that_every_one_of_a_step(network, dtype):
-    from darts_fast.kernels import aot, triton_backend
-    from darts_fast.kernels.backends import using
-    from darts_fast.kernels.compilation import key
-    from darts_fast.kernels.triton_launch import observed
+def test_the_table_has_every_launch_of_a_step_and_of_an_evaluation(network, dtype):
+    from darts_fast.kernels import triton
+    from darts_fast.kernels.triton import aot
+    from darts_fast.kernels.triton.compilation import key
 
-    if network == "supernet":
-        launches = gpu_report.launches_of_a_step(gpu_report.race.Setting(aot.BATCH, 16, 8, 32), dtype)
-    else:
-        launches = gpu_report.launches_of_a_training(dtype)
-    assert len(launches) > 500
-    run, rehearsed = run_at_the_papers_setting(network, dtype), []
-    random = torch.get_rng_state()
-    with using(triton_backend), observed(rehearsed.append), torch.device("meta"):
-        run.rehearse()
-    assert torch.equal(torch.get_rng_state(), random)
+    run = run_at_the_papers_setting(network, dtype)
+    with collected() as calls, torch.device("meta"):
+        run.dry_step()
+        run.dry_evaluation()
+    made = list(launches(triton, calls))
+    assert len(made) > 500
     types = {torch.float32, getattr(torch, dtype)}  # an evaluation is in float32
     table = [planned for one in types for planned in getattr(aot, f"{network}_launches")(one)]
-    in_step, in_rehearsal, in_table = (set(map(key, found)) for found in (launches, rehearsed, table))
-    assert not in_step - in_rehearsal
-    assert not in_rehearsal - in_table
+    assert not set(map(key, made)) - set(map(key, table))

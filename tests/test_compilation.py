@@ -16,17 +16,17 @@ from darts_fast.search import Search
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
-from darts_fast.kernels import compilation  # noqa: E402
+from darts_fast.kernels.triton import compilation  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 # Two kernels in two processes; then again here, which finds them; then one that no compiler takes.
 AHEAD = """
-import os, torch
-from darts_fast.kernels import aot, compilation
+import copy, os, torch
+from darts_fast.kernels.triton import aot, compilation
 cache = os.environ["TRITON_CACHE_DIR"]
 table = aot.supernet_launches(torch.float16, quick=True)
-pools = [planned for planned in table if planned.kernel.fn.__name__ == "pool_fwd_kernel"]
+pools = [planned for planned in table if planned.name == "pool_fwd_kernel"]
 done = list(compilation.compile_ahead(pools, [90, 100], 2, lambda *result: result))
 assert done == [(planned, arch, "") for planned in pools for arch in (90, 100)], done
 before = sorted(os.listdir(cache))
@@ -34,7 +34,8 @@ assert len(before) >= 4
 for planned, arch, _ in done:
     compilation.compiled(compilation.source(planned), planned.warps, arch)
 assert sorted(os.listdir(cache)) == before
-bad = pools[0]._replace(constants={**pools[0].constants, "BLOCK_C": 3})
+bad = copy.copy(pools[0])
+bad.constants = {**bad.constants, "BLOCK_C": 3}
 for error in compilation.compile_ahead([bad, pools[0]], [90], 1, lambda planned, arch, error: error):
     print("error" if error else "done")
 given = (pools, 90), (pools, 100), (pools[:1], 90), ([bad], 90)
@@ -62,7 +63,7 @@ def compile(source, **options):
 
 triton.compiler.compile = compile
 driver.set_active(Driver())
-from darts_fast.kernels import aot, compilation
+from darts_fast.kernels.triton import aot, compilation
 count = 0
 for planned in aot.supernet_launches(torch.float16):
     try:
@@ -105,16 +106,16 @@ class Machine:
 
     def compile_ahead(self, launches, archs, count, then):
         for planned in launches:
-            self.compiled.append((planned.kernel.fn.__name__, *archs))
+            self.compiled.append((planned.name, *archs))
             yield then(planned, *archs, "")
             if self.error:
                 raise self.error
 
     def start(self, each=lambda: None):
-        fused.compile_kernels(rehearse, torch.device("cuda"), self.said.append, each)
+        fused.compile_kernels([dry_step], torch.device("cuda"), self.said.append, each)
 
 
-def rehearse():
+def dry_step():
     """The same launch twice, and another."""
     from darts_fast import kernels
 
@@ -154,10 +155,11 @@ def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tm
     class Launched(Exception):
         pass
 
-    def compile_kernels(rehearsal, device, say, each):
+    def compile_kernels(dry, device, say, each):
         each()
         with torch.device("meta"):
-            rehearsal()
+            for function in dry:
+                function()
         compiled.append(device.type)
 
     def launch(*arguments):

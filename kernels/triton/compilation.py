@@ -1,6 +1,6 @@
 """What Triton's compiler is given for a launch, without a GPU; and many of them compiled at a time.
 
-`python -m darts_fast.kernels.compilation` is a worker of `compile_ahead`.
+`python -m darts_fast.kernels.triton.compilation` is a worker of `compile_ahead`.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from darts_fast.kernels.triton_launch import Launch
+from darts_fast.kernels.triton.launch import SLICES_OF_VECTORS, Launch
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
-    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
 }
 
@@ -53,6 +53,8 @@ def _type(value: Any) -> Any:
 
 
 def _aligned(value: Any) -> bool:
+    if value is None:
+        return False
     if isinstance(value, Tensor):  # allocations are aligned to far more than 16 bytes
         return value.storage_offset() * value.element_size() % 16 == 0
     return value != 1 and value % 16 == 0
@@ -69,7 +71,7 @@ def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
         if isinstance(value, tuple):
             found |= {(i, j): v for j, v in enumerate(value)}
         else:
-            found[i,] = value
+            found[i,] = None if name in SLICES_OF_VECTORS else value
     return {place: [["tt.divisibility", 16]] if _aligned(value) else [] for place, value in found.items()}
 
 
@@ -88,10 +90,10 @@ def source(planned: Launch) -> ASTSource:
 
 def key(planned: Launch) -> str:
     """The same for two launches where the second compiles nothing."""
-    return f"{planned.kernel.fn.__name__} {signature(planned)} {attributes(planned)} {planned.constants}"
+    return f"{planned.name} {signature(planned)} {attributes(planned)} {planned.constants}"
 
 
-def unique(launches: list[Launch]) -> list[Launch]:
+def unique(launches: Iterable[Launch]) -> list[Launch]:
     found: dict[str, Launch] = {}
     for planned in launches:
         found.setdefault(key(planned), planned)

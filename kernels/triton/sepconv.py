@@ -753,7 +753,7 @@ def _of_readers(
         return tuple(v if norm else g for v, norm, g in zip(values, norms, adjoints, strict=True))
 
     def sums_of(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(v if norm else means[0] for v, norm in zip(values, norms, strict=True))
+        return tuple(v if norm and v is not None else means[0] for v, norm in zip(values, norms, strict=True))
 
     arguments = {
         "p_adjoints": adjoints,
