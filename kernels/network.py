@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.cell import Cell, Sweeps
-from darts_fast.kernels.first_derivative import differentiable_once, refuse_second_derivative, weights_wanted
-from darts_fast.kernels.plan import Binding, Blocks, Layout, Lease, place
+from darts_fast.kernels.first_derivative import refuse_second_derivative, wanted, with_node
+from darts_fast.kernels.plan import Binding, Blocks, Layout, Lease, needed, place
 from darts_fast.kernels.types import Backend, Call
 
 
@@ -48,7 +48,8 @@ class Plan:
         if not training:
             self.layouts["exact"] = place(["forward"], [s.calls["forward"]], given, results)
             return
-        given += [[s.adjoint], [s.x_tangent, s.weight_tangents], [s.second]]
+        # The output is read as long as there is a graph: later sweeps must not write over it.
+        given += [[s.adjoint, s.output], [s.x_tangent, s.weight_tangents], [s.second]]
         results += [
             [s.x_adjoint, s.gradients, *s.p_gradients.values()],
             [s.output_tangent],
@@ -74,19 +75,24 @@ class Plan:
     def lease(self, layout: str, block: str) -> Lease:
         return Lease(self.blocks, self.layouts[layout].sizes[block])
 
-    def bound(self, sweep: str, layout: str, leases: dict[str, Lease], gradients: bool = True) -> "Bound":
-        """A sweep on these blocks; with `gradients` those of the weights are computed."""
+    def bound(
+        self, sweep: str, layout: str, leases: dict[str, Lease], of_weights: bool = True, of_x: bool = True
+    ) -> "Bound":
+        """A sweep on these blocks. Without `of_weights` the backward sweep leaves out the gradients of the
+        weights; without `of_x` the second one all that only the second adjoint of x depends on."""
         blocks = {name: lease.block for name, lease in leases.items()}
-        key = sweep, layout, gradients, *map(id, blocks.values())
+        key = sweep, layout, of_weights, of_x, *map(id, blocks.values())
         if key not in self._bound:
             calls = self.sweeps.calls[sweep]
-            if not gradients:
+            if not of_weights:
                 calls = [
                     call._replace(writes={**call.writes, "gradients": None})
                     if "gradients" in call.writes
                     else call
                     for call in calls
                 ]
+            if not of_x:
+                calls = needed(calls, self.sweeps.p_seconds.values())
             self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls)
         return self._bound[key]
 
@@ -149,15 +155,15 @@ class Pass:
         self.pending = torch._C._current_graph_task_id(), leases
         return bound.at(s.output_tangent)
 
-    def second(self, adjoint: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The second adjoints of x and p."""
+    def second(self, adjoint: Tensor, of_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The second adjoints of x, if it is wanted, and of p."""
         plan, s, (_, leases) = self.plan, self.plan.sweeps, self.pending
         self.pending = None
         scratch = {"second scratch": plan.lease("exact", "second scratch")}
-        bound = plan.bound("second", "exact", leases | scratch)
+        bound = plan.bound("second", "exact", leases | scratch, of_x=of_x)
         bound.at(s.second).copy_(adjoint)
         bound.run()
-        return self._like_x(bound.at(s.x_second)), _summed(bound, s.p_seconds)
+        return self._like_x(bound.at(s.x_second)) if of_x else None, _summed(bound, s.p_seconds)
 
     def _like_x(self, adjoint: Tensor) -> Tensor:
         shape, stride, dtype = self._x
@@ -195,7 +201,7 @@ def cells(
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *p.values())):
             raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
         return current.forward(x, weights, p, constants).clone(), []
-    (weights,) = differentiable_once([weights])
+    x, weights = with_node(x), with_node(weights)
     output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
     return output, current.statistics
 
@@ -216,14 +222,14 @@ class _Cells(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, adjoint: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        current, wanted = ctx.current, weights_wanted(ctx.next_functions[1:2])
+        current, of_weights = ctx.current, wanted(ctx.next_functions[1:2])
         if current.pending and current.pending[0] == torch._C._current_graph_task_id():
-            if wanted:
+            if of_weights:
                 refuse_second_derivative("its weights")
-            x, p = current.second(adjoint)
+            x, p = current.second(adjoint, wanted(ctx.next_functions[:1]))
             return None, None, x, None, *p
         (token,) = ctx.saved_tensors
-        return None, None, *_CellsBackward.apply(current, wanted, torch.is_grad_enabled(), token, adjoint)
+        return None, None, *_CellsBackward.apply(current, of_weights, torch.is_grad_enabled(), token, adjoint)
 
 
 class _CellsBackward(torch.autograd.Function):

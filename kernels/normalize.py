@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from darts_fast.kernels.first_derivative import refuse_second_derivative, weights_wanted
+from darts_fast.kernels.first_derivative import refuse_second_derivative, wanted
 from darts_fast.kernels.types import EPSILON
 
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ class _NormalizeBackward(torch.autograd.Function):
         ctx: FunctionCtx, tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor
     ) -> tuple[Tensor | None, ...]:
         """weight B(tangent) + weight_tangent h + bias_tangent: B is its own transpose."""
-        if weights_wanted(ctx.next_functions[:-1]):
+        if wanted(ctx.next_functions[:-1]):
             refuse_second_derivative("the input or the weight of an affine batch norm")
         y, statistics, weight = ctx.saved_tensors
         mean, variance, _ = statistics.unbind()

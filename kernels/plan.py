@@ -61,6 +61,16 @@ def tensors(tree: Any) -> Iterator[Tensor]:
         yield from tensors(tuple(tree.values()))
 
 
+def needed(calls: Sequence[Call], results: Iterable[Tensor]) -> list[Call]:
+    """Those of the calls that the results depend on."""
+    wanted, found = {_storage(t) for t in results}, []
+    for call in reversed(calls):
+        if any(_storage(t) in wanted for t in tensors(call.writes)):
+            wanted.update(map(_storage, tensors(call.reads)))
+            found.append(call)
+    return found[::-1]
+
+
 # Placing buffers
 
 

@@ -69,6 +69,15 @@ def test_two_passes_at_once_do_not_touch_each_other(setting):
     assert all(map(torch.equal, alone, together))
 
 
+def test_the_output_stays_as_long_as_its_graph(setting):
+    plan, x, weights, p = setting
+    output, _ = cells(plan, x, weights, p)
+    kept = output.detach().clone()
+    product(output.tanh().pow(2).sum(), weights, p, torch.randn_like(weights))
+    torch.autograd.grad(loss_of(plan, 2 * x, weights, p), [weights, *p.values()])
+    assert torch.equal(output, kept)
+
+
 def test_a_step_makes_no_new_block_after_the_first(setting):
     plan, x, weights, p = setting
 
