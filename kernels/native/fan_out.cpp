@@ -22,41 +22,40 @@ void fan_out(const FanOut& q, int threads) {
       const Shared& tensor = q.tensors[t];
       const Matrix statistics = tensor.n_readers ? tensor.readers[0].statistics : Matrix{};
       bool normalised = statistics.data != nullptr;
-      for_channels(q.c, [&](auto zero, int64_t i) {
-        using T = decltype(zero);
-        auto factor = [&](int64_t k, int which) { return load<T>(factors[t] + (k * FACTORS + which) * q.c + i); };
+      for_channels(q.c, [&](auto lanes, int64_t i) {
+        auto factor = [&](int64_t k, int which) { return load(lanes, factors[t] + (k * FACTORS + which) * q.c + i); };
         auto total = [&](int which) {
-          T sum = {};
+          V sum = {};
           for (int64_t k = 0; k < tensor.n_readers; ++k) sum += factor(k, which);
           return sum;
         };
         float* out = tensor.out + i;
         if (normalised && SECOND) {
           const float* tangent = tensor.readers[0].tangent.data + i;
-          T of_y = total(OF_Y), one = total(OF_ONE), of_tangent = total(OF_TANGENT);
-          T mean = load<T>(statistics.row(MEAN) + i);
+          V of_y = total(OF_Y), one = total(OF_ONE), of_tangent = total(OF_TANGENT);
+          V mean = load(lanes, statistics.row(MEAN) + i);
           for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-            store(out + j, of_tangent * load_ahead<T>(tangent + j) +
-                               (of_y * (load_ahead<T>(tensor.y + i + j) - mean) + one));
+            store(lanes, out + j, of_tangent * load_ahead(lanes, tangent + j) +
+                               (of_y * (load_ahead(lanes, tensor.y + i + j) - mean) + one));
         } else if (normalised) {
-          T of_y = total(OF_Y), one = total(OF_ONE), mean = load<T>(statistics.row(MEAN) + i);
+          V of_y = total(OF_Y), one = total(OF_ONE), mean = load(lanes, statistics.row(MEAN) + i);
           for (int64_t j = first * q.c; j < last * q.c; j += q.c)
-            store(out + j, of_y * (load_ahead<T>(tensor.y + i + j) - mean) + one);
+            store(lanes, out + j, of_y * (load_ahead(lanes, tensor.y + i + j) - mean) + one);
         } else {
-          for (int64_t j = first * q.c; j < last * q.c; j += q.c) store(out + j, T{});
+          for (int64_t j = first * q.c; j < last * q.c; j += q.c) store(lanes, out + j, V{});
         }
         for (int64_t k = 0; k < tensor.n_readers; ++k) {
           const Reader& reader = tensor.readers[k];
-          const Matrix& g = SECOND ? reader.second : reader.adjoint;
-          T of_g = factor(k, OF_G);
+          const Matrix g = SECOND ? reader.second : reader.adjoint, before = reader.adjoint;
+          V of_g = factor(k, OF_G);
           if (normalised && SECOND) {
-            T of_first = factor(k, OF_FIRST);
+            V of_first = factor(k, OF_FIRST);
             for (int64_t j = first; j < last; ++j)
-              store(out + j * q.c, load<T>(out + j * q.c) + of_g * load_ahead<T>(g.row(j) + i) +
-                                       of_first * load_ahead<T>(reader.adjoint.row(j) + i));
+              store(lanes, out + j * q.c, load(lanes, out + j * q.c) + of_g * load_ahead(lanes, g.row(j) + i) +
+                                       of_first * load_ahead(lanes, before.row(j) + i));
           } else {
             for (int64_t j = first; j < last; ++j)
-              store(out + j * q.c, load<T>(out + j * q.c) + of_g * load_ahead<T>(g.row(j) + i));
+              store(lanes, out + j * q.c, load(lanes, out + j * q.c) + of_g * load_ahead(lanes, g.row(j) + i));
           }
         }
       });
@@ -82,12 +81,11 @@ extern "C" void darts_add(const void* table, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
+    for_channels(q.c, [&](auto lanes, int64_t i) {
       for (int64_t j = first; j < last; ++j) {
-        T sum = load_ahead<T>(q.terms[0].row(j) + i);
-        for (int64_t k = 1; k < q.n_terms; ++k) sum += load_ahead<T>(q.terms[k].row(j) + i);
-        store(q.out + j * q.c + i, sum);
+        V sum = load_ahead(lanes, q.terms[0].row(j) + i);
+        for (int64_t k = 1; k < q.n_terms; ++k) sum += load_ahead(lanes, q.terms[k].row(j) + i);
+        store(lanes, q.out + j * q.c + i, sum);
       }
     });
   }

@@ -161,11 +161,10 @@ void depthwise(const Half& half, const Stencil& st, const float* a, int64_t y, i
 // Pixels [n, c], `row` apart, into blocks of lanes; where one block is all there is, they are in lanes already.
 const float* in_lanes(const float* pixels, int64_t n, int64_t c, int64_t row, float* scratch, ptrdiff_t block) {
   if (c == LANES && row == LANES) return pixels;
-  for (int b = 0; b < blocks_of(c); ++b) {
-    int count = lanes_of(c, b);
-    for (int64_t j = 0; j < n; ++j)
-      store(scratch + b * block + j * LANES, load_some(pixels + j * row + b * LANES, count));
-  }
+  for_channels(c, [&](auto lanes, int64_t i) {
+    float* into = scratch + i / LANES * block;
+    for (int64_t j = 0; j < n; ++j) store(into + j * LANES, load(lanes, pixels + j * row + i));
+  });
   return scratch;
 }
 

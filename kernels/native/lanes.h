@@ -5,6 +5,10 @@
 // never reordered by the compiler (no -ffast-math): the same library gives the same bits.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -33,41 +37,72 @@ namespace {
 typedef float V __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t VI __attribute__((vector_size(LANES * sizeof(float))));
 
-// The same body serves LANES channels (T = V) and one channel (T = float): channels that do not fill a
-// register are computed one by one.
-template <class T>
-INLINE T load(const float* p) {
-  T v;
+INLINE V load(const float* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class T>
-INLINE void store(float* p, T v) {
-  std::memcpy(p, &v, sizeof v);
-}
+INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 // Has the cache line 4 KB ahead fetched. For what is read from end to end: the processor's own prefetching stops
 // at every page, and the mixes of a step of 8 layers took 204 ms in place of 174 (Zen 5, one thread).
 INLINE void fetch_ahead(const float* p) { __builtin_prefetch(p + 1024); }
 
-template <class T>
-INLINE T load_ahead(const float* p) {
-  fetch_ahead(p);
-  return load<T>(p);
+// Copies fewer than MOST bytes: a loop, or a call of memcpy, takes longer than a few branches.
+template <int MOST>
+INLINE void copy_some(void* to, const void* from, int bytes) {
+  char* into = static_cast<char*>(to);
+  const char* at = static_cast<const char*>(from);
+#define DARTS_PIECE(SIZE) \
+  if (SIZE < MOST && bytes & SIZE) std::memcpy(into, at, SIZE), into += SIZE, at += SIZE;
+  DARTS_PIECE(32) DARTS_PIECE(16) DARTS_PIECE(8) DARTS_PIECE(4) DARTS_PIECE(2) DARTS_PIECE(1)
+#undef DARTS_PIECE
 }
 
-// The first `count` lanes; the others are zero.
-INLINE V load_some(const float* p, int count) {
-  if (count == LANES) return load<V>(p);
+// Which lanes of a register hold channels: all, or the first ones, where there are no more channels.
+struct All {
+  static constexpr int count = LANES;
+};
+struct Some {
+  int count;
+};
+
+INLINE V load(All, const float* p) { return load(p); }
+
+// The other lanes are zero.
+INLINE V load(Some lanes, const float* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(__mmask16((1u << lanes.count) - 1), p);
+#elif defined(__AVX__)
+  VI lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return _mm256_maskload_ps(p, (__m256i)(lane < lanes.count));
+#else
   V v = {};
-  for (int l = 0; l < count; ++l) v[l] = p[l];
+  copy_some<sizeof(V)>(&v, p, lanes.count * int(sizeof(float)));
   return v;
+#endif
 }
 
-INLINE void store_some(float* p, V v, int count) {
-  if (count == LANES) return store(p, v);
-  for (int l = 0; l < count; ++l) p[l] = v[l];
+template <class Lanes>
+INLINE V load_ahead(Lanes lanes, const float* p) {
+  fetch_ahead(p);
+  return load(lanes, p);
+}
+
+INLINE void store(All, float* p, V v) { store(p, v); }
+
+// Not by a mask: a load of the pixel behind would wait for it, since what a mask leaves out overlaps.
+INLINE void store(Some lanes, float* p, V v) {
+  copy_some<sizeof(V)>(p, &v, lanes.count * int(sizeof(float)));
+}
+
+// body(lanes, channel) for every register of channels
+template <class Body>
+INLINE void for_channels(int64_t c, const Body& body) {
+  int64_t i = 0;
+  for (; i + LANES <= c; i += LANES) body(All{}, i);
+  if (i < c) body(Some{int(c - i)}, i);
 }
 
 // Past the caches, to an aligned address: for what is read again only after much else. An ordinary store reads
@@ -203,25 +238,18 @@ struct Moments {
   float variance() const { return squares < 0 ? 0.f : float(squares / count); }
 };
 
-// body(T, channel) for every register of channels, then for the channels that are left
-template <class Body>
-INLINE void for_channels(int64_t c, const Body& body) {
-  int64_t i = 0;
-  for (; i + LANES <= c; i += LANES) body(V{}, i);
-  for (; i < c; ++i) body(0.f, i);
-}
-
 // Adds a sum to one in double, a channel at a time.
-INLINE void flush(double* into, V sum) {
-  for (int l = 0; l < LANES; ++l) into[l] += double(sum[l]);
+template <class Lanes>
+INLINE void flush(Lanes lanes, double* into, V sum) {
+  for (int l = 0; l < lanes.count; ++l) into[l] += double(sum[l]);
 }
-INLINE void flush(double* into, float sum) { *into += double(sum); }
 
-// The same in float32, as the type of the second argument.
-INLINE V narrow(const double* from, V v) {
-  for (int l = 0; l < LANES; ++l) v[l] = float(from[l]);
+// The same in float32
+template <class Lanes>
+INLINE V narrow(Lanes lanes, const double* from) {
+  V v = {};
+  for (int l = 0; l < lanes.count; ++l) v[l] = float(from[l]);
   return v;
 }
-INLINE float narrow(const double* from, float) { return float(*from); }
 
 }  // namespace

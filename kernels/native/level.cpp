@@ -32,8 +32,8 @@ extern "C" int64_t darts_multiply_adds(int64_t rounds) {
   V sums[TILE] = {};
   for (int64_t round = 0; round < rounds; ++round) {
     const float* p = numbers + round % PLACES * LANES;
-    V weight = load<V>(p);
-    UNROLL for (int i = 0; i < TILE; ++i) sums[i] += weight * load<V>(p + i * LANES);
+    V weight = load(p);
+    UNROLL for (int i = 0; i < TILE; ++i) sums[i] += weight * load(p + i * LANES);
   }
   UNROLL for (int i = 0; i < TILE; ++i) store(numbers + i * LANES, sums[i]);
   return rounds * TILE * LANES;

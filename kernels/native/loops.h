@@ -12,11 +12,11 @@ template <int T, int STEP>
 INLINE void stencil_tile(const float* in, const ptrdiff_t* offsets, const float* weights, int taps,
                          float* out, ptrdiff_t out_step, bool add) {
   V acc[T];
-  UNROLL for (int j = 0; j < T; ++j) acc[j] = add ? load<V>(out + j * out_step) : V{};
+  UNROLL for (int j = 0; j < T; ++j) acc[j] = add ? load(out + j * out_step) : V{};
   for (int t = 0; t < taps; ++t) {
     const float* p = in + offsets[t];
-    V w = load<V>(weights + t * LANES);
-    UNROLL for (int j = 0; j < T; ++j) acc[j] += w * load<V>(p + j * STEP * LANES);
+    V w = load(weights + t * LANES);
+    UNROLL for (int j = 0; j < T; ++j) acc[j] += w * load(p + j * STEP * LANES);
   }
   UNROLL for (int j = 0; j < T; ++j) store(out + j * out_step, acc[j]);
 }
@@ -42,13 +42,13 @@ template <int T, int RUN, int SPACING>
 INLINE void runs_tile(const float* in, const ptrdiff_t* offsets, const float* weights, int taps, float* out,
                       ptrdiff_t out_step, bool add) {
   V acc[T];
-  UNROLL for (int j = 0; j < T; ++j) acc[j] = add ? load<V>(out + j * out_step) : V{};
+  UNROLL for (int j = 0; j < T; ++j) acc[j] = add ? load(out + j * out_step) : V{};
   for (int t = 0; t < taps; t += RUN, weights += RUN * LANES) {
     const float* p = in + offsets[t];
     V w[RUN];
-    UNROLL for (int k = 0; k < RUN; ++k) w[k] = load<V>(weights + k * LANES);
+    UNROLL for (int k = 0; k < RUN; ++k) w[k] = load(weights + k * LANES);
     UNROLL for (int i = 0; i < T + (RUN - 1) * SPACING; ++i) {
-      V x = load<V>(p + i * LANES);
+      V x = load(p + i * LANES);
       UNROLL for (int k = 0; k < RUN; ++k) {
         int j = i - k * SPACING;
         if (j >= 0 && j < T) acc[j] += w[k] * x;
@@ -117,7 +117,7 @@ INLINE void pointwise_tile(const float* z, ptrdiff_t block, int blocks, const fl
   UNROLL for (int j = 0; j < T; ++j) acc[j] = V{};
   for (int b = 0; b < blocks; ++b, z += block)
     for (int l = 0; l < LANES; ++l, weights += LANES) {
-      V w = load<V>(weights);
+      V w = load(weights);
       UNROLL for (int j = 0; j < T; ++j) acc[j] += w * z[j * LANES + l];
     }
 }
@@ -127,7 +127,7 @@ INLINE void pointwise_store(const float* z, ptrdiff_t block, int blocks, const f
                             bool add) {
   V acc[T];
   pointwise_tile<T>(z, block, blocks, weights, acc);
-  if (add) UNROLL for (int j = 0; j < T; ++j) acc[j] += load<V>(out + j * LANES);
+  if (add) UNROLL for (int j = 0; j < T; ++j) acc[j] += load(out + j * LANES);
   UNROLL for (int j = 0; j < T; ++j) store(out + j * LANES, acc[j]);
 }
 
@@ -150,15 +150,15 @@ struct Sums {  // of a block of channels, about a shift
   V shift, sum, squares;
 };
 
-template <int T>
+template <int T, class Lanes>
 INLINE void pointwise_sum(const float* z, ptrdiff_t block, int blocks, const float* weights, float* y,
-                          int64_t k, int count, bool streamed, Sums& sums) {
+                          int64_t k, Lanes lanes, bool streamed, Sums& sums) {
   V acc[T];
   pointwise_tile<T>(z, block, blocks, weights, acc);
   if (streamed) {
     UNROLL for (int j = 0; j < T; ++j) stream(y + j * k, acc[j]);
   } else {
-    UNROLL for (int j = 0; j < T; ++j) store_some(y + j * k, acc[j], count);
+    UNROLL for (int j = 0; j < T; ++j) store(lanes, y + j * k, acc[j]);
   }
   UNROLL for (int j = 0; j < T; ++j) {
     V d = acc[j] - sums.shift;
@@ -168,24 +168,25 @@ INLINE void pointwise_sum(const float* z, ptrdiff_t block, int blocks, const flo
 }
 
 // One block of output channels of n pixels, written into y, pixels k apart, and their sums.
+template <class Lanes>
 void pointwise_out(const float* z, ptrdiff_t block, int blocks, const float* weights, float* y, int64_t k,
-                   int count, int64_t n, bool streamed, Sums& sums) {
-  streamed = streamed && count == LANES && k % LANES == 0 && aligned(y);
+                   Lanes lanes, int64_t n, bool streamed, Sums& sums) {
+  streamed = streamed && lanes.count == LANES && k % LANES == 0 && aligned(y);
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE)
-    pointwise_sum<TILE>(z + j * LANES, block, blocks, weights, y + j * k, k, count, streamed, sums);
+    pointwise_sum<TILE>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
   for (; j + 8 <= n; j += 8)
-    pointwise_sum<8>(z + j * LANES, block, blocks, weights, y + j * k, k, count, streamed, sums);
+    pointwise_sum<8>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
   for (; j < n; ++j)
-    pointwise_sum<1>(z + j * LANES, block, blocks, weights, y + j * k, k, count, streamed, sums);
+    pointwise_sum<1>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
 }
 
 // found[c][.] += sum over n pixels of z[c] * y[.]
 void outer(const float* y, const float* z, int64_t n, float* found) {
   V acc[LANES];
-  UNROLL for (int l = 0; l < LANES; ++l) acc[l] = load<V>(found + l * LANES);
+  UNROLL for (int l = 0; l < LANES; ++l) acc[l] = load(found + l * LANES);
   for (int64_t j = 0; j < n; ++j, y += LANES, z += LANES) {
-    V v = load<V>(y);
+    V v = load(y);
     UNROLL for (int l = 0; l < LANES; ++l) acc[l] += v * z[l];
   }
   UNROLL for (int l = 0; l < LANES; ++l) store(found + l * LANES, acc[l]);
@@ -196,14 +197,14 @@ template <int ROWS, int K, int DILATION, int STEP>
 void correlate_rows(const float* z, ptrdiff_t z_row, const float* a, ptrdiff_t a_row, ptrdiff_t kernel_row,
                     int64_t rows, int64_t n, float* found) {
   V acc[ROWS * K];
-  UNROLL for (int t = 0; t < ROWS * K; ++t) acc[t] = load<V>(found + t * LANES);
+  UNROLL for (int t = 0; t < ROWS * K; ++t) acc[t] = load(found + t * LANES);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t x = 0; x < n; ++x) {
-      V v = load<V>(z + row * z_row + x * LANES);
+      V v = load(z + row * z_row + x * LANES);
       const float* p = a + row * a_row + x * STEP * LANES;
       UNROLL for (int ky = 0; ky < ROWS; ++ky)
         UNROLL for (int kx = 0; kx < K; ++kx)
-          acc[ky * K + kx] += v * load<V>(p + ky * kernel_row + kx * DILATION * LANES);
+          acc[ky * K + kx] += v * load(p + ky * kernel_row + kx * DILATION * LANES);
     }
   UNROLL for (int t = 0; t < ROWS * K; ++t) store(found + t * LANES, acc[t]);
 }
@@ -231,11 +232,11 @@ void correlate(const Task& task, const float* z, ptrdiff_t z_row, const float* a
   DARTS_CASE(3, 1, 2) DARTS_CASE(3, 2, 2) DARTS_CASE(5, 1, 2) DARTS_CASE(5, 2, 2)
 #undef DARTS_CASE
   for (int64_t t = 0; t < task.kernel * task.kernel; ++t) {  // no kernel of the search space
-    V sum = load<V>(found + t * LANES);
+    V sum = load(found + t * LANES);
     const float* p = a + t / task.kernel * kernel_row + t % task.kernel * task.dilation * LANES;
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t x = 0; x < n; ++x)
-        sum += load<V>(z + row * z_row + x * LANES) * load<V>(p + row * a_row + x * task.stride * LANES);
+        sum += load(z + row * z_row + x * LANES) * load(p + row * a_row + x * task.stride * LANES);
     store(found + t * LANES, sum);
   }
 }

@@ -55,23 +55,22 @@ void adjoint_sums(const Mix& q, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
+    for_channels(q.c, [&](auto lanes, int64_t i) {
       float* into = partial + chunk * width + i;
       const float* g = q.adjoint.data + i;
-      T sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load<T>(g + j * row);
+      V sum = {};
+      for (int64_t j = first; j < last; ++j) sum += load(lanes, g + j * row);
       for (int64_t k = 0; k < q.count; ++k, into += 2 * q.c) {
         const float* y = q.candidates[k].y + i;
-        T mean = load<T>(norms.mean + k * q.c + i), even = {}, odd = {};
+        V mean = load(lanes, norms.mean + k * q.c + i), even = {}, odd = {};
         int64_t j = first;
         for (; j + 2 <= last; j += 2) {
-          even += load<T>(g + j * row) * (load_ahead<T>(y + j * q.c) - mean);
-          odd += load<T>(g + (j + 1) * row) * (load_ahead<T>(y + (j + 1) * q.c) - mean);
+          even += load(lanes, g + j * row) * (load_ahead(lanes, y + j * q.c) - mean);
+          odd += load(lanes, g + (j + 1) * row) * (load_ahead(lanes, y + (j + 1) * q.c) - mean);
         }
-        if (j < last) even += load<T>(g + j * row) * (load<T>(y + j * q.c) - mean);
-        store(into + SUM_G * q.c, sum);
-        store(into + SUM_G_H * q.c, (even + odd) * load<T>(norms.r + k * q.c + i));
+        if (j < last) even += load(lanes, g + j * row) * (load(lanes, y + j * q.c) - mean);
+        store(lanes, into + SUM_G * q.c, sum);
+        store(lanes, into + SUM_G_H * q.c, (even + odd) * load(lanes, norms.r + k * q.c + i));
       }
     });
   }
@@ -104,23 +103,22 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
     Node node(q, first, last);
     for (int64_t k = 0; k < q.count; k += 4) {  // four at a time: a fourth of the loads and stores of the node
       int64_t n = q.count - k < 4 ? q.count - k : 4;
-      for_channels(q.c, [&](auto zero, int64_t i) {
-        using T = decltype(zero);
+      for_channels(q.c, [&](auto lanes, int64_t i) {
         const float* y[4];
-        T s[4], mean[4];  // the mean is taken off first: one offset for all would cancel, and lose digits
+        V s[4], mean[4];  // the mean is taken off first: one offset for all would cancel, and lose digits
         for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first once more, times nothing
           y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
-          s[l] = l < n ? load<T>(scale + (k + l) * q.c + i) : T{};
-          mean[l] = l < n ? load<T>(norms.mean + (k + l) * q.c + i) : T{};
+          s[l] = l < n ? load(lanes, scale + (k + l) * q.c + i) : V{};
+          mean[l] = l < n ? load(lanes, norms.mean + (k + l) * q.c + i) : V{};
         }
         for (int64_t j = first; j < last; ++j) {
           float* out = node.at(j) + i;
-          T sum = k == 0 ? T{} : load<T>(out);
-          sum += s[0] * (load_ahead<T>(y[0] + j * q.c) - mean[0]);
-          if (n > 1) sum += s[1] * (load_ahead<T>(y[1] + j * q.c) - mean[1]);
-          if (n > 2) sum += s[2] * (load_ahead<T>(y[2] + j * q.c) - mean[2]);
-          if (n > 3) sum += s[3] * (load_ahead<T>(y[3] + j * q.c) - mean[3]);
-          store(out, sum);
+          V sum = k == 0 ? V{} : load(lanes, out);
+          sum += s[0] * (load_ahead(lanes, y[0] + j * q.c) - mean[0]);
+          if (n > 1) sum += s[1] * (load_ahead(lanes, y[1] + j * q.c) - mean[1]);
+          if (n > 2) sum += s[2] * (load_ahead(lanes, y[2] + j * q.c) - mean[2]);
+          if (n > 3) sum += s[3] * (load_ahead(lanes, y[3] + j * q.c) - mean[3]);
+          store(lanes, out, sum);
         }
       });
     }
@@ -145,25 +143,24 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
+    for_channels(q.c, [&](auto lanes, int64_t i) {
       float* into = partial + chunk * width + i;
       const float* g = q.adjoint.data + i;
-      T sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load<T>(g + j * row);
+      V sum = {};
+      for (int64_t j = first; j < last; ++j) sum += load(lanes, g + j * row);
       for (int64_t k = 0; k < q.count; ++k, into += 4 * q.c) {
         const Candidate& candidate = q.candidates[k];
-        T mean = load<T>(norms.mean + k * q.c + i), of_yd = {}, of_h = {}, of_g = {};
+        V mean = load(lanes, norms.mean + k * q.c + i), of_yd = {}, of_h = {}, of_g = {};
         for (int64_t j = first; j < last; ++j) {
-          T yd = load_ahead<T>(candidate.tangent + j * q.c + i);
-          of_g += yd * load<T>(g + j * row);
+          V yd = load_ahead(lanes, candidate.tangent + j * q.c + i);
+          of_g += yd * load(lanes, g + j * row);
           of_yd += yd;
-          of_h += yd * (load_ahead<T>(candidate.y + j * q.c + i) - mean);
+          of_h += yd * (load_ahead(lanes, candidate.y + j * q.c + i) - mean);
         }
-        store(into + SUM_YD * q.c, of_yd);
-        store(into + SUM_YD_H * q.c, of_h * load<T>(norms.r + k * q.c + i));
-        store(into + SUM_YD_G * q.c, of_g);
-        store(into + SUM_OF_G * q.c, sum);
+        store(lanes, into + SUM_YD * q.c, of_yd);
+        store(lanes, into + SUM_YD_H * q.c, of_h * load(lanes, norms.r + k * q.c + i));
+        store(lanes, into + SUM_YD_G * q.c, of_g);
+        store(lanes, into + SUM_OF_G * q.c, sum);
       }
     });
   }
@@ -195,20 +192,19 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
     std::memset(node.at(first), 0, size_t((last - first) * q.c) * sizeof(float));
     for (int64_t k = 0; k < q.count; ++k) {
       const Candidate& candidate = q.candidates[k];
-      for_channels(q.c, [&](auto zero, int64_t i) {
-        using T = decltype(zero);
-        T scale = weight_of(candidate) * load<T>(norms.r + k * q.c + i);
+      for_channels(q.c, [&](auto lanes, int64_t i) {
+        V scale = weight_of(candidate) * load(lanes, norms.r + k * q.c + i);
         float* out = node.at(first) - first * q.c;
         if (candidate.statistics.data == nullptr) {
           for (int64_t j = first * q.c + i; j < last * q.c; j += q.c)
-            store(out + j, load<T>(out + j) + scale * load<T>(candidate.tangent + j));
+            store(lanes, out + j, load(lanes, out + j) + scale * load(lanes, candidate.tangent + j));
           return;
         }
-        T mean = load<T>(norms.mean + k * q.c + i), of_yd = load<T>(yd_mean + k * q.c + i);
-        T of_h = load<T>(rt + k * q.c + i);
+        V mean = load(lanes, norms.mean + k * q.c + i), of_yd = load(lanes, yd_mean + k * q.c + i);
+        V of_h = load(lanes, rt + k * q.c + i);
         for (int64_t j = first * q.c + i; j < last * q.c; j += q.c) {
-          T hd = load_ahead<T>(candidate.tangent + j) - of_yd - (load_ahead<T>(candidate.y + j) - mean) * of_h;  // over r
-          store(out + j, load<T>(out + j) + scale * hd);
+          V hd = load_ahead(lanes, candidate.tangent + j) - of_yd - (load_ahead(lanes, candidate.y + j) - mean) * of_h;  // over r
+          store(lanes, out + j, load(lanes, out + j) + scale * hd);
         }
       });
     }

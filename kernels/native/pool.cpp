@@ -4,27 +4,33 @@
 
 namespace {
 
-template <class T>
-struct Of {
-  typedef VI Int;
-  typedef uint8_t Byte __attribute__((vector_size(LANES)));
-  static void store(uint8_t* p, Int v) {
-    Byte bytes = __builtin_convertvector(v, Byte);
-    std::memcpy(p, &bytes, sizeof bytes);
-  }
-  static Int load(const uint8_t* p) {
-    Int v;
-    UNROLL for (int l = 0; l < LANES; ++l) v[l] = p[l];  // one instruction; __builtin_convertvector made 66
-    return v;
-  }
-};
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
-template <>
-struct Of<float> {
-  typedef int32_t Int;
-  static void store(uint8_t* p, Int v) { *p = uint8_t(v); }
-  static Int load(const uint8_t* p) { return *p; }
-};
+INLINE void store_bytes(All, uint8_t* p, VI v) {
+  Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+
+INLINE void store_bytes(Some lanes, uint8_t* p, VI v) {
+  Bytes bytes = __builtin_convertvector(v, Bytes);
+  copy_some<LANES>(p, &bytes, lanes.count);
+}
+
+INLINE VI load_bytes(All, const uint8_t* p) {
+  VI v;
+  UNROLL for (int l = 0; l < LANES; ++l) v[l] = p[l];  // one instruction; __builtin_convertvector made 66
+  return v;
+}
+
+INLINE VI load_bytes(Some lanes, const uint8_t* p) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (VI)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << lanes.count) - 1), p));
+#else
+  VI v = {};
+  for (int l = 0; l < lanes.count; ++l) v[l] = p[l];
+  return v;
+#endif
+}
 
 // The pixels that a window has in one direction: from, to (exclusive)
 struct Window {
@@ -43,11 +49,10 @@ struct Windows {
   }
 };
 
-template <class T>
 struct PoolSums {
-  T shift, sum, squares;
-  void add(T v) {
-    T d = v - shift;
+  V shift, sum, squares;
+  void add(V v) {
+    V d = v - shift;
     sum += d, squares += d * d;
   }
 };
@@ -66,39 +71,37 @@ extern "C" void darts_pool_forward(const void* table, int threads) {
     for (int64_t row = first * ho; row < last * ho; ++row) {
       const float* x = q.x + row / ho * q.h * q.w * q.c;
       Window wy(row % ho, q.stride, q.h);
-      for_channels(q.c, [&](auto zero, int64_t i) {
-        using T = decltype(zero);
-        using I = typename Of<T>::Int;
-        PoolSums<T> found[2] = {};
+      for_channels(q.c, [&](auto lanes, int64_t i) {
+        PoolSums found[2] = {};
         double* of_part = sums + part * 6 * q.c + i;
         for (int64_t ox = 0; ox < wo; ++ox) {
           Window wx(ox, q.stride, q.w);
-          T maximum = load<T>(x + (wy.from * q.w + wx.from) * q.c + i), sum = {};
-          I position = I{} + int32_t((wy.from - (row % ho * q.stride - 1)) * 3 + wx.from - (ox * q.stride - 1));
+          V maximum = load(lanes, x + (wy.from * q.w + wx.from) * q.c + i), sum = {};
+          VI position = VI{} + int32_t((wy.from - (row % ho * q.stride - 1)) * 3 + wx.from - (ox * q.stride - 1));
           for (int64_t y = wy.from; y < wy.to; ++y)
             for (int64_t xx = wx.from; xx < wx.to; ++xx) {
-              T v = load<T>(x + (y * q.w + xx) * q.c + i);
-              I at = I{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
+              V v = load(lanes, x + (y * q.w + xx) * q.c + i);
+              VI at = VI{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
               sum += v;
               auto better = (v > maximum) | (v != v);  // NaN is the maximum
               maximum = better ? v : maximum;
               position = better ? at : position;
             }
-          T average = sum * (1.f / float(wy.count() * wx.count()));
+          V average = sum * (1.f / float(wy.count() * wx.count()));
           int64_t out = (row * wo + ox) * q.c + i;
-          store(q.maximum + out, maximum);
-          store(q.average + out, average);
-          Of<T>::store(q.position + out, position);
+          store(lanes, q.maximum + out, maximum);
+          store(lanes, q.average + out, average);
+          store_bytes(lanes, q.position + out, position);
           if (ox == 0) {
-            if (row == first * ho) flush(of_part, maximum), flush(of_part + 3 * q.c, average);
-            found[0].shift = narrow(of_part, zero), found[1].shift = narrow(of_part + 3 * q.c, zero);
+            if (row == first * ho) flush(lanes, of_part, maximum), flush(lanes, of_part + 3 * q.c, average);
+            found[0].shift = narrow(lanes, of_part), found[1].shift = narrow(lanes, of_part + 3 * q.c);
           }
           found[0].add(maximum);
           found[1].add(average);
         }
         for (int pool = 0; pool < 2; ++pool) {
-          flush(of_part + (pool * 3 + 1) * q.c, found[pool].sum);
-          flush(of_part + (pool * 3 + 2) * q.c, found[pool].squares);
+          flush(lanes, of_part + (pool * 3 + 1) * q.c, found[pool].sum);
+          flush(lanes, of_part + (pool * 3 + 2) * q.c, found[pool].squares);
         }
       });
     }
@@ -124,37 +127,35 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
   for (int64_t row = 0; row < q.n * q.h; ++row) {
     int64_t y = row % q.h, image = row / q.h;
     Windows wy(y, q.stride, ho);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
-      using I = typename Of<T>::Int;
+    for_channels(q.c, [&](auto lanes, int64_t i) {
       bool inner = q.stride == 1 && y >= 2 && y < q.h - 2;
       for (int64_t x = 0; x < q.w; ++x) {
         float* into = q.adjoint + (row * q.w + x) * q.c + i;
-        T terms = {};
-        for (int64_t k = 0; k < q.n_terms; ++k) terms += load_ahead<T>(q.terms[k].row(row * q.w + x) + i);
+        V terms = {};
+        for (int64_t k = 0; k < q.n_terms; ++k) terms += load_ahead(lanes, q.terms[k].row(row * q.w + x) + i);
         if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
-          T of_maximum = {}, of_average = {};
+          V of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)
             UNROLL for (int dx = -1; dx <= 1; ++dx) {
               int64_t at = ((row + dy) * q.w + x + dx) * q.c + i;
-              I here = I{} + ((1 - dy) * 3 + 1 - dx);
-              of_maximum += Of<T>::load(q.position + at) == here ? load<T>(q.maximum + at) : T{};
-              of_average += load<T>(q.average + at);
+              VI here = VI{} + ((1 - dy) * 3 + 1 - dx);
+              of_maximum += load_bytes(lanes, q.position + at) == here ? load(lanes, q.maximum + at) : V{};
+              of_average += load(lanes, q.average + at);
             }
-          store(into, terms + of_maximum + of_average * (1.f / 9.f));
+          store(lanes, into, terms + of_maximum + of_average * (1.f / 9.f));
           continue;
         }
         Windows wx(x, q.stride, wo);
-        T sum = {};
+        V sum = {};
         for (int64_t oy = wy.from; oy < wy.to; ++oy)
           for (int64_t ox = wx.from; ox < wx.to; ++ox) {
             int64_t at = ((image * ho + oy) * wo + ox) * q.c + i;
-            I here = I{} + int32_t((y - (oy * q.stride - 1)) * 3 + x - (ox * q.stride - 1));
-            sum += Of<T>::load(q.position + at) == here ? load<T>(q.maximum + at) : T{};
+            VI here = VI{} + int32_t((y - (oy * q.stride - 1)) * 3 + x - (ox * q.stride - 1));
+            sum += load_bytes(lanes, q.position + at) == here ? load(lanes, q.maximum + at) : V{};
             int64_t count = Window(oy, q.stride, q.h).count() * Window(ox, q.stride, q.w).count();
-            sum += load<T>(q.average + at) * (1.f / float(count));
+            sum += load(lanes, q.average + at) * (1.f / float(count));
           }
-        store(into, terms + sum);
+        store(lanes, into, terms + sum);
       }
     });
   }
@@ -168,23 +169,21 @@ extern "C" void darts_pool_tangent(const void* table, int threads) {
   for (int64_t row = 0; row < q.n * ho; ++row) {
     const float* x = q.x + row / ho * q.h * q.w * q.c;
     Window wy(row % ho, q.stride, q.h);
-    for_channels(q.c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
-      using I = typename Of<T>::Int;
+    for_channels(q.c, [&](auto lanes, int64_t i) {
       for (int64_t ox = 0; ox < wo; ++ox) {
         Window wx(ox, q.stride, q.w);
         int64_t out = (row * wo + ox) * q.c + i;
-        I position = Of<T>::load(q.position + out);
-        T maximum = {}, sum = {};
+        VI position = load_bytes(lanes, q.position + out);
+        V maximum = {}, sum = {};
         for (int64_t y = wy.from; y < wy.to; ++y)
           for (int64_t xx = wx.from; xx < wx.to; ++xx) {
-            T v = load<T>(x + (y * q.w + xx) * q.c + i);
-            I at = I{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
+            V v = load(lanes, x + (y * q.w + xx) * q.c + i);
+            VI at = VI{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
             sum += v;
             maximum = position == at ? v : maximum;
           }
-        store(q.maximum + out, maximum);
-        store(q.average + out, sum * (1.f / float(wy.count() * wx.count())));
+        store(lanes, q.maximum + out, maximum);
+        store(lanes, q.average + out, sum * (1.f / float(wy.count() * wx.count())));
       }
     });
   }

@@ -19,16 +19,16 @@ enum { SUM_YD, SUM_YD_H, SUM_YD_G, SUM_OF_G };
 // The rows of statistics
 enum { MEAN, VARIANCE, R };
 
-template <class T>
 struct Factors {
-  T g, y, one, first, tangent, mean;
+  V g, y, one, first, tangent, mean;
 
   // Of the channels from `factors` on, whose rows are `row` apart
-  Factors(const float* factors, int64_t row, T mean)
-      : g(load<T>(factors + OF_G * row)), y(load<T>(factors + OF_Y * row)), one(load<T>(factors + OF_ONE * row)),
-        first(load<T>(factors + OF_FIRST * row)), tangent(load<T>(factors + OF_TANGENT * row)), mean(mean) {}
-  __attribute__((always_inline)) T of(T of_g, T of_y) const { return g * of_g + (y * (of_y - mean) + one); }
-  __attribute__((always_inline)) T of(T of_g, T of_y, T of_first, T of_tangent) const {
+  Factors(const float* factors, int64_t row, V mean)
+      : g(load(factors + OF_G * row)), y(load(factors + OF_Y * row)),
+        one(load(factors + OF_ONE * row)), first(load(factors + OF_FIRST * row)),
+        tangent(load(factors + OF_TANGENT * row)), mean(mean) {}
+  __attribute__((always_inline)) V of(V of_g, V of_y) const { return g * of_g + (y * (of_y - mean) + one); }
+  __attribute__((always_inline)) V of(V of_g, V of_y, V of_first, V of_tangent) const {
     return first * of_first + (tangent * of_tangent + of(of_g, of_y));
   }
 };

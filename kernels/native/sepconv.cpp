@@ -35,46 +35,33 @@ class Adjoint {
   const float* lanes(int64_t pixel, int64_t n, bool second, float* scratch, ptrdiff_t block) const {
     const Matrix& g = second ? reader_.second : reader_.adjoint;
     if (plain_) return in_lanes(g.row(pixel), n, half_.k, g.stride, scratch, block);
-    for (int b = 0; b < half_.kb; ++b) {
-      auto widths = [&](auto write) {
-        int count = lanes_of(half_.k, b);
-        count == LANES ? write(LANES) : write(count);  // a constant for whole registers
-      };
-      float* into = scratch + b * block;
+    for_channels(half_.k, [&](auto lanes, int64_t i) {
+      float* into = scratch + i / LANES * block;
       if (reader_.statistics.data == nullptr)
-        widths([&](int count) { weigh(g, pixel, n, b, count, into); });
+        for (int64_t j = 0; j < n; ++j)
+          store(into + j * LANES, *reader_.weight * load(lanes, g.row(pixel + j) + i));
       else if (second)
-        widths([&](int count) { normalised<true>(g, pixel, n, b, count, into); });
+        write<true>(lanes, g, pixel, n, i, into);
       else
-        widths([&](int count) { normalised<false>(g, pixel, n, b, count, into); });
-    }
+        write<false>(lanes, g, pixel, n, i, into);
+    });
     return scratch;
   }
 
  private:
-  __attribute__((always_inline)) void weigh(const Matrix& g, int64_t pixel, int64_t n, int b, int count,
-                                            float* into) const {
-    for (int64_t j = 0; j < n; ++j)
-      store(into + j * LANES, *reader_.weight * load_some(g.row(pixel + j) + b * LANES, count));
-  }
-
-  template <bool SECOND>
-  __attribute__((always_inline)) void normalised(const Matrix& of_g, int64_t pixel, int64_t n, int b, int count,
-                                                 float* into) const {
-    int at = b * LANES;
-    Factors<V> factors((SECOND ? second_ : first_) + at, row_, load<V>(mean_ + at));
-    const float *g = of_g.row(pixel) + at, *y = reader_.y.row(pixel) + at;
-    const float* first = SECOND ? reader_.adjoint.row(pixel) + at : nullptr;
-    const float* yd = SECOND ? reader_.tangent.row(pixel) + at : nullptr;
-    for (int64_t j = 0; j < n; ++j, g += of_g.stride, y += reader_.y.stride) {
-      fetch_ahead(g), fetch_ahead(y);
-      V of_first = {}, of_yd = {};
+  template <bool SECOND, class Lanes>
+  void write(Lanes lanes, const Matrix& of_g, int64_t pixel, int64_t n, int64_t i, float* into) const {
+    Factors factors((SECOND ? second_ : first_) + i, row_, load(mean_ + i));
+    const float *g = of_g.row(pixel) + i, *y = reader_.y.row(pixel) + i;
+    const float *first = nullptr, *yd = nullptr;
+    if (SECOND) first = reader_.adjoint.row(pixel) + i, yd = reader_.tangent.row(pixel) + i;
+    int64_t g_stride = of_g.stride, y_stride = reader_.y.stride, first_stride = reader_.adjoint.stride;
+    for (int64_t j = 0; j < n; ++j, g += g_stride, y += y_stride) {
+      V of_pixel = load_ahead(lanes, g), of_y = load_ahead(lanes, y), of_first = {}, of_yd = {};
       if (SECOND) {
-        fetch_ahead(first), fetch_ahead(yd);
-        of_first = load_some(first, count), of_yd = load_some(yd, count);
-        first += reader_.adjoint.stride, yd += reader_.tangent.stride;
+        of_first = load_ahead(lanes, first), of_yd = load_ahead(lanes, yd);
+        first += first_stride, yd += y_stride;
       }
-      V of_pixel = load_some(g, count), of_y = load_some(y, count);
       store(into + j * LANES, SECOND ? factors.of(of_pixel, of_y, of_first, of_yd) : factors.of(of_pixel, of_y));
     }
   }
@@ -103,18 +90,16 @@ struct Norm {
 };
 
 // One row of relu(h) of a block of channels, and of its tangent
-template <bool NORM, bool TANGENT>
-INLINE void rectify_row(const float* x, const float* xd, int64_t n, int64_t c, int count, V mean, V r, V xd_mean,
+template <bool NORM, bool TANGENT, class Lanes>
+INLINE void rectify_row(Lanes lanes, const float* x, const float* xd, int64_t n, int64_t c, V mean, V r, V xd_mean,
                         V t, float* out, float* tangent) {
   for (int64_t j = 0; j < n; ++j) {
-    fetch_ahead(x + j * c);
-    V h = load_some(x + j * c, count);
+    V h = load_ahead(lanes, x + j * c);
     if (NORM) h = (h - mean) * r;
     V rectified = relu(h);
     store(out + j * LANES, rectified);
     if (TANGENT) {
-      fetch_ahead(xd + j * c);
-      V hd = load_some(xd + j * c, count);
+      V hd = load_ahead(lanes, xd + j * c);
       if (NORM) hd = r * (hd - xd_mean - h * t);
       store(tangent + j * LANES, masked(hd, rectified));
     }
@@ -128,26 +113,20 @@ void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image,
   const float* xd = TANGENT ? s.tangent + image * s.h * s.w * s.c : nullptr;
   in.clear_border(a);
   if (TANGENT) in.clear_border(a + in.image);
-  for (int b = 0; b < in.blocks; ++b) {
-    int count = lanes_of(s.c, b);
+  for_channels(s.c, [&](auto lanes, int64_t i) {
     V mean = {}, r = {}, xd_mean = {}, t = {};
-    if (norm.present) {
-      mean = load<V>(norm.mean + b * LANES), r = load<V>(norm.r + b * LANES);
-      xd_mean = load<V>(norm.xd_mean + b * LANES), t = load<V>(norm.t + b * LANES);
-    }
+    if (norm.present)
+      mean = load(norm.mean + i), r = load(norm.r + i), xd_mean = load(norm.xd_mean + i), t = load(norm.t + i);
     for (int64_t y = 0; y < s.h; ++y) {
-      float* out = a + b * in.block + in.at(y, 0);
-      ptrdiff_t at = y * s.w * s.c + b * LANES;
-      auto row = [&](auto normalised) {
-        auto whole = [&](int lanes) {
-          rectify_row<normalised.value, TANGENT>(x + at, TANGENT ? xd + at : nullptr, s.w, s.c, lanes, mean, r,
-                                                 xd_mean, t, out, out + in.image);
-        };
-        count == LANES ? whole(LANES) : whole(count);
-      };
-      norm.present ? row(std::true_type{}) : row(std::false_type{});
+      float* out = a + i / LANES * in.block + in.at(y, 0);
+      ptrdiff_t at = y * s.w * s.c + i;
+      const float* row_of_xd = TANGENT ? xd + at : nullptr;
+      if (norm.present)
+        rectify_row<true, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, r, xd_mean, t, out, out + in.image);
+      else
+        rectify_row<false, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, r, xd_mean, t, out, out + in.image);
     }
-  }
+  });
 }
 
 // The tasks of a call, by source
@@ -269,22 +248,22 @@ void mask_image(const Source& s, const Padded& in, const float* g, const float* 
                 double* sums, double* sums_with_h) {
   float* out = s.adjoint + image * s.h * s.w * s.c;
   bool past = streamed && s.c % LANES == 0 && aligned(out);
-  for (int b = 0; b < in.blocks; ++b) {
-    int count = lanes_of(s.c, b);
+  for_channels(s.c, [&](auto lanes, int64_t i) {
+    int64_t b = i / LANES;
     for (int64_t y = 0; y < s.h; ++y) {
       const float* ga = g + (b * s.h + y) * s.w * LANES;
       const float* aa = a + b * in.block + in.at(y, 0);
       V total = {}, with_h = {};
       for (int64_t j = 0; j < s.w; ++j) {
-        V rectified = load<V>(aa + j * LANES), found = masked(load<V>(ga + j * LANES), rectified);
+        V rectified = load(aa + j * LANES), found = masked(load(ga + j * LANES), rectified);
         total += found;
         with_h += found * rectified;
-        float* at = out + (y * s.w + j) * s.c + b * LANES;
-        past ? stream(at, found) : store_some(at, found, count);
+        float* at = out + (y * s.w + j) * s.c + i;
+        past ? stream(at, found) : store(lanes, at, found);
       }
-      if (s.sums.data) flush(sums + b * LANES, total), flush(sums_with_h + b * LANES, with_h);
+      if (s.sums.data) flush(lanes, sums + i, total), flush(lanes, sums_with_h + i, with_h);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -314,20 +293,20 @@ extern "C" void darts_sepconv_forward(const void* table, int threads) {
         for_groups(half, image, [&](int64_t y, int64_t rows, int64_t pixel) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, stencils[t], a, y, rows, z, block);
-          for (int b = 0; b < half.kb; ++b) {
-            const float* weights = p[t] + ptrdiff_t(b) * half.cb * LANES * LANES;
-            double* at = of_part + b * LANES;
+          for_channels(half.k, [&](auto lanes, int64_t i) {
+            const float* weights = p[t] + i * half.cb * LANES;
+            double* at = of_part + i;
             if (image == first && y == 0) {  // the shift: the part's first pixel
               V value[1];
               pointwise_tile<1>(z, block, half.cb, weights, value);
-              flush(at, value[0]);
+              flush(All{}, at, value[0]);
             }
-            Sums found = {narrow(at, V{}), {}, {}};
-            pointwise_out(z, block, half.cb, weights, out.row(pixel) + b * LANES, out.stride, lanes_of(half.k, b),
-                          rows * half.wo, call.streamed, found);
-            flush(at + width, found.sum);
-            flush(at + 2 * width, found.squares);
-          }
+            Sums found = {narrow(All{}, at), {}, {}};
+            pointwise_out(z, block, half.cb, weights, out.row(pixel) + i, out.stride, lanes, rows * half.wo,
+                          call.streamed, found);
+            flush(All{}, at + width, found.sum);
+            flush(All{}, at + 2 * width, found.squares);
+          });
         });
       }
     }
@@ -438,21 +417,20 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
     const Norm& norm = call.norms[s];
     if (source.sums.data == nullptr) return;
     int64_t c = source.c;
-    for_channels(c, [&](auto zero, int64_t i) {
-      using T = decltype(zero);
-      T mean = zero, r = zero + 1.f;
-      if (norm.present) mean = load<T>(norm.mean + i), r = load<T>(norm.r + i);
+    for_channels(c, [&](auto lanes, int64_t i) {
+      V mean = {}, r = V{} + 1.f;
+      if (norm.present) mean = load(lanes, norm.mean + i), r = load(lanes, norm.r + i);
       for (int64_t row = first * source.h; row < last * source.h; ++row) {
-        T sum = {}, with_h = {}, with_g = {}, of_g = {};
+        V sum = {}, with_h = {}, with_g = {}, of_g = {};
         for (int64_t j = row * source.w; j < (row + 1) * source.w; ++j) {
-          T xd = load_ahead<T>(source.tangent + j * c + i), h = (load_ahead<T>(source.x + j * c + i) - mean) * r;
-          T g = load_ahead<T>(source.adjoint + j * c + i);
+          V xd = load_ahead(lanes, source.tangent + j * c + i), h = (load_ahead(lanes, source.x + j * c + i) - mean) * r;
+          V g = load_ahead(lanes, source.adjoint + j * c + i);
           sum += xd, with_h += xd * h, with_g += xd * g, of_g += g;
         }
-        flush(sums.at(s, part, SUM_YD) + i, sum);
-        flush(sums.at(s, part, SUM_YD_H) + i, with_h);
-        flush(sums.at(s, part, SUM_YD_G) + i, with_g);
-        flush(sums.at(s, part, SUM_OF_G) + i, of_g);
+        flush(lanes, sums.at(s, part, SUM_YD) + i, sum);
+        flush(lanes, sums.at(s, part, SUM_YD_H) + i, with_h);
+        flush(lanes, sums.at(s, part, SUM_YD_G) + i, with_g);
+        flush(lanes, sums.at(s, part, SUM_OF_G) + i, of_g);
       }
     });
   });
@@ -497,11 +475,11 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, of_task.z, a, y, rows, z, block);
           depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
-          Sums unused = {};
-          for (int b = 0; b < half.kb; ++b)
-            pointwise_out(z, block, 2 * half.cb, of_task.both + ptrdiff_t(b) * 2 * half.cb * LANES * LANES,
-                          out.row(pixel) + b * LANES, out.stride, lanes_of(half.k, b), rows * half.wo, call.streamed,
-                          unused);
+          for_channels(half.k, [&](auto lanes, int64_t i) {
+            Sums unused = {};
+            pointwise_out(z, block, 2 * half.cb, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i,
+                          out.stride, lanes, rows * half.wo, call.streamed, unused);
+          });
         });
       }
     }

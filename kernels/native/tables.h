@@ -18,7 +18,7 @@ struct Reader {
   Matrix y, statistics;                          // as of a Source
   Matrix adjoint, sums;                          // G; the sums of G and G h
   const float* weight;                           // p; null: 1
-  Matrix tangent, tangent_sums, second, second_sums;  // yd; the sums of yd, yd h, yd G, G; Gd; of Gd, Gd h
+  Matrix tangent, tangent_sums, second, second_sums;  // yd, like y; the sums of yd, yd h, yd G, G; Gd; of Gd, Gd h
 };
 
 // Separable halves
