@@ -6,6 +6,7 @@ Parameters, buffers and names are the reference's, so a checkpoint of one is rea
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ class FusedCells:
         self._plans: dict[tuple, kernels.Plan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": {}}  # they hold memory, and are made again
+        """Without plans, which hold memory and are made again, and without what is cached of the modules."""
+        return {name: value for name, value in self.__dict__.items() if name != "_running"} | {"_plans": {}}
 
     def __call__(
         self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
@@ -186,15 +188,20 @@ class FusedCells:
         variance = torch.cat([norm.running_var for norm in self._norms])
         return torch.stack([mean, variance, (variance + self._norms[0].eps).rsqrt()])
 
-    @torch.no_grad()
-    def _update(self, plan: kernels.Plan, statistics: list[Tensor]) -> None:
-        """As `nn.BatchNorm2d`: the variance that runs is unbiased."""
+    @cached_property
+    def _running(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The running means, then the variances; and the numbers of batches."""
         norms = self._norms
-        means, variances = [s[0] for s in statistics], [s[1] for s in statistics]
+        found = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        return found, [norm.num_batches_tracked for norm in norms]
+
+    @torch.no_grad()
+    def _update(self, plan: kernels.Plan, statistics: tuple[list[Tensor], list[Tensor]]) -> None:
+        """As `nn.BatchNorm2d`: the variance that runs is unbiased."""
+        (running, batches), (means, variances) = self._running, statistics
         unbiased = torch._foreach_mul(variances, plan.unbiased)
-        running = [n.running_mean for n in norms] + [n.running_var for n in norms]
-        torch._foreach_lerp_(running, means + list(unbiased), norms[0].momentum)
-        torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
+        torch._foreach_lerp_(running, means + list(unbiased), self._norms[0].momentum)
+        torch._foreach_add_(batches, 1)
 
 
 def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:

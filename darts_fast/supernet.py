@@ -85,6 +85,8 @@ class Supernet(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Supernet":
         super()._apply(fn, recurse)
         self._flatten()
+        if self.fused:
+            self._fused_cells = FusedCells(self.cells)  # of the new tensors
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,13 +194,16 @@ class Supernet(nn.Module):
 
         For the passes of the architecture step: the running statistics are those of the weight step.
         """
-        for module in self._batch_norms:
-            module.track_running_stats = False
+        self._track_running_statistics(False)
         try:
             yield
         finally:
-            for module in self._batch_norms:
-                module.track_running_stats = True
+            self._track_running_statistics(True)
+
+    def _track_running_statistics(self, track: bool) -> None:
+        for module in self._batch_norms:
+            # What an assignment does, which nn.Module makes long: a thirtieth of a step on the digits.
+            module.__dict__["track_running_stats"] = track
 
 
 class _Split(torch.autograd.Function):

@@ -93,16 +93,27 @@ class Plan:
                 ]
             if not of_x:
                 calls = needed(calls, self.sweeps.p_seconds.values())
-            self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls)
+            statistics = self.sweeps.batch_statistics if sweep == "forward" else {}
+            self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls, statistics)
         return self._bound[key]
 
 
 class Bound:
     """A sweep on blocks: `run()` computes it, `at(t)` is the real tensor in the place of meta tensor `t`."""
 
-    def __init__(self, backend: Backend, layout: Layout, blocks: dict[str, Tensor], calls: Sequence[Call]):
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        blocks: dict[str, Tensor],
+        calls: Sequence[Call],
+        statistics: dict[int, Tensor],
+    ):
         self.at = Binding(layout, blocks)
         self.run = backend.program([Call(*map(self.at, call)) for call in calls])
+        # The mean and the biased variance of each batch norm, by its number
+        statistics = [self.at(statistics[norm]) for norm in sorted(statistics)]
+        self.statistics = [of_norm[0] for of_norm in statistics], [of_norm[1] for of_norm in statistics]
 
 
 class Pass:
@@ -125,7 +136,7 @@ class Pass:
         if constants is not None:
             bound.at(s.constants).copy_(constants)
         bound.run()
-        self.statistics = [bound.at(s.batch_statistics[norm]) for norm in sorted(s.batch_statistics)]
+        self.statistics = bound.statistics
         return bound.at(s.output).detach()  # a tensor of its own: autograd hangs the graph on it
 
     def backward(
@@ -176,7 +187,7 @@ def _summed(bound: Bound, by_cell: dict[int, Tensor]) -> list[Tensor]:
 
 def cells(
     plan: Plan, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
     """The output of the last cell.
 
     Differentiable once with respect to x, weights and p; and the gradients of x and weights once more with
@@ -190,8 +201,8 @@ def cells(
             nothing is differentiated.
 
     Returns:
-        [N, nodes * C, H, W], channels-last, valid as long as its graph; and of each batch norm, in training,
-        the statistics of the batch [3, C], valid until then, too.
+        [N, nodes * C, H, W], channels-last, valid as long as its graph; and in training the mean and the
+        biased variance of the batch, [C] for each batch norm, valid until then, too.
 
     Raises:
         RuntimeError: when another derivative is asked for.
@@ -200,7 +211,7 @@ def cells(
     if not plan.sweeps.training:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *p.values())):
             raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
-        return current.forward(x, weights, p, constants).clone(), []
+        return current.forward(x, weights, p, constants).clone(), ([], [])
     x, weights = with_node(x), with_node(weights)
     output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
     return output, current.statistics
