@@ -1,4 +1,4 @@
-"""The kernels in ATen: the plain, portable twin of the others, in every dtype and on every device.
+"""The kernels in ATen: the plain, portable twin of the other two backends, in every dtype, on every device.
 
 2-byte activations are widened to float32 on load and narrowed on store; everything between is float32 or
 wider.

@@ -1,4 +1,4 @@
-"""What the functions of this backend have in common: loads, batch norm, its sums, and p B(G) of a reader."""
+"""Loads, batch norm and its sums, and the adjoint p B(G) of what a reader reads."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in channels-last memory, in float32 or wider."""
+    """Returns x in channels-last memory, in float32 or wider. It may be x itself."""
     return x.to(accumulator(x.dtype)).contiguous(memory_format=torch.channels_last)
 
 
@@ -23,40 +23,40 @@ def per_channel(x: Tensor) -> Tensor:
 
 
 def statistics_of(y: Tensor) -> Tensor:
-    """Mean, biased variance (about the mean, which is stable) and r of each channel: [3, C]."""
+    """Returns mean, biased variance (about the mean, which is stable) and r of each channel: [3, C]."""
     if y.is_meta:  # for which PyTorch has no shapes of the next operation
         return y.new_empty(3, y.shape[1])
     mean, variance = torch.batch_norm_update_stats(y, None, None, 0.0)
     return torch.stack([mean, variance, (variance + EPSILON).rsqrt()])
 
 
-def normalised(source: Source) -> Tensor:
-    """h of a source."""
+def normalise(source: Source) -> Tensor:
+    """Returns h of a source. It may be `source.x` itself."""
     x = wide(source.x)
     if source.statistics is None:
         return x
     return F.batch_norm(x, source.statistics[0], source.statistics[1], training=False, eps=EPSILON)
 
 
-def _norm_backward(g: Tensor, source: Source, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """B(g), and the sums of g h and of g per channel, as far as they are wanted.
+def _norm_backward(g: Tensor, source: Source, output_mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns B(g), and the sums of g h and of g per channel; None where `output_mask` is False.
 
     The batch norm has a weight of ones: on CUDA, ATen returns no gradient of a weight that is None.
     """
     x = wide(source.x)
     one = x.new_ones(x.shape[1])
     mean, r = (torch.zeros_like(one), one) if source.statistics is None else source.statistics[::2]
-    return aten.native_batch_norm_backward(g, x, one, mean, r, mean, r, True, EPSILON, wanted)
+    return aten.native_batch_norm_backward(g, x, one, mean, r, mean, r, True, EPSILON, output_mask)
 
 
 def sums_with(g: Tensor, source: Source) -> Tensor:
-    """The sums of g and of g h per channel: [2, C]. ATen's backward pass writes no product."""
+    """Returns the sums of g and of g h per channel, [2, C], without writing the product g h."""
     _, products, sums = _norm_backward(g, source, [False, True, True])
     return torch.stack([sums, products])
 
 
-def normalised_tangent(tangent: Tensor, source: Source) -> tuple[Tensor, Tensor]:
-    """hd = B(yd) of a source whose tangent is yd, and the sums of yd and of yd h per channel: [2, C].
+def normalise_tangent(tangent: Tensor, source: Source) -> tuple[Tensor, Tensor]:
+    """Returns hd = B(yd) of a source whose tangent is yd, and the sums of yd and of yd h per channel, [2, C].
 
     B is its own transpose, so ATen's backward pass of batch norm computes it.
     """
@@ -67,15 +67,15 @@ def normalised_tangent(tangent: Tensor, source: Source) -> tuple[Tensor, Tensor]
 
 
 class Terms(NamedTuple):
-    """The sum `constant + y_factor y + sum of factor x`, every factor [C]."""
+    """A sum `constant + y_factor y + factor x + ...`, of which the constant and all factors are [C]."""
 
     others: list[tuple[Tensor, Tensor]]  # x, factor
-    constant: Tensor | None = None  # None: there are no constant and no y_factor
+    constant: Tensor | None = None  # None: the sum has neither a constant nor y
     y_factor: Tensor | None = None
 
 
 def first_terms(reader: Reader) -> Terms:
-    """p B(G)"""
+    """Returns p B(G), see `types.Reader`."""
     g = wide(reader.adjoint)
     p = g.new_ones(()) if reader.weights is None else reader.weights[reader.index]
     if reader.statistics is None:
@@ -86,7 +86,7 @@ def first_terms(reader: Reader) -> Terms:
 
 
 def second_terms(reader: SecondReader) -> Terms:
-    """p ( B(Gd) - r (t B(G) + s hd + u h) ), with its factors multiplied out."""
+    """Returns p ( B(Gd) - r (t B(G) + s hd + u h) ), see `types.SecondReader`, multiplied out."""
     first, index = reader.first, reader.first.index
     gd = wide(reader.adjoint)
     p = gd.new_ones(()) if first.weights is None else first.weights[index]
@@ -110,12 +110,12 @@ def second_terms(reader: SecondReader) -> Terms:
 def _with_h(
     others: list[tuple[Tensor, Tensor]], constant: Tensor, h_factor: Tensor, mean: Tensor, r: Tensor
 ) -> Terms:
-    """The terms of a sum that holds h_factor h, with h = (y - mean) r."""
+    """Returns the sum `others + constant + h_factor h`, with h = (y - mean) r."""
     return Terms(others, constant - h_factor * r * mean, h_factor * r)
 
 
-def summed(y: Tensor, parts: Sequence[Terms]) -> Tensor:
-    """The sum of all parts, like y in shape; y is read once."""
+def evaluate(y: Tensor, parts: Sequence[Terms]) -> Tensor:
+    """Returns the value of the sum of all parts, like y in shape; y is read once."""
     others = [term for part in parts for term in part.others]
     constants = [part.constant for part in parts if part.constant is not None]
     if constants:

@@ -18,7 +18,7 @@ class AtenLaunch(Launch):
 
 
 def tensors_in(arguments: Any) -> Iterator[Tensor]:
-    """The tensors of nested sequences and structures, in order."""
+    """Yields the tensors in nested sequences and structures, in order."""
     if isinstance(arguments, Tensor):
         yield arguments
     elif isinstance(arguments, (tuple, list)):
@@ -26,7 +26,7 @@ def tensors_in(arguments: Any) -> Iterator[Tensor]:
             yield from tensors_in(argument)
 
 
-def launched(function: Callable[..., None]) -> Callable[..., list[Launch]]:
+def as_launch(function: Callable[..., None]) -> Callable[..., list[Launch]]:
     """Turns a function that computes at once into one that returns the launch which will compute."""
 
     @functools.wraps(function)

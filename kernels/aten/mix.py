@@ -1,4 +1,4 @@
-"""Mixes, batch norms, the tensors that several nodes read, and sums of tensors."""
+"""Mixes, batch norms, tensors that several nodes read, and sums of tensors."""
 
 from collections.abc import Sequence
 
@@ -7,39 +7,38 @@ from torch import Tensor
 
 from darts_fast.kernels.aten.batch_norm import (
     Terms,
+    evaluate,
     first_terms,
-    normalised,
-    normalised_tangent,
+    normalise,
+    normalise_tangent,
     per_channel,
     second_terms,
-    summed,
     sums_with,
     wide,
 )
-from darts_fast.kernels.aten.launch import launched
+from darts_fast.kernels.aten.launch import as_launch
 from darts_fast.kernels.types import Reader, SecondReader, Source
 
 # A node: o = sum over candidates k of p_k h_k.
 
 
-@launched
+@as_launch
 def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> None:
-    total = weights.new_zeros(1, 1, 1, 1)
-    factors = []
+    constant, factors = weights.new_zeros(1, 1, 1, 1), []
     for candidate, p in zip(candidates, weights, strict=True):
         factors.append(p)
         if candidate.statistics is not None:
             mean, _, r = candidate.statistics
-            total = total - per_channel(p * r * mean)
+            constant = constant - per_channel(p * r * mean)
             factors[-1] = per_channel(p * r)
-    total = torch.addcmul(total, wide(candidates[0].x), factors[0])
+    total = torch.addcmul(constant, wide(candidates[0].x), factors[0])
     for candidate, factor in zip(candidates[1:], factors[1:], strict=True):
         total.addcmul_(wide(candidate.x), factor)
     for out in outs:
         out.copy_(total)
 
 
-@launched
+@as_launch
 def mix_backward(
     candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
 ) -> None:
@@ -49,7 +48,7 @@ def mix_backward(
     torch.sum(sums[1], 1, out=weight_gradient)
 
 
-@launched
+@as_launch
 def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
@@ -64,19 +63,19 @@ def mix_tangent(
     g, total = wide(adjoint), None
     m = g.numel() / g.shape[1]
     for k, (candidate, p, yd) in enumerate(zip(candidates, weights, tangents, strict=True)):
-        hd, tangent_sums[:2, k] = normalised_tangent(yd, candidate)
+        hd, tangent_sums[:2, k] = normalise_tangent(yd, candidate)
         tangent_sums[2:, k] = sums_with(g, Source(yd)).flip(0)
         total = hd * p if total is None else total.addcmul_(hd, p)
-        products = tangent_sums[2, k]
+        g_hd = tangent_sums[2, k]
         if candidate.statistics is not None:
-            means = sums[0, k] * tangent_sums[0, k] + sums[1, k] * tangent_sums[1, k]
-            products = candidate.statistics[2] * (products - means / m)
-        weight_gradient[k] = products.sum()
+            correction = sums[0, k] * tangent_sums[0, k] + sums[1, k] * tangent_sums[1, k]
+            g_hd = candidate.statistics[2] * (g_hd - correction / m)
+        weight_gradient[k] = g_hd.sum()
     for out in outs:
         out.copy_(total)
 
 
-@launched
+@as_launch
 def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
@@ -94,19 +93,19 @@ def mix_second(
 # Batch norm of several tensors alike, each by itself.
 
 
-@launched
+@as_launch
 def norm_forward(sources: Sequence[Source], *, out: Tensor) -> None:
     for number, source in enumerate(sources):
-        out[number].copy_(normalised(source))
+        out[number].copy_(normalise(source))
 
 
-@launched
+@as_launch
 def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums: Tensor) -> None:
     for number, (source, g) in enumerate(zip(sources, adjoints, strict=True)):
         sums[:, number] = sums_with(wide(g), source)
 
 
-@launched
+@as_launch
 def norm_tangent(
     sources: Sequence[Source],
     tangents: Sequence[Tensor],
@@ -116,7 +115,7 @@ def norm_tangent(
     sums: Tensor,
 ) -> None:
     for number, (source, yd, g) in enumerate(zip(sources, tangents, adjoints, strict=True)):
-        hd, sums[:2, number] = normalised_tangent(yd, source)
+        hd, sums[:2, number] = normalise_tangent(yd, source)
         sums[2:, number] = sums_with(wide(g), Source(yd)).flip(0)
         out[number].copy_(hd)
 
@@ -124,28 +123,28 @@ def norm_tangent(
 # Tensors that several nodes read.
 
 
-@launched
+@as_launch
 def fan_out_backward(sources: Sequence[Source], readers: Sequence[Sequence[Reader]], *, out: Tensor) -> None:
-    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
-        _write_sum(source, [first_terms(reader) for reader in its], out[number])
+    for number, (source, its_readers) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, [first_terms(reader) for reader in its_readers], out[number])
 
 
-@launched
+@as_launch
 def fan_out_second(
     sources: Sequence[Source], readers: Sequence[Sequence[SecondReader]], *, out: Tensor
 ) -> None:
-    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
-        _write_sum(source, [second_terms(reader) for reader in its], out[number])
+    for number, (source, its_readers) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, [second_terms(reader) for reader in its_readers], out[number])
 
 
 def _write_sum(source: Source, parts: Sequence[Terms], out: Tensor) -> None:
     if parts:
-        out.copy_(summed(source.x, parts))
+        out.copy_(evaluate(source.x, parts))
     else:
         out.zero_()
 
 
-@launched
+@as_launch
 def add(terms: Sequence[Tensor], *, out: Tensor) -> None:
     total = wide(terms[0]) + terms[1]
     for term in terms[2:]:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from darts_fast.kernels.aten.batch_norm import aten, statistics_of, wide
-from darts_fast.kernels.aten.launch import launched
+from darts_fast.kernels.aten.launch import as_launch
 
 
-@launched
+@as_launch
 def pool_forward(
     x: Tensor, stride: int, *, pools: Tensor, position: Tensor, statistics: Tensor | None
 ) -> None:
@@ -19,13 +19,13 @@ def pool_forward(
     average = F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
     top, left = _first_pixels(position, stride)
     position.copy_(3 * (index // x.shape[3] - top) + index % x.shape[3] - left)
-    for number, found in enumerate((maximum, average)):
-        pools[number].copy_(found)
+    for number, pool in enumerate((maximum, average)):
+        pools[number].copy_(pool)
         if statistics is not None:
-            statistics[number].copy_(statistics_of(found))
+            statistics[number].copy_(statistics_of(pool))
 
 
-@launched
+@as_launch
 def pool_backward(
     position: Tensor, stride: int, pools: Tensor, terms: Sequence[Tensor], *, out: Tensor
 ) -> None:
@@ -40,7 +40,7 @@ def pool_backward(
     out.copy_(total)
 
 
-@launched
+@as_launch
 def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> None:
     tangent = wide(tangent)
     index = _plane_index(position, stride, tangent.shape[3])
@@ -49,13 +49,13 @@ def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tenso
 
 
 def _first_pixels(position: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """The row [H', 1] and the column [W'] of the first pixel of every window; -1 is in the padding."""
+    """Returns row [H', 1] and column [W'] of the first pixel of every window; -1 is in the padding."""
     top, left = (torch.arange(size, device=position.device) * stride - 1 for size in position.shape[2:])
     return top[:, None], left
 
 
 def _plane_index(position: Tensor, stride: int, width: int) -> Tensor:
-    """The positions as ATen has them, row * width + column, int64."""
+    """Returns the positions as ATen counts them in a plane, row * width + column, int64."""
     top, left = _first_pixels(position, stride)
     position = position.long()
     return (top + position // 3) * width + left + position % 3

@@ -1,6 +1,6 @@
 """Separable halves, 1x1 convolutions and the pairs of a factorized reduce.
 
-Of a task: [h = batch norm of x] -> a = relu(h) -> z = D * a (depthwise) -> y = P z (pointwise).
+A task computes [h = batch norm of x] -> a = relu(h) -> z = D * a (depthwise) -> y = P z (pointwise).
 """
 
 from collections.abc import Sequence
@@ -11,34 +11,33 @@ from torch import Tensor
 
 from darts_fast.kernels.aten.batch_norm import (
     aten,
+    evaluate,
     first_terms,
-    normalised,
-    normalised_tangent,
+    normalise,
+    normalise_tangent,
     second_terms,
     statistics_of,
-    summed,
     sums_with,
     wide,
 )
-from darts_fast.kernels.aten.launch import launched
+from darts_fast.kernels.aten.launch import as_launch
 from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights
 
 
-@launched
+@as_launch
 def sepconv_forward(
     sources: Sequence[Source], tasks: Sequence[Task], *, y: Tensor, statistics: Tensor | None
 ) -> None:
-    inputs = [normalised(source).relu() for source in sources]
-    for task, (output, channels) in zip(tasks, _written_by(tasks, y), strict=True):
-        found = pointwise(
-            depthwise(inputs[task.source], task.weights.depthwise, task), task.weights.pointwise
-        )
-        y[output, :, channels].copy_(found)
+    inputs = [rectify(source) for source in sources]
+    for task, (output, channels) in zip(tasks, _destinations(tasks, y), strict=True):
+        d, p = task.weights
+        result = pointwise(depthwise(inputs[task.source], d, task), p)
+        y[output, :, channels].copy_(result)
         if statistics is not None:
-            statistics[output, :, channels].copy_(statistics_of(found))
+            statistics[output, :, channels].copy_(statistics_of(result))
 
 
-@launched
+@as_launch
 def sepconv_backward(
     sources: Sequence[Source],
     tasks: Sequence[Task],
@@ -48,16 +47,16 @@ def sepconv_backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> None:
-    written = _written_by(tasks, readers)
+    destinations = _destinations(tasks, readers)
     for number, source in enumerate(sources):
-        a, total = normalised(source).relu(), None
+        a, total = rectify(source), None
         planes = a.contiguous() if gradients is not None else None
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
-            output, channels = written[index]
+            output, channels = destinations[index]
             reader = _of_channels(readers[output], channels)
-            y = summed(reader.y, [first_terms(reader)])
+            y = evaluate(reader.y, [first_terms(reader)])
             d, p = task.weights
             z = pointwise_adjoint(y, p)
             if gradients is not None:
@@ -66,13 +65,13 @@ def sepconv_backward(
                 row = gradients[index]
                 row[: p.numel()].view(p.shape[:2]).copy_(rows(y).t() @ rows(depthwise(a, d, task)))
                 if d is not None:
-                    found = depthwise_weight_gradient(z, planes, d, task)
-                    row[p.numel() : p.numel() + d.numel()].view_as(d).copy_(found)
+                    gradient = depthwise_weight_gradient(z, planes, d, task)
+                    row[p.numel() : p.numel() + d.numel()].view_as(d).copy_(gradient)
             total = depthwise_adjoint(z, d, task, a, total)
         _write_adjoint(total, a, source, number, adjoint, sums)
 
 
-@launched
+@as_launch
 def sepconv_tangent(
     sources: Sequence[Source],
     tasks: Sequence[Task],
@@ -83,12 +82,12 @@ def sepconv_tangent(
     y: Tensor,
     sums: Tensor | None,
 ) -> None:
-    written = _written_by(tasks, y)
+    destinations = _destinations(tasks, y)
     for number, (source, xd) in enumerate(zip(sources, source_tangents, strict=True)):
-        a = normalised(source).relu()
+        a = rectify(source)
         hd = wide(xd)
         if sums is not None:
-            hd, sums[:2, number] = normalised_tangent(xd, source)
+            hd, sums[:2, number] = normalise_tangent(xd, source)
             sums[2:, number] = sums_with(wide(adjoints[number]), Source(xd)).flip(0)
         ad = masked(hd, a)
         for index, task in enumerate(tasks):
@@ -98,11 +97,11 @@ def sepconv_tangent(
             zd = depthwise(ad, d, task)
             if d is not None:
                 zd.add_(depthwise(a, dd, task))
-            output, channels = written[index]
+            output, channels = destinations[index]
             y[output, :, channels].copy_(pointwise(depthwise(a, d, task), pd, pointwise(zd, p)))
 
 
-@launched
+@as_launch
 def sepconv_second(
     sources: Sequence[Source],
     tasks: Sequence[Task],
@@ -112,16 +111,16 @@ def sepconv_second(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> None:
-    written = _written_by(tasks, readers)
+    destinations = _destinations(tasks, readers)
     for number, source in enumerate(sources):
-        a, total = normalised(source).relu(), None
+        a, total = rectify(source), None
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
-            output, channels = written[index]
+            output, channels = destinations[index]
             reader = _of_channels(readers[output], channels)
-            y = summed(reader.first.y, [first_terms(reader.first)])
-            yd = summed(reader.first.y, [second_terms(reader)])
+            y = evaluate(reader.first.y, [first_terms(reader.first)])
+            yd = evaluate(reader.first.y, [second_terms(reader)])
             (d, p), (dd, pd) = task.weights, weight_tangents[index]
             zd = pointwise(yd, p.transpose(0, 1), pointwise_adjoint(y, pd))
             total = depthwise_adjoint(zd, d, task, a, total)
@@ -130,32 +129,38 @@ def sepconv_second(
         _write_adjoint(total, a, source, number, adjoint, sums)
 
 
-def _written_by(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, slice]]:
-    """The output of every task, and the channels of it: neighbouring tasks share an output."""
+def _destinations(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, slice]]:
+    """Returns the output that each task writes, and the channels of it: neighbouring tasks may share one."""
     joined, k = len(tasks) // len(outputs), tasks[0].weights.pointwise.shape[0]
     return [(i // joined, slice(i % joined * k, (i % joined + 1) * k)) for i in range(len(tasks))]
 
 
 def _of_channels(reader: Reader | SecondReader, channels: slice) -> Reader | SecondReader:
-    """The reader of some of the channels alone."""
-    cut = {
+    """Returns the reader for these channels alone."""
+    parts = {
         name: value[..., channels] if name in ("statistics", "sums", "tangent_sums") else value[:, channels]
         for name, value in reader._asdict().items()
         if isinstance(value, Tensor) and name != "weights"
     }
     if isinstance(reader, SecondReader):
-        cut["first"] = _of_channels(reader.first, channels)
-    return reader._replace(**cut)
+        parts["first"] = _of_channels(reader.first, channels)
+    return reader._replace(**parts)
 
 
 def _write_adjoint(
     total: Tensor, a: Tensor, source: Source, number: int, adjoint: Tensor, sums: Tensor | None
 ) -> None:
-    """Writes [h > 0] total, and its sums, for the source of this number; `total` is overwritten."""
-    found = aten.threshold_backward.grad_input(total, a, 0, grad_input=total)
-    adjoint[number].copy_(found)
+    """Writes [h > 0] total for the source of this number, and its sums; `total` is overwritten."""
+    aten.threshold_backward.grad_input(total, a, 0, grad_input=total)
+    adjoint[number].copy_(total)
     if sums is not None:
-        sums[:, number] = sums_with(found, source)
+        sums[:, number] = sums_with(total, source)
+
+
+def rectify(source: Source) -> Tensor:
+    """Returns a = relu(h)."""
+    h = normalise(source)
+    return h.relu() if source.statistics is None else h.relu_()
 
 
 def rows(x: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def image(x: Tensor, like: Tensor) -> Tensor:
 
 
 def depthwise(a: Tensor, weight: Tensor | None, task: Task) -> Tensor:
-    """z = D * a; without D, the pixels that the stride reads."""
+    """Returns z = D * a, or without D the pixels that the stride reads."""
     if weight is None:
         return a[:, :, task.offset :: task.stride, task.offset :: task.stride]
     padding = task.dilation * (weight.shape[-1] // 2)
@@ -180,25 +185,25 @@ def depthwise(a: Tensor, weight: Tensor | None, task: Task) -> Tensor:
 def depthwise_adjoint(
     z: Tensor, weight: Tensor | None, task: Task, like: Tensor, total: Tensor | None
 ) -> Tensor:
-    """total + D' * z, of the shape of `like`; `total` (None: zero) is overwritten.
+    """Returns total + D' * z, of the shape of `like`; `total` (None: zero) is overwritten.
 
-    A forward convolution with the flipped kernel: ATen's own backward of a dilated depthwise convolution
-    took 1438 us where this took 174 us (3x3, batch 16, 16 channels, 32x32, one CPU core). With a stride and
-    no dilation it is ATen's own, which took 110 us where zeros between the pixels took 160 us (3x3, batch
-    16, 32 channels, to 32x32); dilated it took 4.9 ms.
+    It is a forward convolution with the flipped kernel: ATen's own backward of a dilated depthwise
+    convolution took 1438 us where this took 174 us (3x3, batch 16, 16 channels, 32x32, one CPU core). With a
+    stride and no dilation it is ATen's own adjoint, which took 110 us where zeros between the pixels took
+    160 us (3x3, batch 16, 32 channels, to 32x32); dilated it took 4.9 ms.
     """
     if weight is not None and task.stride > 1 and task.dilation == 1:
         rest = [(size - 1) % task.stride for size in like.shape[2:]]
         z = F.conv_transpose2d(z, weight, None, task.stride, weight.shape[-1] // 2, rest, z.shape[1])
         return z if total is None else total.add_(z)
     if task.stride > 1:
-        spread = total
+        spaced = total
         if weight is not None or total is None:
-            spread = torch.zeros_like(like, memory_format=torch.channels_last)
-        spread[:, :, task.offset :: task.stride, task.offset :: task.stride] += z
+            spaced = torch.zeros_like(like, memory_format=torch.channels_last)
+        spaced[:, :, task.offset :: task.stride, task.offset :: task.stride] += z
         if weight is None:
-            return spread
-        z = spread
+            return spaced
+        z = spaced
     if weight is not None:
         padding = task.dilation * (weight.shape[-1] // 2)
         z = F.conv2d(z, weight.flip(2, 3), None, 1, padding, task.dilation, groups=z.shape[1])
@@ -206,15 +211,16 @@ def depthwise_adjoint(
 
 
 def depthwise_weight_gradient(z: Tensor, planes: Tensor, weight: Tensor, task: Task) -> Tensor:
-    """dD: z correlated with a, as a forward convolution too: every channel of every image is a channel, z is
-    the kernel, stride and dilation change places. ATen's own backward took 1.2 to 3.0 ms where this took 0.8
-    to 1.1 ms (5x5 or dilated, batch 16, 16 channels, 32x32, one CPU core), with up to 4 times its rounding.
+    """Returns dD, z correlated with a, by a forward convolution: every channel of every image is a channel,
+    z is the kernel, stride and dilation change places. ATen's own backward took 1.2 to 3.0 ms where this took
+    0.8 to 1.1 ms (5x5 or dilated, batch 16, 16 channels, 32x32, one CPU core), with up to 4 times its
+    rounding.
 
     Args:
         planes: a, contiguous in [N, C, H, W].
     """
     n, c, height, width = planes.shape
-    found = F.conv2d(
+    correlation = F.conv2d(
         planes.view(1, n * c, height, width),
         z.reshape(n * c, 1, *z.shape[2:]),
         stride=task.dilation,
@@ -222,12 +228,12 @@ def depthwise_weight_gradient(z: Tensor, planes: Tensor, weight: Tensor, task: T
         dilation=task.stride,
         groups=n * c,
     )
-    found = found.view(n, *weight.shape[:2], *found.shape[2:])
-    return found[..., : weight.shape[2], : weight.shape[3]].sum(0)
+    correlation = correlation.view(n, *weight.shape[:2], *correlation.shape[2:])
+    return correlation[..., : weight.shape[2], : weight.shape[3]].sum(0)
 
 
 def pointwise(z: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-    """P z, plus another if given; P is [K, C, 1, 1]."""
+    """Returns P z, plus another tensor if there is one; P is [K, C, 1, 1]."""
     if plus is None and z.dtype == torch.float32:
         # By products of matrices benchmarks/step.py took 4.17 s, by this 3.97 (one thread of an AMD EPYC).
         return F.conv2d(z.contiguous(memory_format=torch.channels_last), weight)
@@ -236,10 +242,10 @@ def pointwise(z: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def pointwise_adjoint(y: Tensor, weight: Tensor) -> Tensor:
-    """P' y"""
+    """Returns P' y."""
     return pointwise(y, weight.transpose(0, 1))
 
 
 def masked(x: Tensor, a: Tensor) -> Tensor:
-    """[h > 0] x, with a = relu(h)."""
+    """Returns [h > 0] x, with a = relu(h)."""
     return aten.threshold_backward(x, a, 0)
