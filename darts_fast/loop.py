@@ -115,9 +115,14 @@ class Loop(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what `state` gave; raises Key-, Runtime-, Type- or ValueError where it does not fit."""
 
+    @property
+    @abstractmethod
+    def activations(self) -> torch.dtype | None:
+        """Of the cells, where it is not float32."""
+
     @abstractmethod
     def dry_step(self) -> None:
-        """A step on tensors without data; PyTorch's default device is its meta device."""
+        """A step's passes on tensors without data; PyTorch's default device is its meta device."""
 
     @abstractmethod
     def dry_evaluation(self) -> None:
@@ -175,8 +180,9 @@ class Loop(ABC):
         )
 
     def traffic(self) -> str:
-        """Of a step, in words; none is taken."""
-        found = counted(self.dry_step, self.device, self.activations or torch.float32)
+        """Of a step, in words; the step leaves no trace."""
+        dtype = self.activations or torch.float32
+        found = self.take.trial(lambda step: counted(step, self.device, dtype))
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
     def _compile_kernels(self) -> None:

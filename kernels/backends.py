@@ -1,12 +1,12 @@
 """Which backend computes what."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from darts_fast.kernels import aten, native
-from darts_fast.kernels.plan import Collector
+from darts_fast.kernels.plan import tensors
 from darts_fast.kernels.types import Backend, Call
 
 _chosen: list[Backend] = []
@@ -62,10 +62,29 @@ def available() -> dict[str, str]:
     return {**found, "native": f"float32 on the CPU, {level}", "aten": "everything else on the CPU"}
 
 
+_collections: list[list[Call]] = []
+
+
 @contextmanager
 def collected() -> Iterator[list[Call]]:
-    """Within, no kernel computes: the calls that would be made are appended to the list. For counting and for
-    compiling ahead, on meta tensors."""
-    collector = Collector()
-    with using(collector):
-        yield collector.calls
+    """Within, the calls of every program that runs are appended to the list: for counting and for compiling
+    ahead."""
+    calls: list[Call] = []
+    _collections.append(calls)
+    try:
+        yield calls
+    finally:
+        _collections.remove(calls)
+
+
+def program(chosen: Backend, calls: Sequence[Call]) -> Callable[[], None]:
+    """Runs the calls, as often as it is called. On meta tensors there is nothing to compute."""
+    meta = any(t.is_meta for t in tensors(calls[0].writes))
+    compute = (lambda: None) if meta else chosen.program(calls)
+
+    def run() -> None:
+        for collection in _collections:
+            collection.extend(calls)
+        compute()
+
+    return run

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from darts_fast.kernels.backends import program
 from darts_fast.kernels.cell import Cell, Sweeps
 from darts_fast.kernels.first_derivative import refuse_second_derivative, wanted, with_node
 from darts_fast.kernels.plan import Binding, Blocks, Layout, Lease, needed, place
@@ -110,7 +111,7 @@ class Bound:
         statistics: dict[int, Tensor],
     ):
         self.at = Binding(layout, blocks)
-        self.run = backend.program([Call(*map(self.at, call)) for call in calls])
+        self.run = program(backend, [Call(*map(self.at, call)) for call in calls])
         # The mean and the biased variance of each batch norm, by its number
         statistics = [self.at(statistics[norm]) for norm in sorted(statistics)]
         self.statistics = [of_norm[0] for of_norm in statistics], [of_norm[1] for of_norm in statistics]

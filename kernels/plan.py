@@ -276,13 +276,3 @@ def launches(backend: Backend, calls: Sequence[Call]) -> Iterator[Launch]:
     """The launches of calls on the tensors that they name, which may be meta tensors: nothing is run."""
     for call in calls:
         yield from getattr(backend, call.function)(*call.reads.values(), **call.writes)
-
-
-class Collector:
-    """A `Backend` that computes nothing, and notes the calls of every program that is run."""
-
-    def __init__(self):
-        self.calls: list[Call] = []
-
-    def program(self, calls: Sequence[Call]) -> Callable[[], None]:
-        return lambda: self.calls.extend(calls)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from darts_fast.kernels.backends import backend
+from darts_fast.kernels.backends import backend, program
 from darts_fast.kernels.plan import Recorder
 from darts_fast.kernels.types import Reader, Source, Task, Weights, accumulator, images
 
@@ -80,9 +80,7 @@ class _SepConv(torch.autograd.Function):
             None if w.depthwise is None else g[k * c :][: w.depthwise.numel()].view(w.depthwise.shape)
             for g, w in zip(gradients, pairs, strict=True)
         ]
-        of_pointwise = [
-            g[: k * c].view(w.pointwise.shape) for g, w in zip(gradients, pairs, strict=True)
-        ]
+        of_pointwise = [g[: k * c].view(w.pointwise.shape) for g, w in zip(gradients, pairs, strict=True)]
         return found[0], None, *of_depthwise, *of_pointwise
 
 
@@ -138,4 +136,4 @@ def refuse_single_value(y: Tensor) -> None:
 def _run(like: Tensor, function: str, reads: tuple, **writes: Tensor | None) -> None:
     recorder = Recorder()
     getattr(recorder, function)(*reads, **writes)
-    backend(like.device, like.dtype).program(recorder.calls)()
+    program(backend(like.device, like.dtype), recorder.calls)()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig, TrainConfig
 from darts_fast.data import from_tensors
-from darts_fast.kernels import torch_backend
+from darts_fast.kernels import aten as aten_backend
 from darts_fast.kernels.backends import using
 from darts_fast.search import Search, SearchStep
 from darts_fast.supernet import Supernet
@@ -74,7 +74,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_step_reads_nothing_back(settings):
     step = stepper(**settings)
-    with using(torch_backend), NothingFromTheHost():
+    with using(aten_backend), NothingFromTheHost():
         step.take(**batches(1))
 
 
@@ -196,7 +196,7 @@ WHOLE = [
 @pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
 def test_a_whole_step_reads_nothing_back(kind, settings):
     found = loop(kind, **settings)
-    with using(torch_backend), NothingFromTheHost():
+    with using(aten_backend), NothingFromTheHost():
         found._take(**inputs(kind, 1))
 
 
@@ -227,7 +227,7 @@ def test_a_trial_leaves_no_trace(kind, settings):
 def test_the_traffic_of_a_step_is_said():
     """By ATen's kernels; what is counted of the C++ ones is in test_native.py."""
     found, given = loop("training"), inputs("training", 1)
-    with using(torch_backend):
+    with using(aten_backend):
         with Traffic() as counted:
             found._take(**given)
         launches, moved = counted.total

@@ -10,12 +10,12 @@ from conftest import relative_error
 from official import LAYOUTS, everything, official_network
 
 from darts_fast.config import SearchConfig
-from darts_fast.kernels import native, torch_backend
+from darts_fast.kernels import native, aten
 from darts_fast.kernels.backends import using
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
 
-BACKENDS = [torch_backend] if native.level() is None else [torch_backend, native]
+BACKENDS = [aten] if native.level() is None else [aten, native]
 
 
 def errors(golden, network, layout=torch.contiguous_format):
