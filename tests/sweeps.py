@@ -23,7 +23,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.
 
 
 def normalised(y, statistics=None):
-    """Batch norm by the statistics of the batch, or by those given."""
+    """Returns the batch norm by the statistics of the batch, or by other statistics."""
     if statistics is None:
         mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
     else:
@@ -47,7 +47,7 @@ def statistics_of(y):
 
 
 def sums(*products):
-    """The sum of each product over images and pixels: [products, C]."""
+    """Returns the sum of each product over images and pixels: [products, C]."""
     return torch.stack([product.sum((0, 2, 3)) for product in products])
 
 
@@ -64,9 +64,9 @@ class Sweeps(NamedTuple):
 
 
 class Graph:
-    """A scalar L of some leaves, and directions v of the leaves: gives the four sweeps of every tensor.
+    """A scalar L of some leaves, and a direction v of the leaves, which give the four sweeps of every tensor.
 
-    It is the double backward pass that the exact architecture gradient takes: the gradient of
+    `sweeps` is the double backward pass that the exact architecture gradient takes: the gradient of
     <dL/d leaves, v>. A tensor t inside the graph is read as t + delta, where delta is a leaf of zeros, whose
     derivatives are those of t; and L has the term <u, t> with u = 0, so that dL/du is t, and its derivative
     along v is the tangent of t.
@@ -77,9 +77,9 @@ class Graph:
         self.loss, self.leaves, self.directions, self.inner = 0, {}, {}, {}
 
     def random(self, *shape, scale=1.0, shift=0.0):
-        """Values that every dtype holds, so that all backends read the same."""
-        found = scale * torch.randn(shape, generator=self.generator) + shift
-        return found.bfloat16().double().to(self.device)
+        """Returns float64 values that every dtype can hold, so that all backends read the same."""
+        values = scale * torch.randn(shape, generator=self.generator) + shift
+        return values.bfloat16().double().to(self.device)
 
     def leaf(self, name, value, direction=None):
         self.leaves[name] = value.requires_grad_()
@@ -102,22 +102,22 @@ class Graph:
         first = torch.autograd.grad(self.loss, inputs, create_graph=True)
         slope = sum((g * v).sum() for g, v in zip(first, self.directions.values(), strict=False))
         second = torch.autograd.grad(slope, inputs, materialize_grads=True)
-        first, second = ([t.detach() for t in found] for found in (first, second))
-        found = {
+        first, second = ([t.detach() for t in group] for group in (first, second))
+        of = {
             name: Sweeps(leaf.detach(), g, self.directions[name], h)
             for (name, leaf), g, h in zip(self.leaves.items(), first, second, strict=False)
         }
         for i, (name, (t, _, _)) in enumerate(self.inner.items()):
             delta = len(self.leaves) + 2 * i
-            found[name] = Sweeps(t.detach(), first[delta], second[delta + 1], second[delta])
-        return found
+            of[name] = Sweeps(t.detach(), first[delta], second[delta + 1], second[delta])
+        return of
 
 
 # Calls
 
 
 def mapped(tree, change):
-    """The same nested sequences and structures, of changed tensors."""
+    """Returns the same nested sequences and structures, with changed tensors."""
     if isinstance(tree, torch.Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -129,18 +129,18 @@ def mapped(tree, change):
 
 
 def tensors_in(tree):
-    found = []
-    mapped(tree, found.append)
-    return found
+    tensors = []
+    mapped(tree, tensors.append)
+    return tensors
 
 
 def on_meta(tree):
-    """The same without contents; tensors that lie in the same place do so again."""
-    found = {}
+    """Returns the same with tensors without contents; tensors in the same place become one tensor."""
+    copies = {}
 
     def change(t):
         key = t.data_ptr(), t.dtype, t.shape, t.stride()
-        return found.setdefault(key, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
+        return copies.setdefault(key, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
 
     return mapped(tree, change)
 
@@ -164,39 +164,39 @@ class Runner:
     # Tensors that are read
 
     def image(self, value):
-        """An activation, channels-last."""
+        """Returns an activation, channels-last."""
         return self.images([value])[0]
 
     def images(self, values):
-        """Activations one behind the other."""
-        found = types.images(len(values), values[0].shape, self.dtype, self.device)
-        return found.copy_(torch.stack(list(values)))
+        """Returns activations one behind the other."""
+        images = types.images(len(values), values[0].shape, self.dtype, self.device)
+        return images.copy_(torch.stack(list(values)))
 
     def slice(self, value):
-        """An activation that is the middle of the channels of a larger one, the rest of which is NaN."""
+        """Returns an activation that is a slice of the channels of a larger one, the rest of which is NaN."""
         return self._between_others(value.shape).copy_(value)
 
     def numbers(self, value):
-        """Weights, sums or statistics. They begin 4 or 8 bytes behind an address that is a multiple of 16."""
-        found = torch.full((value.numel() + 1,), float("nan"), dtype=self.wide, device=self.device)
-        return found[1:].view(value.shape).copy_(value)
+        """Returns weights, sums or statistics, at an address that is no multiple of 16 bytes."""
+        flat = torch.full((value.numel() + 1,), float("nan"), dtype=self.wide, device=self.device)
+        return flat[1:].view(value.shape).copy_(value)
 
     def weights(self, weights):
         return Weights(*(None if w is None else self.numbers(w) for w in weights))
 
     def constants(self, value):
-        """Statistics [3, C] in a tensor of those of several batch norms."""
+        """Returns statistics [3, C] that lie among those of other batch norms."""
         c = value.shape[1]
-        found = torch.full((3, c + 9), float("nan"), dtype=self.wide, device=self.device)
-        return found[:, 5 : 5 + c].copy_(value)
+        whole = torch.full((3, c + 9), float("nan"), dtype=self.wide, device=self.device)
+        return whole[:, 5 : 5 + c].copy_(value)
 
     def entries(self, values, entries):
-        """[rows, C] at some of the entries of [rows, entries, C]: the others are NaN."""
+        """Returns [rows, entries, C] with a value [rows, C] at some entries, and NaN at the others."""
         rows, c = next(iter(values.values())).shape
-        found = torch.full((rows, entries, c), float("nan"), dtype=self.wide, device=self.device)
+        whole = torch.full((rows, entries, c), float("nan"), dtype=self.wide, device=self.device)
         for entry, value in values.items():
-            found[:, entry] = value
-        return found
+            whole[:, entry] = value
+        return whole
 
     # Tensors that are written
 
@@ -219,13 +219,13 @@ class Runner:
     # Calls
 
     def __call__(self, function, *reads, **writes):
-        """Runs the call twice, with the same result; what it reads stays as it is."""
+        """Runs the call twice: the results must be the same bits, and what it reads must not change."""
         names = list(signature(function))
         call = Call(function, dict(zip(names, reads, strict=False)), writes)
         assert [*call.reads, *writes] == names
         self._assert_same_launches(call)
         before = [t.clone() for t in tensors_in(reads)]
-        # All of the tensor that a slice is of.
+        # Where the call writes a slice, the whole tensor is watched.
         targets = [t if t._base is None else t._base for t in tensors_in(writes)]
         program, results = self.backend.program([call]), []
         for _ in range(2):
@@ -245,36 +245,36 @@ class Runner:
         self.written += [t.clone() for t in tensors_in(writes)]
 
     def _assert_same_launches(self, call):
-        """A plan makes the launches of tensors without contents, and counts them."""
+        """A plan counts launches on tensors without contents: they must be those on real tensors."""
         function = getattr(self.backend, call.function)
-        found, of_meta = (
+        of_real, of_meta = (
             [(launch.name, launch.bytes) for launch in function(**tree[0], **tree[1])]
             for tree in ((call.reads, call.writes), on_meta((call.reads, call.writes)))
         )
-        assert found and found == of_meta
-        assert all(size > 0 for _, size in found)
+        assert of_real and of_real == of_meta
+        assert all(size > 0 for _, size in of_real)
 
-    def compare(self, what, found, expected):
-        """All of the relative norm; zero has to be met exactly."""
-        assert found.shape == expected.shape, what
+    def compare(self, what, result, expected):
+        """Bounds the relative error of the norm; where zero is expected, the result has to be zero."""
+        assert result.shape == expected.shape, what
         if expected.any():
-            error = relative_error(found.cpu(), expected.cpu())
+            error = relative_error(result.cpu(), expected.cpu())
             assert error <= BOUNDS[self.dtype], (what, error)
         else:
-            assert not found.any(), what
+            assert not result.any(), what
 
-    def compare_each(self, what, found, expected):
-        """Of sums and statistics each row by itself: they differ in size."""
-        assert len(found) == len(expected), what
-        for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+    def compare_each(self, what, results, expected):
+        """Compares each row of sums or statistics by itself: the rows differ in size."""
+        assert len(results) == len(expected), what
+        for i, (f, e) in enumerate(zip(results, expected, strict=True)):
             self.compare(f"{what} {i}", f, e)
 
 
 def signature(function):
-    """Parameters of a function of the protocol, by their names."""
-    found = dict(inspect.signature(getattr(types.Backend, function)).parameters)
-    del found["self"]
-    return found
+    """Returns the parameters of a function of the protocol, by their names."""
+    parameters = dict(inspect.signature(getattr(types.Backend, function)).parameters)
+    del parameters["self"]
+    return parameters
 
 
 # Cases
@@ -298,8 +298,9 @@ class Sepconv(NamedTuple):
     norm: str | None = None  # how sources are read: as they are, "batch", or by a "constant" (forward alone)
     shift: float = 0.0  # of the sources
     in_mix: bool = True  # what reads y is a mix, with weights p; or a second half
-    sliced: bool = False  # the adjoints that it hands back are slices of channels
-    gradients: bool = True
+    read_as_it_is: bool = False  # what reads y does not normalise it: the adjoint is of y
+    sliced: bool = False  # the adjoints that the reader hands back are slices of channels
+    gradients: bool = True  # of the weights, which are wanted
 
     def tasks(self, r, weights):
         return [
@@ -329,7 +330,7 @@ class Sepconv(NamedTuple):
             outputs.append(half(inputs[source], task, d, p))
         for i in range(len(self.kinds) // self.joined):
             y = g.watched(f"y{i}", torch.cat(outputs[i * self.joined : (i + 1) * self.joined], dim=1))
-            m = g.watched(f"m{i}", normalised(y))
+            m = g.watched(f"m{i}", y if self.read_as_it_is else normalised(y))
             g.adjoint(f"g{i}", m, self.p[i] if self.in_mix else 1.0)
         return g.sweeps()
 
@@ -356,38 +357,38 @@ class Sepconv(NamedTuple):
         tasks = self.tasks(r, weights)
 
         out = r.empty_images(count, y[0].value.shape)
-        found = None if self.norm == "constant" else r.empty(count, 3, out.shape[2])
-        r("sepconv_forward", sources, tasks, y=out, statistics=found)
+        out_statistics = None if self.norm == "constant" else r.empty(count, 3, out.shape[2])
+        r("sepconv_forward", sources, tasks, y=out, statistics=out_statistics)
         r.compare("y", out, torch.stack([t.value for t in y]))
         if self.norm == "constant":
             return
         expected = torch.stack([statistics_of(t.value) for t in y])
-        r.compare_each("statistics", found.transpose(0, 1), expected.transpose(0, 1))
+        r.compare_each("statistics", out_statistics.transpose(0, 1), expected.transpose(0, 1))
 
         readers = self.readers(r, of)
         adjoint = r.empty_images(len(x), self.shape)
-        found = r.empty(2, len(x), self.shape[1]) if self.norm else None
+        out_sums = r.empty(2, len(x), self.shape[1]) if self.norm else None
         k, c = w[0].pointwise.value.shape[:2]
         taps = max(kind.kernel**2 for kind in self.kinds)
         gradients = r.empty(len(tasks), c * (k + taps)) if self.gradients else None
         r("sepconv_backward", sources, tasks, [second.first for second in readers],
-          adjoint=adjoint, sums=found, gradients=gradients)  # fmt: skip
+          adjoint=adjoint, sums=out_sums, gradients=gradients)  # fmt: skip
         r.compare("H", adjoint, torch.stack([t.adjoint for t in h]))
         if self.norm:
             expected = torch.stack([sums(t.adjoint, t.adjoint * t.value) for t in h], dim=1)
-            r.compare_each("sums of H, H h", found, expected)
+            r.compare_each("sums of H, H h", out_sums, expected)
         for i, (d, p) in enumerate(expected_gradients if self.gradients else ()):
             r.compare(f"dP {i}", gradients[i, : k * c], p.flatten())
             if d is not None:
                 r.compare(f"dD {i}", gradients[i, k * c : k * c + d.numel()], d.flatten())
 
-        out, found = r.empty_images(count, y[0].value.shape), None
+        out, out_sums = r.empty_images(count, y[0].value.shape), None
         adjoints = None
         if self.norm:
-            found, adjoints = r.empty(4, len(x), c), r.images([t.adjoint for t in h])
+            out_sums, adjoints = r.empty(4, len(x), c), r.images([t.adjoint for t in h])
         moved = [r.weights(t) for t in tangents]
         r("sepconv_tangent", sources, tasks, list(r.images([t.tangent for t in x])), moved, adjoints,
-          y=out, sums=found)  # fmt: skip
+          y=out, sums=out_sums)  # fmt: skip
         r.compare("yd", out, torch.stack([t.tangent for t in y]))
         if self.norm:
             products = [
@@ -395,32 +396,35 @@ class Sepconv(NamedTuple):
                 for t, i in zip(x, h, strict=True)
             ]
             expected = torch.stack([sums(*terms) for terms in products], dim=1)
-            r.compare_each("sums of xd, xd h, xd H, H", found, expected)
+            r.compare_each("sums of xd, xd h, xd H, H", out_sums, expected)
 
         adjoint = r.empty_images(len(x), self.shape)
-        found = r.empty(2, len(x), c) if self.norm else None
-        r("sepconv_second", sources, tasks, moved, readers, adjoint=adjoint, sums=found)
+        out_sums = r.empty(2, len(x), c) if self.norm else None
+        r("sepconv_second", sources, tasks, moved, readers, adjoint=adjoint, sums=out_sums)
         r.compare("Hd", adjoint, torch.stack([t.second for t in h]))
         if self.norm:
             expected = torch.stack([sums(t.second, t.second * t.value) for t in h], dim=1)
-            r.compare_each("sums of Hd, Hd h", found, expected)
+            r.compare_each("sums of Hd, Hd h", out_sums, expected)
 
     def readers(self, r, of):
-        """One an output, of one of two mixes, which have other candidates beside."""
+        """Returns the reader of each output."""
         count = len(self.kinds) // self.joined
         return readers(
             r,
             [(of[f"y{i}"], of[f"m{i}"], of[f"g{i}"]) for i in range(count)],
-            [True] * count,
+            [not self.read_as_it_is] * count,
             self.p if self.in_mix else None,
             self.sliced,
         )
 
 
 def readers(r, candidates, normalised, p, sliced):
-    """The SecondReader of each candidate (its sweeps of y, h and G); by turns of two mixes."""
+    """Returns a SecondReader for each candidate, which is the sweeps of y, h and G.
+
+    The readers belong to two mixes by turns, each of which has sums and p for other entries, too.
+    """
     count = len(candidates)
-    entries, found = count + 2, [None] * count
+    entries, result = count + 2, [None] * count
     as_read = r.slice if sliced else r.image
     shared = r.images([y.value for y, _, _ in candidates])
     for mix in range(2):
@@ -451,14 +455,14 @@ def readers(r, candidates, normalised, p, sliced):
             reader = Reader(
                 shared[i], statistics, entry[i], as_read(g.value), None if without else of_first, weights
             )
-            found[i] = SecondReader(
+            result[i] = SecondReader(
                 reader,
                 r.image(y.tangent),
                 None if without else of_tangent,
                 as_read(g.tangent),
                 None if without else of_second,
             )
-    return found
+    return result
 
 
 class Mix(NamedTuple):
@@ -512,37 +516,37 @@ class Mix(NamedTuple):
             return
 
         as_read = r.slice if "s" in kinds else r.image
-        found, gradient = r.empty(2, count, c), r.empty(count)
-        r("mix_backward", candidates, as_read(g.value), sums=found, weight_gradient=gradient)
+        out_sums, gradient = r.empty(2, count, c), r.empty(count)
+        r("mix_backward", candidates, as_read(g.value), sums=out_sums, weight_gradient=gradient)
         first = torch.stack([sums(g.value, g.value * t.value) for t in h], dim=1)
-        r.compare_each("sums of G, G h", found, first)
+        r.compare_each("sums of G, G h", out_sums, first)
         r.compare("dL/dp", gradient, p.adjoint)
 
-        outs, found, gradient = empty_outs(), r.empty(4, count, c), r.empty(count)
+        outs, out_sums, gradient = empty_outs(), r.empty(4, count, c), r.empty(count)
         tangents = list(r.images([t.tangent for t in y]))
         r("mix_tangent", candidates, weights, tangents, as_read(g.value), r.numbers(first),
-          outs=outs, tangent_sums=found, weight_gradient=gradient)  # fmt: skip
+          outs=outs, tangent_sums=out_sums, weight_gradient=gradient)  # fmt: skip
         for out in outs:
             r.compare("od", out, o.tangent)
         expected = [
             sums(t.tangent, t.tangent * i.value, t.tangent * g.value, g.value)
             for t, i in zip(y, h, strict=True)
         ]
-        r.compare_each("sums of yd, yd h, yd G, G", found, torch.stack(expected, dim=1))
+        r.compare_each("sums of yd, yd h, yd G, G", out_sums, torch.stack(expected, dim=1))
         before = torch.stack([(g.value * t.tangent).sum() for t in h])
         r.compare("sum of G hd", gradient, before)
 
-        found, gradient = r.empty(2, count, c), r.empty(count)
+        out_sums, gradient = r.empty(2, count, c), r.empty(count)
         r(
             "mix_second",
             candidates,
             as_read(g.tangent),
             r.numbers(before),
-            sums=found,
+            sums=out_sums,
             weight_gradient=gradient,
         )
         expected = torch.stack([sums(g.tangent, g.tangent * t.value) for t in h], dim=1)
-        r.compare_each("sums of Gd, Gd h", found, expected)
+        r.compare_each("sums of Gd, Gd h", out_sums, expected)
         r.compare("second adjoint of p", gradient, p.second)
 
 
@@ -577,22 +581,22 @@ class Norm(NamedTuple):
         if self.constant:
             return
         for field in ("value", "tangent"):  # G, and Gd
-            found = r.empty(2, self.sources, self.shape[1])
+            out_sums = r.empty(2, self.sources, self.shape[1])
             adjoints = [getattr(t, field) for t in g]
-            r("norm_backward", sources, [r.image(t) for t in adjoints], sums=found)
+            r("norm_backward", sources, [r.image(t) for t in adjoints], sums=out_sums)
             expected = [sums(a, a * t.value) for a, t in zip(adjoints, h, strict=True)]
-            r.compare_each("sums of G, G h", found, torch.stack(expected, dim=1))
-        out, found = r.empty_images(self.sources, self.shape), r.empty(4, self.sources, self.shape[1])
+            r.compare_each("sums of G, G h", out_sums, torch.stack(expected, dim=1))
+        out, out_sums = r.empty_images(self.sources, self.shape), r.empty(4, self.sources, self.shape[1])
         tangents, adjoints = (
             [r.image(t) for t in ts] for ts in ([t.tangent for t in x], [t.value for t in g])
         )
-        r("norm_tangent", sources, tangents, adjoints, out=out, sums=found)
+        r("norm_tangent", sources, tangents, adjoints, out=out, sums=out_sums)
         r.compare("hd", out, torch.stack([t.tangent for t in h]))
         expected = [
             sums(t.tangent, t.tangent * i.value, t.tangent * a.value, a.value)
             for t, i, a in zip(x, h, g, strict=True)
         ]
-        r.compare_each("sums of yd, yd h, yd G, G", found, torch.stack(expected, dim=1))
+        r.compare_each("sums of yd, yd h, yd G, G", out_sums, torch.stack(expected, dim=1))
 
 
 class FanOut(NamedTuple):
@@ -640,12 +644,12 @@ class FanOut(NamedTuple):
             )
         out = r.empty_images(count, self.shape)
         r("fan_out_backward", sources, [[s.first for s in its] for its in seconds], out=out)
-        for i, (found, t) in enumerate(zip(out, x, strict=True)):
-            r.compare(f"the adjoint of source {i}", found, t.adjoint)
+        for i, (result, t) in enumerate(zip(out, x, strict=True)):
+            r.compare(f"the adjoint of source {i}", result, t.adjoint)
         out = r.empty_images(count, self.shape)
         r("fan_out_second", sources, seconds, out=out)
-        for i, (found, t) in enumerate(zip(out, x, strict=True)):
-            r.compare(f"the second adjoint of source {i}", found, t.second)
+        for i, (result, t) in enumerate(zip(out, x, strict=True)):
+            r.compare(f"the second adjoint of source {i}", result, t.second)
 
 
 class Pool(NamedTuple):
@@ -668,7 +672,7 @@ class Pool(NamedTuple):
         return g.sweeps()
 
     def position(self, x):
-        """Of the first maximum in row-major order."""
+        """Returns the number in its window of the first maximum, in row-major order."""
         n, c, height, width = x.shape
         windows = F.unfold(F.pad(x, [1] * 4, value=-torch.inf), 3, stride=self.stride).view(n, c, 9, -1)
         order = torch.arange(9, 0, -1, device=x.device)[:, None]
@@ -680,12 +684,19 @@ class Pool(NamedTuple):
         shape = pools[0].value.shape
         expected = self.position(x.value)
         position = poison(types.images(1, shape, torch.uint8, r.device)[0])
-        out, found = r.empty_images(2, shape), r.empty(2, 3, shape[1])
-        r("pool_forward", r.image(x.value), self.stride, pools=out, position=position, statistics=found)
+        out, out_statistics = r.empty_images(2, shape), r.empty(2, 3, shape[1])
+        r(
+            "pool_forward",
+            r.image(x.value),
+            self.stride,
+            pools=out,
+            position=position,
+            statistics=out_statistics,
+        )
         assert torch.equal(position.long(), expected)
         r.compare("pools", out, torch.stack([t.value for t in pools]))
         statistics = torch.stack([statistics_of(t.value) for t in pools])
-        r.compare_each("statistics", found.transpose(0, 1), statistics.transpose(0, 1))
+        r.compare_each("statistics", out_statistics.transpose(0, 1), statistics.transpose(0, 1))
         position = types.images(1, shape, torch.uint8, r.device)[0].copy_(expected)
         for field, result in (("value", x.adjoint), ("tangent", x.second)):  # adjoints, and the second ones
             adjoints = r.images([getattr(of[f"of {name}"], field) for name in ("maximum", "average")])
@@ -720,7 +731,7 @@ class Add(NamedTuple):
 ALL_KINDS = Kind(3), Kind(5), Kind(3, 2), Kind(5, 2)
 PAIR = Kind(0), Kind(0, offset=1)
 
-# Of every function, small enough for the interpreter of Triton.
+# These cases run every function, and are small enough for the interpreter of Triton.
 CASES = {
     "first halves": Sepconv((2, 4, 7, 6), ALL_KINDS),
     "first halves, stride 2, odd": Sepconv((1, 5, 7, 9), ALL_KINDS, stride=2, outputs=6, sliced=True),
@@ -735,6 +746,12 @@ CASES = {
     "1x1 of two states": Sepconv((1, 12, 4, 3), (Kind(0), Kind(0, source=1)), outputs=3, in_mix=False),
     "factorized reduces": Sepconv((2, 6, 6, 4), PAIR * 2, stride=2, outputs=3, joined=2, sliced=True),
     "factorized reduce of a state": Sepconv((1, 5, 4, 6), PAIR, stride=2, outputs=4, joined=2, in_mix=False),
+    "read as they are": Sepconv(
+        (2, 4, 6, 5), (Kind(3), Kind(5)), norm="batch", sliced=True, read_as_it_is=True
+    ),
+    "read as they are, joined": Sepconv(
+        (1, 5, 7, 6), (Kind(3), Kind(5, 2)), 2, joined=2, in_mix=False, read_as_it_is=True
+    ),
     "without weight gradients": Sepconv((1, 4, 5, 4), (Kind(3),), norm="batch", gradients=False),
     "mix": Mix((2, 5, 5, 7), (True, False, True, True)),
     "mix into slices": Mix((1, 20, 4, 3), (False, True, True), outs="is"),
@@ -763,10 +780,10 @@ SHAPES = [
     (35, 4, 3, 3),
 ]
 
-# More sizes, for backends that are not interpreted: with channels and pixels that fill no register or tile.
+# These have more sizes, for backends that are not interpreted: channels and pixels that fill no register.
 MORE_CASES = (
     {
-        # Of a single channel, what batch norm does not depend on is everything: most sums are zero.
+        # With a single channel most derivatives of a batch norm are zero: relative errors would mean nothing.
         f"halves {shape}, stride {stride}, {norm or 'as they are'}": Sepconv(
             (shape[0], max(2, shape[1]), *shape[2:]),
             (*ALL_KINDS, *(kind._replace(source=1) for kind in ALL_KINDS)),
@@ -779,6 +796,12 @@ MORE_CASES = (
         for shape in SHAPES
         for stride in (1, 2)
         for norm in (None, "batch")
+    }
+    | {
+        f"halves of one channel, stride {stride}": Sepconv(
+            (2, 1, 6, 5), ALL_KINDS, stride, norm="batch", read_as_it_is=True
+        )
+        for stride in (1, 2)
     }
     | {
         f"kernels of {kernel}": Sepconv((2, 8, 9, 10), (Kind(kernel), Kind(kernel, 2)), stride)
@@ -818,10 +841,10 @@ def _expected(case, device):
 
 
 def check(backend, dtype, case, device="cpu"):
-    """Calls the functions that the case is of, each with inputs that are right, and compares what they write.
+    """Calls the functions of a case, each with inputs from autograd, and compares what they write.
 
     Returns:
-        Everything written, in order: what depends on no number of threads, say, can be compared to the bit.
+        Everything that was written, in order, to be compared with another run to the bit.
     """
     r = Runner(backend, dtype, device)
     case.check(r, _expected(case, device))
@@ -829,7 +852,7 @@ def check(backend, dtype, case, device="cpu"):
 
 
 def check_large_mean(backend, dtype, device="cpu"):
-    """E[x^2] - E[x]^2 in float32 has no correct digit here."""
+    """The variance must be taken about the mean: E[x^2] - E[x]^2 in float32 has no correct digit here."""
     r = Runner(backend, dtype, device)
     x = (1e3 + torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))).to(device)
     for function in ("sepconv_forward", "pool_forward"):
@@ -847,7 +870,7 @@ def check_large_mean(backend, dtype, device="cpu"):
 
 
 def check_nan(backend, dtype, device="cpu"):
-    """A value that is no number shows in everything that it enters."""
+    """NaN must show in everything that it enters, and nowhere else."""
     r = Runner(backend, dtype, device)
     x = torch.ones(1, 4, 5, 5, device=device)
     x[0, 1, 2, 2] = float("nan")
