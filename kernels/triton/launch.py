@@ -73,8 +73,8 @@ def row_stride(x: Tensor) -> int:
 
 
 def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:
-    """The means and r [C] of the sources, with a tensor that is not read where a source is read as it is;
-    and which sources are normalised."""
+    """Returns the means and r [C] of the sources, and which sources are normalised. Where a source is not, a
+    tensor that is not read stands in."""
     # A tuple of pointers has one type: that of the statistics where there are any.
     stand_in = next((s.statistics[0] for s in sources if s.statistics is not None), sources[0].x)
     means, rs = (
@@ -86,23 +86,25 @@ def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tenso
 COUNTERS = 1024  # more than any grid's second and third dimension make
 STREAMS = 64  # of a device: more than PyTorch's pool has
 
-_rows: dict[tuple[torch.device, int], int] = {}  # of the counters of a device, by stream
+_rows: dict[tuple[torch.device, int], int] = {}  # the row of the counters, by device and stream
 
 
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the first launch on a device cannot be captured: call the function once before")
-    found = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+    rows = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the other streams' launches come after
-    return found
+    return rows
 
 
 def counters(like: Tensor, count: int) -> Tensor:
-    """Zeros that `last_program` counts in and leaves zero: one row for all launches of a stream, which run
-    one after the other; what is captured uses that of the stream it was captured on, and graphs captured on
-    one stream must not be replayed side by side."""
+    """Returns zeros in which `last_program` counts, and which it leaves zero.
+
+    All launches of a stream have the same, because they run one after the other. A captured launch has those
+    of the stream that it was captured on, so graphs captured on one stream must not be replayed side by side.
+    """
     if count > COUNTERS:
         raise ValueError(f"a launch with {count} sums, where there are counters for {COUNTERS}")
     stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
@@ -124,17 +126,17 @@ EPS = tl.constexpr(EPSILON)
 
 @triton.jit
 def pick(values, i_entry):
-    """Entry number `i_entry` of a tuple of pointers or integers: one select an entry, no table in memory,
-    and the pointers keep their alignment, so that loads stay 128 bits wide."""
-    found = values[0]
+    """Returns entry number `i_entry` of a tuple of pointers or integers. This is one select an entry: there
+    is no table in memory, and the pointers keep their alignment, so that loads stay 128 bits wide."""
+    value = values[0]
     for i in tl.static_range(1, len(values)):
-        found = tl.where(i_entry == i, values[i], found)
-    return found
+        value = tl.where(i_entry == i, values[i], value)
+    return value
 
 
 @triton.jit
 def load_normalizer(p_mean, p_r, has_norm, o_c, m_c, ACC: tl.constexpr):
-    """Mean and reciprocal standard deviation [BLOCK_C]; 0 and 1 where the entry has no batch norm."""
+    """Returns mean and r [BLOCK_C]: 0 and 1 where the entry has no batch norm."""
     m_norm = m_c & (has_norm > 0)
     b_mean = tl.load(p_mean + o_c, mask=m_norm, other=0.0).to(ACC)
     return b_mean, tl.load(p_r + o_c, mask=m_norm, other=1.0).to(ACC)
@@ -150,7 +152,7 @@ ROWS = tl.constexpr(2048)
 
 @triton.jit
 def last_program(p_counter, programs):
-    """Whether this is the last of `programs` to get here, which then sees what the others stored before."""
+    """Returns whether this is the last of `programs` to get here. It sees what the others stored before."""
     tl.debug_barrier()  # the stores of all of this program's threads come before the count
     last = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
@@ -160,7 +162,8 @@ def last_program(p_counter, programs):
 
 @triton.jit
 def sum_of_rows(p_rows, rows, stride, o_c, m_c, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Of the columns o_c of [rows, stride], past the first-level cache: other programs wrote them."""
+    """Returns the sums of the columns o_c of [rows, stride]. Other programs wrote the rows, so the loads go
+    past the first-level cache."""
     BLOCK_T: tl.constexpr = ROWS // BLOCK_C
     b_sum = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     for i_t in range(0, rows, BLOCK_T):
@@ -173,7 +176,7 @@ def sum_of_rows(p_rows, rows, stride, o_c, m_c, BLOCK_C: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def store_statistics(p_tile, b_y, m_p, count, o_c, m_c, C: tl.constexpr):
-    """The tile's mean and sum of squares about it, for `merge_statistics`; rows beyond m_p are 0."""
+    """Stores the tile's mean and sum of squares about it, for `merge_statistics`; rows beyond m_p are 0."""
     b_mean = tl.sum(b_y, axis=0) / count  # [BLOCK_C]
     b_d = tl.where(m_p[:, None], b_y - b_mean[None, :], 0.0)  # [BLOCK_P, BLOCK_C]
     tl.store(p_tile + o_c, b_mean, mask=m_c)
@@ -194,7 +197,7 @@ def merge_statistics(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Means first, then squares about them: nothing cancels."""
+    """Merges the means first, then the squares about them, so that nothing cancels."""
     BLOCK_T: tl.constexpr = ROWS // BLOCK_C
     b_sum = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     for i_t in range(0, tiles, BLOCK_T):

@@ -1,8 +1,8 @@
 """Mixes, batch norms, the tensors that several nodes read, and sums of tensors, in Triton.
 
 Batch norm's derivatives need sums over all positions before they can be written, so they read their tensors
-twice: once for the sums (`norm_sums_kernel`), once where p B(G) is computed on load, in this file by
-`fan_out_kernel`, and in sepconv.py.
+twice: once for the sums (`norm_sums_kernel`), and once where p B(G) is computed on load, by `fan_out_kernel`
+here and in sepconv.py.
 """
 
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def fan_out_kernel(
     o = o_p[:, None] * C + o_c[None, :]
     share = 1.0 / tl.cast(positions, ACC)  # see mix_tangent_kernel
     for c in tl.static_range(len(p_tensors)):
-        b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+        b_out = tl.zeros([BLOCK_P, BLOCK_C], ACC)
         b_first = tl.zeros([BLOCK_P, BLOCK_C], ACC)
         b_m = tl.zeros([BLOCK_C], ACC)  # mean(G_c), and below mean(G_c h)
         b_mh = tl.zeros([BLOCK_C], ACC)
@@ -132,7 +132,7 @@ def fan_out_kernel(
             if WEIGHED[j]:
                 b_weight = tl.load(p_weights[j] + PLACES[j]).to(ACC)
             o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
-            b_found += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
+            b_out += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
             if NORMS[c]:
                 size = CANDIDATES[j] * C
                 o_sum = PLACES[j] * C + o_c
@@ -148,7 +148,7 @@ def fan_out_kernel(
         if NORMS[c]:
             b_mean, b_r = load_normalizer(p_means[c], p_rs[c], 1, o_c, m_c, ACC)
             b_h = (tl.load(p_tensors[c] + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
-            b_found = b_found - b_m[None, :] - b_h * b_mh[None, :]
+            b_out = b_out - b_m[None, :] - b_h * b_mh[None, :]
             if TANGENT:
                 # The same for all readers of the tensor.
                 p_sum = p_tangent_sums[ENDS[c]] + PLACES[ENDS[c]] * C + o_c
@@ -157,11 +157,11 @@ def fan_out_kernel(
                 b_u = b_r * (b_u - b_mf * b_md - b_s * b_t)
                 b_yd = tl.load(p_tangents[c] + o, mask=m, other=0.0).to(ACC)
                 b_hd = (b_yd - b_md[None, :] - b_h * b_t[None, :]) * b_r[None, :]
-                b_found -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
-                b_found -= b_s[None, :] * b_hd + b_u[None, :] * b_h
-            b_found = b_found * b_r[None, :]
+                b_out -= (b_first - b_mf[None, :] - b_h * b_s[None, :]) * (b_r * b_t)[None, :]
+                b_out -= b_s[None, :] * b_hd + b_u[None, :] * b_h
+            b_out = b_out * b_r[None, :]
         p_c = p_out + tl.cast(positions, tl.int64) * C * c
-        tl.store(p_c + o, b_found.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_c + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
@@ -225,16 +225,16 @@ def norm_sums_kernel(
         tl.store(p_split + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
     if last_program(p_counters + i_entry * tl.num_programs(2) + tl.program_id(2), splits):
         p_rows = p_partials + i_entry * splits * C
-        p_found = p_sums + i_entry * C + o_c
+        p_k = p_sums + i_entry * C + o_c
         b_0 = sum_of_rows(p_rows, splits, C, o_c, m_c, BLOCK_C, ACC)
         b_1 = sum_of_rows(p_rows + stride, splits, C, o_c, m_c, BLOCK_C, ACC)
-        tl.store(p_found, b_0, mask=m_c)
-        tl.store(p_found + entries * C, b_1, mask=m_c)
+        tl.store(p_k, b_0, mask=m_c)
+        tl.store(p_k + entries * C, b_1, mask=m_c)
         if TANGENT:
             b_2 = sum_of_rows(p_rows + 2 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
             b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
-            tl.store(p_found + 2 * entries * C, b_2, mask=m_c)
-            tl.store(p_found + 3 * entries * C, b_3, mask=m_c)
+            tl.store(p_k + 2 * entries * C, b_2, mask=m_c)
+            tl.store(p_k + 3 * entries * C, b_3, mask=m_c)
         if GRADIENT:
             b_terms = b_1
             if TANGENT:
@@ -282,17 +282,17 @@ def norm_fwd_kernel(
     o = o_p[:, None] * C + o_c[None, :]
     has_norm = pick(NORMS, i_entry)
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
-    b_found = tl.load(pick(p_y, i_entry) + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-    b_found = (b_found - b_mean[None, :]) * b_r[None, :]
+    b_out = tl.load(pick(p_y, i_entry) + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+    b_out = (b_out - b_mean[None, :]) * b_r[None, :]
     if TANGENT:
         m_norm = m_c & (has_norm > 0)
         p_sum = p_sums + i_entry * C + o_c
         b_md = tl.load(p_sum, mask=m_norm, other=0.0) / positions
         b_t = tl.load(p_sum + entries * C, mask=m_norm, other=0.0) / positions
         b_yd = tl.load(pick(p_tangents, i_entry) + o, mask=m, other=0.0).to(ACC)
-        b_found = (b_yd - b_md[None, :] - b_found * b_t[None, :]) * b_r[None, :]
+        b_out = (b_yd - b_md[None, :] - b_out * b_t[None, :]) * b_r[None, :]
     p_k = p_out + tl.cast(i_entry, tl.int64) * positions * C
-    tl.store(p_k + o, b_found.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_k + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
@@ -422,7 +422,7 @@ def norm_sums(
     sums: Tensor,
     weight_gradient: Tensor | None = None,
 ) -> Launch:
-    """Writes, per channel, the sums of g and g h; with `weighed` also of g * weighed and of weighed.
+    """Returns the launch that sums g and g h per channel; with `weighed` also g * weighed, and weighed.
 
     Args:
         gs: g of each source, all of one row stride; so are all `weighed`.
@@ -523,7 +523,7 @@ def _fan_out(
     seconds: Sequence[Sequence[SecondReader]] | None,
     out: Tensor,
 ) -> Launch:
-    """`readers` are the seconds if there are any, else the firsts."""
+    """Returns the launch; `readers` are `seconds` if there are any, else `firsts`."""
     # A tensor that no reader normalises is not read; out stands in for all that is not read.
     read = [
         source if source.statistics is not None and of_one else Source(out)
@@ -586,8 +586,8 @@ def _positions(y: Tensor) -> int:
 
 
 def _sizes(kernel: str, y: Tensor, tensors: int = 0) -> tuple[dict, tuple[int, int]]:
-    """The sizes that are compiled in, and the grid that covers y; perhaps of a kernel that is unrolled over
-    so many tensors, each with two rows of statistics."""
+    """Returns the sizes that are compiled in, and the grid that covers y. `tensors`: how many tensors, each
+    with two rows of statistics, a kernel loads that is unrolled over them."""
     c, wide = y.shape[1], accumulator(y.dtype)
     block_p, block_c = tile(kernel, Case(y.dtype, c, ahead=tensors * (y.element_size() + 2 * wide.itemsize)))
     sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[wide]}

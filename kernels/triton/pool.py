@@ -22,7 +22,7 @@ from darts_fast.kernels.types import accumulator
 
 @triton.jit
 def valid_taps(o, STRIDE: tl.constexpr, SIZE: tl.constexpr):
-    """How many of a window's three rows (or columns) lie in the image, for output rows o."""
+    """Returns how many of a window's three rows (or columns) lie in the image, for output rows o."""
     first = o * STRIDE - 1
     return tl.minimum(first + 3, SIZE) - tl.maximum(first, 0)
 
@@ -97,8 +97,8 @@ def pool_fwd_kernel(
         store_statistics(p_tile + layer, tl.where(m_out, b_average, 0.0), m_p, count, o_c, m_c, C)
         if last_program(p_counters + tl.program_id(1), tiles):
             for i in tl.static_range(2):
-                p_tiles, p_found = p_partials + i * layer, p_statistics + i * 3 * C
-                merge_statistics(p_tiles, p_found, positions, tiles, o_c, m_c, C, C, BLOCK_P, BLOCK_C, ACC)
+                p_tiles, p_pool = p_partials + i * layer, p_statistics + i * 3 * C
+                merge_statistics(p_tiles, p_pool, positions, tiles, o_c, m_c, C, C, BLOCK_P, BLOCK_C, ACC)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def pool_bwd_kernel(
     p_average,
     p_position,
     p_terms,  # tuple of [N, H, W, TERM_ROWS[k] >= C], which are added
-    p_found,  # [N, H, W, C]
+    p_out,  # [N, H, W, C]
     positions,  # N * H * W
     TERM_ROWS: tl.constexpr,
     H: tl.constexpr,
@@ -129,7 +129,7 @@ def pool_bwd_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_image = i_image * (HO * WO * C)
-    b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    b_out = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for i_tap in tl.static_range(9):
         # The window in which this pixel is number i_tap, if there is one.
         o_wy, o_wx = o_y - (i_tap // 3 - 1), o_x - (i_tap % 3 - 1)
@@ -144,13 +144,13 @@ def pool_bwd_kernel(
         b_average = tl.load(p_average + o, mask=m, other=0.0).to(ACC)
         b_count = valid_taps(o_oy, STRIDE, H) * valid_taps(o_ox, STRIDE, W)
         b_count = tl.where(m_in, b_count, 1).to(ACC)
-        b_found += tl.where(b_position == i_tap, b_max, 0.0) + b_average / b_count[:, None]
+        b_out += tl.where(b_position == i_tap, b_max, 0.0) + b_average / b_count[:, None]
     m_out = m_p[:, None] & m_c[None, :]
     for k in tl.static_range(len(TERM_ROWS)):
         o_k = i_first * TERM_ROWS[k] + (o_t[:, None] * TERM_ROWS[k] + o_c[None, :])
-        b_found += tl.load(p_terms[k] + o_k, mask=m_out, other=0.0).to(ACC)
+        b_out += tl.load(p_terms[k] + o_k, mask=m_out, other=0.0).to(ACC)
     o_out = i_first * C + (o_t[:, None] * C + o_c[None, :])
-    tl.store(p_found + o_out, b_found.to(p_found.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def pool_forward(
@@ -202,7 +202,7 @@ def pool_backward(
         "p_average": pools[1],
         "p_position": position,
         "p_terms": tuple(terms) or (out,),
-        "p_found": out,
+        "p_out": out,
         "positions": n * height * width,
     }
     constants = {"TERM_ROWS": tuple(map(row_stride, terms)), **_sizes(out, position, stride, block)}

@@ -166,8 +166,8 @@ def sepconv_fwd_kernel(
         store_statistics(p_tile, b_y, m_p, count, o_k, m_k, K)
         if last_program(p_counters + i_task, tiles):
             p_tiles = p_partials + tl.cast(i_task, tl.int64) * tiles * 2 * K
-            p_found = p_statistics + (i_output * 3 * JOIN + i_part) * K
-            merge_statistics(p_tiles, p_found, positions, tiles, o_k, m_k, K, JOIN * K, BLOCK_P, BLOCK_K, ACC)
+            p_part = p_statistics + (i_output * 3 * JOIN + i_part) * K
+            merge_statistics(p_tiles, p_part, positions, tiles, o_k, m_k, K, JOIN * K, BLOCK_P, BLOCK_K, ACC)
 
 
 @triton.jit
@@ -295,11 +295,11 @@ def sepconv_bwd_pointwise_kernel(
         if TANGENT:
             b_zd = dot(b_yd.to(element), b_p.to(element), ACC) + dot(b_y.to(element), b_pd.to(element), ACC)
         if DIRECT:
-            b_found = b_z
+            b_adjoint = b_z
             if TANGENT:
-                b_found = b_zd
+                b_adjoint = b_zd
             b_x = tl.load(pick(p_x, i_task) + i_first * C + o_out, mask=m_out, other=0.0)
-            tl.store(p_out + o_out, tl.where(b_x > 0.0, b_found, 0.0).to(element), mask=m_out)
+            tl.store(p_out + o_out, tl.where(b_x > 0.0, b_adjoint, 0.0).to(element), mask=m_out)
         else:
             tl.store(p_out + o_out, b_z.to(element), mask=m_out)
         if TANGENT and not DIRECT:
@@ -339,15 +339,15 @@ def sepconv_bwd_pointwise_kernel(
             o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
             tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
         if last_program(p_counters + i_block, splits):
-            p_found = p_gradients + tl.cast(i_task, tl.int64) * gradients_row
+            p_task = p_gradients + tl.cast(i_task, tl.int64) * gradients_row
             for i_column in range(0, (K + taps) * BLOCK_C, COLUMNS):
                 o_column = i_column + tl.arange(0, COLUMNS)
                 o_row, o_channel = o_column // BLOCK_C, i_c * BLOCK_C + o_column % BLOCK_C
                 m_column = (o_row < K + taps) & (o_channel < C)
                 b_sum = sum_of_rows(p_rows, splits, row, o_column, m_column, COLUMNS, ACC)
                 o_d = K * C + o_channel * taps + o_row - K
-                o_found = tl.where(o_row < K, o_row * C + o_channel, o_d)
-                tl.store(p_found + o_found, b_sum, mask=m_column)
+                o_gradient = tl.where(o_row < K, o_row * C + o_channel, o_d)
+                tl.store(p_task + o_gradient, b_sum, mask=m_column)
 
 
 @triton.jit
@@ -358,7 +358,7 @@ def sepconv_bwd_kernel(
     p_depthwise,  # tuple, one a task, as the next
     p_depthwise_d,  # read if TANGENT
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
-    p_found,  # [sources, N, H, W, C]
+    p_adjoint,  # [sources, N, H, W, C]
     p_partials,  # [2, sources, tiles, C]; written if SUMS, as the next
     p_sums,  # [2, sources, C]: of H, H h
     p_counters,
@@ -391,7 +391,7 @@ def sepconv_bwd_kernel(
     o_n, o_y, o_x = o_p // (H * W), o_p // W % H, o_p % W
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_found = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # D' * Z, or D' * Zd + Dd' * Z
+    b_adjoint = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # D' * Z, or D' * Zd + Dd' * Z
     for t in tl.static_range(len(SOURCES)):  # unrolled: no choice of pointers, and divisions by constants
         if i_source == SOURCES[t]:
             p_task = p_z + (tl.cast(t, tl.int64) * positions + i_image * (HO * WO)) * C
@@ -411,25 +411,25 @@ def sepconv_bwd_kernel(
                     b_dd = tl.load(p_depthwise_d[t] + o_d, mask=m_c & (HAS_D[t] > 0), other=0.0).to(ACC)
                     p_task_d = p_task + tl.cast(len(SOURCES), tl.int64) * positions * C
                     b_zd = tl.load(p_task_d + o, mask=m, other=0.0).to(ACC)
-                    b_found += b_zd * b_d[None, :] + b_z * b_dd[None, :]
+                    b_adjoint += b_zd * b_d[None, :] + b_z * b_dd[None, :]
                 else:
-                    b_found += b_z * b_d[None, :]
+                    b_adjoint += b_z * b_d[None, :]
     m = m_p[:, None] & m_c[None, :]
     o = i_first * C + (o_t[:, None] * C + o_c[None, :])
     has_norm = pick(NORMS, i_source)
     b_mean, b_r = load_normalizer(pick(p_means, i_source), pick(p_rs, i_source), has_norm, o_c, m_c, ACC)
     b_h = tl.load(pick(p_x, i_source) + o, mask=m, other=0.0).to(ACC)
     b_h = (b_h - b_mean[None, :]) * b_r[None, :]
-    b_found = tl.where(m & (b_h > 0.0), b_found, 0.0)
+    b_adjoint = tl.where(m & (b_h > 0.0), b_adjoint, 0.0)
     entries = tl.num_programs(1)
     tiles = tl.num_programs(0)
     p_tile = p_partials + tl.cast(i_source * tiles + i_tile, tl.int64) * C + o_c
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
-        tl.store(p_tile, tl.sum(b_found, axis=0), mask=m_c)
-        tl.store(p_tile + stride, tl.sum(b_found * b_h, axis=0), mask=m_c)
-    p_out = p_found + i_source.to(tl.int64) * pixels * C
-    tl.store(p_out + o, b_found.to(p_found.dtype.element_ty), mask=m)
+        tl.store(p_tile, tl.sum(b_adjoint, axis=0), mask=m_c)
+        tl.store(p_tile + stride, tl.sum(b_adjoint * b_h, axis=0), mask=m_c)
+    p_out = p_adjoint + i_source.to(tl.int64) * pixels * C
+    tl.store(p_out + o, b_adjoint.to(p_adjoint.dtype.element_ty), mask=m)
     if SUMS:
         if last_program(p_counters + i_source * tl.num_programs(2) + i_c, tiles):
             for i_sum in tl.static_range(2):
@@ -472,20 +472,20 @@ class _Call(NamedTuple):
         )
 
     def of_tasks(self, values: Sequence) -> tuple:
-        """The value of each task's source."""
+        """Returns the value of each task's source."""
         return tuple(values[task.source] for task in self.tasks)
 
     def weights(
-        self, given: Sequence[Weights] | None = None
+        self, tangents: Sequence[Weights] | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The depthwise and the pointwise weights, or those given; with a tensor that is not read where a
-        task has no depthwise ones."""
-        given = given or [task.weights for task in self.tasks]
-        depthwise = tuple(w.pointwise if w.depthwise is None else w.depthwise for w in given)
-        return depthwise, tuple(w.pointwise for w in given)
+        """Returns the depthwise and the pointwise weights, or their tangents. Where a task has no depthwise
+        weights, a tensor that is not read stands in."""
+        weights = tangents or [task.weights for task in self.tasks]
+        depthwise = tuple(w.pointwise if w.depthwise is None else w.depthwise for w in weights)
+        return depthwise, tuple(w.pointwise for w in weights)
 
     def geometry(self) -> dict:
-        """How each task walks its source."""
+        """Returns the constants that say how each task walks its source."""
         kernels = self.kernels()
         return {
             "KERNELS": kernels,
@@ -501,7 +501,7 @@ class _Call(NamedTuple):
         return tuple(1 if d is None else d.shape[-1] for d in depthwise)
 
     def direct(self) -> bool:
-        """Whether the tasks are 1x1 convolutions of a source each, whose adjoint is [h > 0] P' Y."""
+        """Returns whether the tasks are 1x1 convolutions of one source each: its adjoint is [h > 0] P' Y."""
         plain = all(task == Task(i, task.weights) for i, task in enumerate(self.tasks))
         return (
             plain
@@ -656,7 +656,7 @@ def _backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
-    """The second backward sweep if there are `seconds`, else the first."""
+    """Returns the launches of the second backward sweep if there are `seconds`, else of the first."""
     if call.direct():
         return [_pointwise(call, firsts, seconds, weight_tangents, adjoint, gradients)]
     n, _, height, width = call.out_shape
@@ -678,8 +678,8 @@ def _pointwise(
     z: Tensor,
     gradients: Tensor | None,
 ) -> Launch:
-    """Z of the tasks, and with `seconds` Zd: [1 or 2, tasks, N, C, HO, WO]; or the sources' adjoints, see
-    `_Call.direct`."""
+    """Returns the launch that writes z [1 or 2, tasks, N, C, HO, WO]: Z of the tasks, and with `seconds` Zd;
+    or the sources' adjoints, see `_Call.direct`."""
     x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
     c, dtype = x.shape[1], accumulator(x.dtype)
     taps = max(size * size * has for size, has in zip(call.kernels(), call.has_depthwise, strict=True))
@@ -735,7 +735,7 @@ def _pointwise(
 def _of_readers(
     firsts: Sequence[Reader], seconds: Sequence[SecondReader] | None, join: int
 ) -> tuple[dict, dict]:
-    """The arguments and the constants that come from the readers of outputs of `join` tasks each."""
+    """Returns the arguments and the constants that come from the readers; `join` tasks have one reader."""
     firsts = [part for reader in firsts for part in _parts(reader, join)]
     count = len(firsts)
     seconds = [part for reader in seconds for part in _parts(reader, join)] if seconds else [None] * count
@@ -781,7 +781,7 @@ def _of_readers(
 
 
 def _parts(reader: Reader | SecondReader, count: int) -> list:
-    """The readers of each of `count` equal parts of the channels."""
+    """Returns the readers of each of `count` equal parts of the channels."""
     if count == 1:
         return [reader]
     by_field = []
@@ -802,7 +802,7 @@ def _depthwise(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> Launch:
-    """The sources' adjoints from Z, or with tangents the second ones from Z and Zd."""
+    """Returns the launch that writes the sources' adjoints; with tangents, the second ones."""
     x, count = call.sources[0], len(call.sources)
     c = x.shape[1]
     block_p, block_c = tile("sepconv_bwd_kernel", call.case())
@@ -818,7 +818,7 @@ def _depthwise(
         "p_depthwise": call.weights()[0],
         "p_depthwise_d": call.weights(weight_tangents)[0],
         "p_z": z,
-        "p_found": adjoint,
+        "p_adjoint": adjoint,
         "p_partials": z if partials is None else partials,
         "p_sums": z if sums is None else sums,
         "p_counters": z if counts is None else counts,
