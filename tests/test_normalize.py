@@ -28,7 +28,7 @@ def four_sweeps(y, weights, p):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_normalize(layout):
-    """The first layers of a network are a convolution and an affine batch norm: the gradients of their weights
+    """The first layers of a network are a convolution and an affine batch norm: their weight gradients
     are differentiated again with respect to the adjoint alone, here through p."""
     torch.manual_seed(0)
     images = torch.randn(3, 2, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
