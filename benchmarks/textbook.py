@@ -6,13 +6,13 @@ slowed: benchmarks/traffic.py counts its launches and bytes, and a test holds th
 """
 
 import copy
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from darts_fast.config import SearchConfig
+from darts_fast.profiling import phase
 from darts_fast.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]
@@ -32,20 +32,19 @@ class TextbookStep:
             self.alphas, config.alpha_lr, (0.5, 0.999), weight_decay=config.alpha_weight_decay, foreach=False
         )
 
-    def phases(self, train: Batch, validation: Batch, lr: float) -> Iterator[str]:
-        """Takes the step; yields each phase's name when it is done."""
-        self._virtual_step(train, lr)
-        yield "virtual step"
-        alpha_gradients, v = self._validation_pass(validation)
-        yield "validation pass"
-        product = self._hessian_vector_product(train, v)
-        yield "hessian-vector product"
-        for alpha, found, h in zip(self.alphas, alpha_gradients, product, strict=True):
-            alpha.grad = found - lr * h
-        self.alpha_optimizer.step()
-        yield "alpha optimizer"
-        self._weight_step(train, lr)
-        yield "weight step"
+    def __call__(self, train: Batch, validation: Batch, lr: float) -> None:
+        with phase("virtual step"):
+            self._virtual_step(train, lr)
+        with phase("validation pass"):
+            alpha_gradients, v = self._validation_pass(validation)
+        with phase("hessian-vector product"):
+            product = self._hessian_vector_product(train, v)
+        with phase("architecture update"):
+            for alpha, found, h in zip(self.alphas, alpha_gradients, product, strict=True):
+                alpha.grad = found - lr * h
+            self.alpha_optimizer.step()
+        with phase("weight update"):
+            self._weight_step(train, lr)
 
     def _virtual_step(self, train: Batch, lr: float) -> None:
         gradients = torch.autograd.grad(_loss(self.network, train), self.weights)

@@ -2,112 +2,146 @@
 
     python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--json F]
 
-The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view,
-or one of a Triton kernel as its launcher makes it; its bytes are those of the distinct elements of its tensor
-arguments and results (darts_fast/traffic.py); its operations, where Triton's kernels are counted, are those
-of the equations. tests/test_benchmarks.py holds both counts against real runs.
+The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view
+(darts_fast/traffic.py), or one that a backend returns for the calls of the cells' sweeps (kernels/plan.py);
+its bytes are those of the distinct elements of its tensor arguments and results; its operations, where
+Triton's kernels are counted, are those of the equations. The peak is that of live storages, the plan's blocks
+among them, and of what the call with the most temporary memory allocates besides.
+tests/test_benchmarks.py holds these counts against real runs.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from fused_step import FusedStep  # noqa: E402
 from textbook import TextbookStep  # noqa: E402
 
 from darts_fast.config import SearchConfig  # noqa: E402
-from darts_fast.kernels import torch_backend  # noqa: E402
-from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.kernels.backends import collected  # noqa: E402
+from darts_fast.kernels.plan import launches, tensors  # noqa: E402
+from darts_fast.kernels.types import Call, Launch  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
+from darts_fast.profiling import observed_phases  # noqa: E402
+from darts_fast.search import SearchStep  # noqa: E402
+from darts_fast.space import STEM_MULTIPLIER  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 from darts_fast.traffic import Count, Traffic  # noqa: E402
 
 
-def phases(step: Iterator[str], traffic: Traffic) -> dict[str, Count]:
-    """Runs the step; the counts of each phase."""
-    found, before = {}, traffic.total
-    for name in step:
-        found[name] = Count(traffic.total.launches - before.launches, traffic.total.bytes - before.bytes)
-        before = traffic.total
-    return found
+class Counted(NamedTuple):
+    """What `count` found of a step."""
+
+    phases: dict[str, Count]
+    total: Count
+    peak: int  # bytes
+    by_name: dict[str, Count]  # of ATen's operations and of the kernels
+    operations: tuple[int, int]  # of the separable halves, see `operations`
+    kept: int  # bytes that the cells' forward sweep keeps for later ones
 
 
-def operations(planned: Any) -> tuple[int, int]:
-    """Of the depthwise and of the pointwise parts of a launch, by the equations (a multiply-add is two);
-    (0, 0) for the kernels that only move and add."""
-    constants, name = planned.constants, planned.kernel.fn.__name__
+def operations(launch: Launch) -> tuple[int, int]:
+    """Of the depthwise and of the pointwise parts of a launch of Triton, by the equations (a multiply-add is
+    two); (0, 0) for the kernels that only move and add."""
+    constants = launch.constants
     if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
         return 0, 0
-    per = 2 * planned.arguments["positions"] * constants["C"] * (1 + bool(constants.get("TANGENT")))
+    per = 2 * launch.arguments["positions"] * constants["C"] * (1 + constants["TANGENT"])
     taps = sum(k * k for k, has in zip(constants["KERNELS"], constants["HAS_D"], strict=True) if has)
     depthwise, pointwise = per * taps, per * constants.get("K", 0) * len(constants["KERNELS"])
-    if name == "sepconv_bwd_kernel":
+    if launch.name == "sepconv_bwd_kernel":
         return depthwise, 0
-    if name == "sepconv_bwd_pointwise_kernel":
-        weights = planned.arguments["p_partials"] is not planned.arguments["p_z"]  # their gradients, too
+    if launch.name == "sepconv_bwd_pointwise_kernel":
+        weights = constants["WEIGHTS"]  # their gradients, too
         return 2 * depthwise * weights, pointwise * (1 + weights)
     return depthwise, pointwise
 
 
+def temporaries(call: Call, found: Iterable[Launch]) -> int:
+    """Bytes of the storages in a call's launches that are none of the call's own tensors."""
+    own = {t.untyped_storage()._cdata for t in tensors([call.reads, call.writes])}
+    storages = [t.untyped_storage() for launch in found for t in launch.tensors]
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in own}.values())
+
+
+def step_and_batch(
+    kernels: str | None,
+    batch_size: int,
+    channels: int,
+    layers: int,
+    size: int,
+    device: str,
+    dtype: torch.dtype,
+) -> tuple[SearchStep | TextbookStep, tuple[Tensor, Tensor]]:
+    """The step on a new network, with momenta as if it were not the first, and images and labels for it."""
+    with torch.device(device):
+        network = Supernet(channels, 10, layers, fused=kernels is not None)
+        batch = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
+    amp_dtype = None if dtype == torch.float32 else type_name(dtype)
+    if kernels is not None:
+        step = SearchStep(network, SearchConfig(fused=True, amp_dtype=amp_dtype))
+        step.loss_scale = None  # the optimizers of meta tensors know of none
+        return step, batch
+    step = TextbookStep(network, SearchConfig())
+    for w in network.weights().values():
+        step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    return step, batch
+
+
 def count(
-    fused: bool,
+    kernels: str | None,
     batch_size: int,
     channels: int,
     layers: int,
     size: int = 32,
     device: str = "meta",
-    triton: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """The counts of one step, not the first (there are momenta); on ATen, or with `triton` on that backend.
+) -> Counted:
+    """The counts of one step with the fused cells on the kernels of this package ("triton", "native"), or of
+    the textbook's. On a real device, too, the kernels compute nothing.
 
     With a 2-byte `dtype` the activations of the cells are of it.
     """
-    with torch.device(device):
-        network = Supernet(channels, 10, layers, fused=fused)
-        images = torch.zeros(batch_size, 3, size, size)
-        labels = torch.zeros(batch_size, dtype=torch.int64)
-    amp_dtype = None if dtype == torch.float32 else type_name(dtype)
-    config = SearchConfig(fused=fused, amp_dtype=amp_dtype)
-    step = (FusedStep if fused else TextbookStep)(network, config)
-    if not fused:
-        for w in network.weights().values():
-            step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
-    batch = images, labels
-    with ExitStack() as stack:
-        traffic, done = Traffic(), []
-        if triton:
-            from darts_fast.kernels import triton_backend, triton_launch
-
-            stack.enter_context(using(triton_backend))
-            stack.enter_context(triton_launch.observed(traffic.launched))
-            stack.enter_context(triton_launch.observed(lambda planned: done.append(operations(planned))))
-        else:
-            stack.enter_context(using(torch_backend))  # meta tensors have no C++ kernels
-        stack.enter_context(traffic)
-        found = phases(step.phases(batch, batch, 0.025), traffic)
-    return {
-        "phases": found,
-        "total": traffic.total,
-        "peak": traffic.peak,
-        "by_name": traffic.by_name,
-        "operations": [sum(part) for part in zip(*done, strict=True)],
-    }
+    step, batch = step_and_batch(kernels, batch_size, channels, layers, size, device, dtype)
+    traffic, marks = Traffic(), [("", 0, Count())]
+    with collected() as calls:
+        kept = 0
+        if kernels is not None:
+            # Made beforehand: its tensors only stand for buffers, and are no memory.
+            stem = batch_size, STEM_MULTIPLIER * channels, size, size
+            plan = step.network._fused_cells.plan(stem, dtype, torch.device(device), True)
+            kept = plan.layouts["exact"].sizes["forward kept"]
+        with traffic, observed_phases(lambda name: marks.append((name, len(calls), traffic.total))):
+            step(batch, batch, 0.025)
+    by_name, done, most, phases = dict(traffic.by_name), [(0, 0)], 0, {}
+    for (_, start, before), (name, end, after) in pairwise(marks):
+        phases[name] = Count(after.launches - before.launches, after.bytes - before.bytes)
+        for call in calls[start:end]:
+            found = list(launches(import_module(f"darts_fast.kernels.{kernels}"), [call]))
+            most = max(most, temporaries(call, found))
+            for launch in found:
+                phases[name] = phases[name].plus(1, launch.bytes)
+                by_name[launch.name] = by_name.get(launch.name, Count()).plus(1, launch.bytes)
+                if kernels == "triton":
+                    done.append(operations(launch))
+    assert marks[-1][1:] == (len(calls), traffic.total)  # nothing comes behind the last phase
+    total = Count(*map(sum, zip(*phases.values(), strict=True)))
+    arithmetic = tuple(map(sum, zip(*done, strict=True)))
+    return Counted(phases, total, traffic.peak + most, by_name, arithmetic, kept)
 
 
 VARIANTS = {
-    "textbook": {"fused": False},
-    "fused, ATen": {"fused": True},
-    "fused, ATen, bfloat16": {"fused": True, "dtype": torch.bfloat16},
-    "fused, Triton": {"fused": True, "triton": True},
-    "fused, Triton, bfloat16": {"fused": True, "triton": True, "dtype": torch.bfloat16},
+    "textbook": {"kernels": None},
+    "fused, Triton": {"kernels": "triton"},
+    "fused, Triton, bfloat16": {"kernels": "triton", "dtype": torch.bfloat16},
 }
 
 
@@ -129,18 +163,18 @@ def main() -> None:
         found = count(
             batch_size=args.batch_size, channels=args.init_channels, layers=args.layers, **VARIANTS[name]
         )
-        results[name] = found
+        results[name] = found._asdict()
         print(f"\n{name:<32}{'launches':>10}{'GB':>9}")
-        for phase, (launches, moved) in [*found["phases"].items(), ("total", found["total"])]:
-            print(f"{phase:<32}{launches:>10,}{moved / 1e9:>9.1f}")
-        print(f"{'peak of live bytes':<32}{'':>10}{found['peak'] / 1e9:>9.1f}")
-        if found["operations"]:
-            depthwise, pointwise = (f"{part / 1e9:,.0f}" for part in found["operations"])
+        for phase, (number, moved) in [*found.phases.items(), ("total", found.total)]:
+            print(f"{phase:<32}{number:>10,}{moved / 1e9:>9.1f}")
+        print(f"{'peak of live bytes':<32}{'':>10}{found.peak / 1e9:>9.1f}")
+        if any(found.operations):
+            depthwise, pointwise = (f"{part / 1e9:,.0f}" for part in found.operations)
             print(f"GFLOP of separable halves: {depthwise} depthwise, {pointwise} pointwise")
-        for operation, (launches, moved) in sorted(
-            found["by_name"].items(), key=lambda item: item[1].bytes, reverse=True
+        for operation, (number, moved) in sorted(
+            found.by_name.items(), key=lambda item: item[1].bytes, reverse=True
         )[: args.top]:
-            print(f"    {operation:<28}{launches:>10,}{moved / 1e9:>9.1f}")
+            print(f"    {operation:<28}{number:>10,}{moved / 1e9:>9.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps({"setting": vars(args), "torch": torch.__version__, **results}))
 

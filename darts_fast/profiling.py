@@ -24,20 +24,35 @@ REST = "rest of the step"
 UNCAPTURED = "a step, uncaptured"  # recorded once beside a captured one, see `Profiler`
 
 _recording: list[torch.device] = []  # the device, while steps are recorded
+_observers: list[Callable[[str], None]] = []
 
 
 def phase(name: str) -> AbstractContextManager:
-    """A named range of the trace, while one is recorded; otherwise nothing."""
-    return _range(name) if _recording else nullcontext()
+    """A part of a step by name: a range of the trace, while one is recorded, and what `observed_phases` tells
+    of. Otherwise nothing."""
+    return _range(name) if _recording or _observers else nullcontext()
+
+
+@contextmanager
+def observed_phases(ended: Callable[[str], None]) -> Iterator[None]:
+    """Within, `ended` is called with the name of each phase that has ended."""
+    _observers.append(ended)
+    try:
+        yield
+    finally:
+        _observers.pop()
 
 
 @contextmanager
 def _range(name: str) -> Iterator[None]:
     with ExitStack() as within:
-        within.enter_context(torch.profiler.record_function(name))
-        if _recording[-1].type == "cuda":
-            within.enter_context(torch.cuda.nvtx.range(name))
+        if _recording:
+            within.enter_context(torch.profiler.record_function(name))
+            if _recording[-1].type == "cuda":
+                within.enter_context(torch.cuda.nvtx.range(name))
         yield
+    for ended in _observers:
+        ended(name)
 
 
 class Profiler:
