@@ -729,6 +729,7 @@ class Add(NamedTuple):
 
 
 ALL_KINDS = Kind(3), Kind(5), Kind(3, 2), Kind(5, 2)
+TWO_SOURCES = *ALL_KINDS, *(kind._replace(source=1) for kind in ALL_KINDS)
 PAIR = Kind(0), Kind(0, offset=1)
 
 # These cases run every function, and are small enough for the interpreter of Triton.
@@ -786,7 +787,7 @@ MORE_CASES = (
         # With a single channel most derivatives of a batch norm are zero: relative errors would mean nothing.
         f"halves {shape}, stride {stride}, {norm or 'as they are'}": Sepconv(
             (shape[0], max(2, shape[1]), *shape[2:]),
-            (*ALL_KINDS, *(kind._replace(source=1) for kind in ALL_KINDS)),
+            TWO_SOURCES,
             stride,
             outputs=max(2, shape[1] - stride + 1),
             norm=norm,
@@ -799,7 +800,7 @@ MORE_CASES = (
     }
     | {
         f"halves of one channel, stride {stride}": Sepconv(
-            (2, 1, 6, 5), ALL_KINDS, stride, norm="batch", read_as_it_is=True
+            (2, 1, 5, 6), TWO_SOURCES, stride, norm="batch", read_as_it_is=True
         )
         for stride in (1, 2)
     }
