@@ -244,12 +244,12 @@ class Sweeps:
 
     def gradient_order(self) -> Tensor:
         """int64 [parameters]: gradients[order] is the gradient of the weights."""
-        found = torch.full(self.weights.shape, -1)
+        if sum(math.prod(p.shape) for _, p in self._gradient_parts) != self.weights.numel():
+            raise ValueError("there are weights that no operation of the cells has, or several")
+        found = torch.empty(self.weights.numel(), dtype=torch.int64)
         for start, p in self._gradient_parts:
             size = math.prod(p.shape)
             found[p.offset : p.offset + size] = torch.arange(start, start + size)
-        if (found < 0).any():
-            raise ValueError("there are weights that no operation of the cells has")
         return found
 
 

@@ -8,7 +8,7 @@ from darts_fast import Genotype, InputError, load_network, network
 from darts_fast.derived import auxiliary_fits, dropped, multiply_adds, packed, parameter_count
 from darts_fast.genotype import OPERATIONS
 from darts_fast.interop import load_official_eval
-from darts_fast.kernels import triton_backend
+from darts_fast.kernels import triton
 from darts_fast.kernels.backends import using
 from darts_fast.notation import NAMED, parse
 
@@ -210,7 +210,7 @@ def test_fused_is_the_same_network_on_triton():
     for fused, dtype, activations in variants:
         torch.manual_seed(0)
         module = network(genotype, 5, 4, 3, 1, pool_batch_norm=True, fused=fused).to(dtype)
-        with using(triton_backend):
+        with using(triton):
             logits = module(images.to(dtype), activations)
             gradients = torch.autograd.grad(logits.square().sum(), list(module.parameters()))
         assert all(g.dtype == dtype for g in gradients)

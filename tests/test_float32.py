@@ -10,7 +10,7 @@ from conftest import relative_error
 from official import LAYOUTS, everything, official_network
 
 from darts_fast.config import SearchConfig
-from darts_fast.kernels import native, aten
+from darts_fast.kernels import aten, native
 from darts_fast.kernels.backends import using
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
