@@ -129,7 +129,9 @@ class Backend(Protocol):
         *,
         adjoint: Tensor,  # [sources, N, C, H, W]: H = dL/dh = [h > 0] (D' * P' Y), summed over the tasks
         sums: Tensor | None,  # [2, sources, C]: of H, H h; None: no source is normalised
-        gradients: Tensor | None,  # [tasks, K C + C taps]: dP [K, C], then dD [C, k k]; None: not wanted
+        # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k], the
+        # rest is not written; None: the gradients are not wanted
+        gradients: Tensor | None,
     ) -> list[Launch]: ...
 
     def sepconv_tangent(
@@ -155,7 +157,7 @@ class Backend(Protocol):
         sums: Tensor | None,  # [2, sources, C]: of Hd, Hd h; None: no source is normalised
     ) -> list[Launch]: ...
 
-    # A node: o = sum over candidates k of p_k h_k.
+    # A node: o = sum over candidates k of p_k h_k. In all sums h of a candidate without statistics is y.
 
     def mix_forward(
         self,
@@ -246,7 +248,9 @@ class Backend(Protocol):
         stride: int,
         *,
         pools: Tensor,  # [2, N, C, H', W']: maximum, average
-        position: Tensor,  # uint8 [N, C, H', W']: of the maximum in its window, 0 to 8, row-major, the first
+        # uint8 [N, C, H', W']: of the maximum in its window, 0 to 8, row-major; of equal values the first, and
+        # of NaNs, which are maxima, the last
+        position: Tensor,
         statistics: Tensor | None,  # [2, 3, C]; None: they are not wanted
     ) -> list[Launch]: ...
 
