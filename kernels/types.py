@@ -129,8 +129,8 @@ class Backend(Protocol):
         *,
         adjoint: Tensor,  # [sources, N, C, H, W]: H = dL/dh = [h > 0] (D' * P' Y), summed over the tasks
         sums: Tensor | None,  # [2, sources, C]: of H, H h; None: no source is normalised
-        # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k], the
-        # rest is not written; None: the gradients are not wanted
+        # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k];
+        # the rest of a row is not written. None: the gradients are not wanted
         gradients: Tensor | None,
     ) -> list[Launch]: ...
 
@@ -248,8 +248,8 @@ class Backend(Protocol):
         stride: int,
         *,
         pools: Tensor,  # [2, N, C, H', W']: maximum, average
-        # uint8 [N, C, H', W']: of the maximum in its window, 0 to 8, row-major; of equal values the first, and
-        # of NaNs, which are maxima, the last
+        # uint8 [N, C, H', W']: of the maximum in its window, 0 to 8, row-major; of equal values the first; of
+        # NaNs, which are maxima, the last
         position: Tensor,
         statistics: Tensor | None,  # [2, 3, C]; None: they are not wanted
     ) -> list[Launch]: ...
