@@ -5,14 +5,13 @@ and registers and spills of the compiled kernels.
 
 Prints what differs from benchmarks/baseline.json and exits with 1 if anything does; `--update` writes the
 figures of now there. Counted on meta tensors, at the paper's channels, on 3 layers (traffic.py); one launch
-of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/aot.py). Figures of other versions of
+of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/triton/aot.py). Figures of other versions of
 PyTorch or Triton are not compared, which it says.
 """
 
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,8 +19,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import traffic  # noqa: E402
 
-from darts_fast.kernels import torch_backend  # noqa: E402
-from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 FILE = Path(__file__).with_name("baseline.json")
@@ -35,17 +32,18 @@ def counted() -> Counts:
     found = {}
     for variant, options in traffic.VARIANTS.items():
         step = traffic.count(**SETTING, **options)
-        for phase, (launches, moved) in step["phases"].items():
-            found[f"{variant}: {phase}"] = {"launches": launches, "bytes": moved}
-        found[f"{variant}: whole step"] = {"peak live bytes": step["peak"], "saved bytes": saved(**options)}
+        for phase, count in step.phases.items():
+            found[f"{variant}: {phase}"] = count._asdict()
+        saved = step.kept if options["kernels"] else saved_by_the_textbook()
+        found[f"{variant}: whole step"] = {"peak live bytes": step.peak, "saved bytes": saved}
     return found
 
 
-def saved(fused: bool, triton: bool = False, dtype: torch.dtype = torch.float32) -> int:
+def saved_by_the_textbook() -> int:
     """Bytes that one forward pass keeps for its backward pass, weights and images left out."""
     batch_size, channels, layers, size = SETTING.values()
     with torch.device("meta"):
-        network = Supernet(channels, 10, layers, fused=fused)
+        network = Supernet(channels, 10, layers)
         images = torch.zeros(batch_size, 3, size, size)
         labels = torch.zeros(batch_size, dtype=torch.int64)
     given = {t.untyped_storage()._cdata for t in (network.flat_weights, images, labels)}
@@ -57,23 +55,19 @@ def saved(fused: bool, triton: bool = False, dtype: torch.dtype = torch.float32)
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    if triton:
-        from darts_fast.kernels import triton_backend
-    backend = using(triton_backend if triton else torch_backend) if fused else nullcontext()
-    with backend, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = network(images, None if dtype == torch.float32 else dtype)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
     assert loss.requires_grad  # the graph, and so what it keeps, was alive until here
     return sum(kept.values())
 
 
 def compiled() -> Counts:
     """Of the first launch of every kernel at 16 channels."""
-    from darts_fast.kernels import aot
+    from darts_fast.kernels.triton import aot
 
     first = {}
     for planned in aot.supernet_launches(torch.bfloat16, quick=True):
-        first.setdefault(planned.kernel.fn.__name__, planned)
+        first.setdefault(planned.name, planned)
     found = {}
     for planned in first.values():
         report = aot.report(planned, 90)

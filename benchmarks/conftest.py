@@ -46,7 +46,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     where = torch.device(config.getoption("--device"))
     machine_info.update(environment(where))
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["kernels"] = kernels.used(torch.empty(0, device=where))
+    machine_info["kernels"] = kernels.used(where, torch.float32)
 
 
 def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@
     python benchmarks/step.py --sweep batch_size=8,16,32,64 [--cpu_time] ...
 
 Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
-variant; the textbook's time over the variant's, pair by pair; peak memory, measured on CUDA and else counted;
-launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of the device's
-measured copy rate; the p50 of every phase. What cannot run here is named with the reason. `--sweep` races the
-variants at each value of batch_size, init_channels, layers, size or threads, all values in turns, and draws a
-plot; over batch_size it also fits the part of a step that is the same for any number of images. `--cpu_time`
-takes the seconds of the processor for those of the wall, on a machine with other work. Every variant adds a
-line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
+variant; the textbook's time over the variant's, pair by pair; on a CPU the share of the time outside the
+kernels' programs (p50); peak memory, measured on CUDA and else counted; launches and bytes, counted by
+traffic.py; the bandwidth that these bytes make, and its share of the device's measured copy rate; the p50 of
+every phase. What cannot run here is named with the reason. `--digits` takes the sizes of run.py's default.
+`--sweep` races the variants at each value of batch_size, init_channels, layers, size or threads, all values
+in turns, and draws a plot; over batch_size it also fits the part of a step that is the same for any number of
+images. `--cpu_time` takes the seconds of the processor for those of the wall, on a machine with other work.
+Every variant adds a line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
 """
 
 import argparse
@@ -22,9 +23,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -35,29 +38,29 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draw  # noqa: E402
 import traffic  # noqa: E402
-from fused_step import Batch, FusedStep  # noqa: E402
-from textbook import TextbookStep  # noqa: E402
+from textbook import Batch, TextbookStep  # noqa: E402
 
 from darts_fast import architect  # noqa: E402
 from darts_fast.capture import Captured  # noqa: E402
 from darts_fast.config import SearchConfig  # noqa: E402
-from darts_fast.kernels import native, torch_backend  # noqa: E402
+from darts_fast.kernels import native  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.kernels.types import Backend, Call  # noqa: E402
 from darts_fast.loop import nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
-from darts_fast.profiling import copy_rate  # noqa: E402
+from darts_fast.profiling import copy_rate, observed_phases  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
-from darts_fast.traffic import Traffic  # noqa: E402
 
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64
+OUTSIDE = "outside kernels"  # seconds of a step that no program of the kernels takes
 
 
 class Variant(NamedTuple):
     """A way to take the step."""
 
-    kernels: str | None = None  # "torch", "native" or "triton"; None: the textbook's cells
+    kernels: str | None = None  # "aten", "native" or "triton"; None: the textbook's cells
     amp_dtype: str | None = None
     captured: bool = False
     channels_last: bool = False
@@ -69,7 +72,7 @@ VARIANTS = {
     "textbook": Variant(),
     "textbook, channels-last": Variant(channels_last=True),
     "textbook, torch.compile": Variant(compiled=True),
-    "fused, ATen": Variant("torch"),
+    "fused, ATen": Variant("aten"),
     "fused, C++": Variant("native"),
     "fused, Triton": Variant("triton"),
     "fused, Triton, captured": Variant("triton", captured=True),
@@ -91,6 +94,10 @@ class Setting(NamedTuple):
     @property
     def label(self) -> str:
         return "-".join(f"{letter}{value}" for letter, value in zip("bclst", self, strict=True))
+
+
+_SMALL = SearchConfig.SMALL
+DIGITS = Setting(SearchConfig().batch_size, _SMALL["init_channels"], _SMALL["layers"], 8)
 
 
 def missing(variant: Variant, device: torch.device) -> str | None:
@@ -124,15 +131,15 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def check() -> None:
     """On the CPU, on a small network in float64: the fused step with finite differences must end where the
-    textbook's does, its exact product must be automatic differentiation's on the reference cell, and its step
-    by phases must be `SearchStep`'s to the bit. Raises AssertionError where they do not."""
+    textbook's does, and its exact product must be automatic differentiation's on the reference cell. Raises
+    AssertionError where they do not."""
     dtype, (train, validation) = torch.float64, batches(4, 8, torch.float64)
     networks = [supernet(4, 3, fused, dtype) for fused in (False, True)]
     differences = SearchConfig(hvp="finite-difference")
     steps = TextbookStep(networks[0], differences), SearchStep(networks[1], differences)
     for _ in range(2):
-        list(steps[0].phases(train, validation, LR))
-        steps[1](train, validation, LR)
+        for step in steps:
+            step(train, validation, LR)
     for kind in ("weights", "alphas"):
         found, expected = (getattr(network, kind)() for network in networks[::-1])
         assert error(found, expected) < TOLERANCE, f"{kind} after two steps: {error(found, expected):.3g}"
@@ -141,12 +148,6 @@ def check() -> None:
     for name, expected in products[0].items():
         found = error({name: products[1][name]}, {name: expected})
         assert found < TOLERANCE, f"{name}: {found:.3g}"
-
-    whole, phased = (supernet(4, 3, True, dtype) for _ in range(2))
-    SearchStep(whole, SearchConfig())(train, validation, LR)
-    list(FusedStep(phased, SearchConfig()).phases(train, validation, LR))
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, phased.state_dict()[name]), f"by phases, {name} is not SearchStep's"
 
 
 def quantities(
@@ -206,6 +207,23 @@ def check_on(
 # The race
 
 
+class Timed:
+    """A `Backend` that computes by another one and adds up the seconds that its programs take on the host."""
+
+    def __init__(self, backend: Backend, clock: Callable[[], float]):
+        self.backend, self.clock, self.seconds = backend, clock, 0.0
+
+    def program(self, calls: Sequence[Call]) -> Callable[[], None]:
+        run, clock = self.backend.program(calls), self.clock
+
+        def timed() -> None:
+            start = clock()
+            run()
+            self.seconds += clock() - start
+
+        return timed
+
+
 class Runner:
     """A variant at a setting on a device, ready to take steps. `peak`: bytes at most allocated for it, on
     CUDA. `clock` gives seconds on a CPU."""
@@ -214,11 +232,13 @@ class Runner:
 
     def __init__(self, name: str, setting: Setting, device: torch.device, compile_seconds: int = 0):
         self.name, self.variant, self.setting, self.device = name, VARIANTS[name], setting, device
-        self.peak = None
+        self.peak = self.graph = self.backend = None
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         fused = self.variant.kernels is not None
+        if fused:
+            self.backend = Timed(import_module(f"darts_fast.kernels.{self.variant.kernels}"), self.clock)
         network = supernet(setting.init_channels, setting.layers, fused, torch.float32).to(device)
         pair = batches(setting.batch_size, setting.size, torch.float32)
         self.batches = [(x.to(device), y.to(device)) for x, y in pair]
@@ -233,10 +253,9 @@ class Runner:
             for cell in network.cells:
                 cell.compile()
             limit = time_limit(compile_seconds)
+        self.step = partial((SearchStep if fused else TextbookStep)(network, config), *self.batches, LR)
         if self.variant.captured:
-            self.phases = partial(_captured, SearchStep(network, config), self.batches)
-        else:
-            self.phases = (FusedStep if fused else TextbookStep)(network, config).phases
+            self.step = self._captured(self.step.func)
         with limit:
             self.take()
         if device.type == "cuda":
@@ -244,42 +263,47 @@ class Runner:
             self.peak = torch.cuda.max_memory_allocated(device) - before
 
     def take(self) -> dict[str, float]:
-        """Takes a step; seconds of each phase and of the whole."""
-        modules = {"torch": torch_backend, "native": native}
-        chosen = modules.get(self.variant.kernels)  # Triton is what CUDA has without being told
+        """Takes a step; seconds of each phase, of the whole, and on a CPU outside the kernels' programs."""
         if self.device.type == "cpu" and torch.get_num_threads() != self.setting.threads:
             torch.set_num_threads(self.setting.threads)
-        with using(chosen) if chosen else nullcontext():
-            return timed(self.phases(*self.batches, LR), self.device, self.clock)
+        if self.backend is None:
+            return timed(self.step, self.device, self.clock)
+        before = self.backend.seconds
+        with using(self.backend):
+            found = timed(self.step, self.device, self.clock, phases=not self.variant.captured)
+        if self.device.type == "cpu":
+            found[OUTSIDE] = found["step"] - (self.backend.seconds - before)
+        return found
 
-
-def _captured(step: SearchStep, buffers: list[Batch], *_: Any) -> Iterator[str]:
-    """The step as one CUDA graph; captured when it is first taken."""
-    if not hasattr(step, "graph"):
+    def _captured(self, step: SearchStep) -> Callable[[], Tensor]:
+        """The step as one CUDA graph, captured when it is first taken."""
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
-        tensors = [tensor for batch in buffers for tensor in batch]
-        inputs = dict(zip(names, map(torch.clone, tensors), strict=True))
-        step.graph = Captured(step.take, inputs, step.tensors, graph=True)
-        step.given = dict(zip(names, tensors, strict=True))
+        inputs = dict(zip(names, [tensor for batch in self.batches for tensor in batch], strict=True))
+        buffers = {name: tensor.clone() for name, tensor in inputs.items()}
+        self.graph = Captured(step.take, buffers, step.tensors, graph=True)
         step.lr.fill_(LR)
-    step.graph(**step.given)
-    yield "step"
+        return partial(self.graph, **inputs)
 
 
 def timed(
-    phases: Iterator[str], device: torch.device, clock: Callable[[], float] = time.perf_counter
+    step: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+    phases: bool = True,
 ) -> dict[str, float]:
-    """Seconds of each phase and of the whole step, on CUDA on the device's own clock."""
-    names, marks = [], [_mark(device, clock)]
-    for name in phases:
-        names.append(name)
-        marks.append(_mark(device, clock))
+    """Seconds of each phase, if they are wanted, and of the whole step, on CUDA on the device's own clock."""
+    marks = [("", _mark(device, clock))]
+
+    def ended(name: str) -> None:
+        marks.append((name, _mark(device, clock)))
+
+    with observed_phases(ended) if phases else nullcontext():
+        step()
+    ended("step")
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    found = {
-        name: _between(a, b) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)
-    }  # fmt: skip
-    return {**found, "step": _between(marks[0], marks[-1])}
+    found = {name: _between(a, b) for (_, a), (name, b) in pairwise(marks[:-1])}
+    return {**found, "step": _between(marks[0][1], marks[-1][1])}
 
 
 def _mark(device: torch.device, clock: Callable[[], float]) -> Any:
@@ -359,27 +383,14 @@ def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: percentiles([row[name] for row in rows]) for name in rows[0]}
 
 
-def counted(runner: Runner) -> dict[str, Any] | None:
-    """Launches, bytes and peak of live bytes: by traffic.py, or of the C++ kernels by another step; None
-    where there is no count of the variant."""
+def counted(runner: Runner) -> traffic.Counted | None:
+    """By traffic.py; None where there is no count of the variant."""
     setting, variant = runner.setting, runner.variant
-    if variant.compiled or variant.channels_last:
+    if variant.compiled or variant.channels_last or variant.kernels == "aten":
         return None
-    if variant.kernels == "native":
-        with Traffic() as found, native.observed(found.called):
-            runner.take()
-        return {"launches": found.total.launches, "bytes": found.total.bytes, "peak": found.peak}
     dtype = torch.float32 if variant.amp_dtype is None else torch.bfloat16  # as many bytes as float16
-    found = traffic.count(
-        variant.kernels is not None,
-        setting.batch_size,
-        setting.init_channels,
-        setting.layers,
-        setting.size,
-        triton=variant.kernels == "triton",
-        dtype=dtype,
-    )
-    return {"launches": found["total"].launches, "bytes": found["total"].bytes, "peak": found["peak"]}
+    sizes = setting.batch_size, setting.init_channels, setting.layers, setting.size
+    return traffic.count(variant.kernels, *sizes, dtype=dtype)
 
 
 def records(
@@ -396,14 +407,16 @@ def records(
         ]
         seconds = summary(own)
         record = {"variant": runner.name, "setting": runner.setting._asdict(), "seconds": seconds}
+        if OUTSIDE in own[0]:
+            record[OUTSIDE] = percentiles([row[OUTSIDE] / row["step"] for row in own])[1]
         if base:
             record["ratio"] = percentiles([b["step"] / o["step"] for b, o in zip(base[0], own, strict=True)])
         counts = counted(runner) if count else None
         if counts:
-            record |= {"launches": counts["launches"], "bytes": counts["bytes"]}
-            record["bandwidth"] = counts["bytes"] / seconds["step"][1]
+            record |= counts.total._asdict()
+            record["bandwidth"] = counts.total.bytes / seconds["step"][1]
             record["of copy"] = record["bandwidth"] / rate
-            record["peak counted"] = counts["peak"]
+            record["peak counted"] = counts.peak
         if runner.peak is not None:
             record["peak measured"] = runner.peak
         found.append(record)
@@ -419,6 +432,7 @@ COLUMNS = [
     "p80",
     "ratio",
     "p20-p80",
+    OUTSIDE,
     "peak GB",
     "launches",
     "GB",
@@ -435,7 +449,7 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
         low, middle, high = record.get("ratio", [None] * 3)
         ratio = ["", ""] if middle is None else [f"{middle:.2f}", f"{low:.2f}-{high:.2f}"]
         peak = record.get("peak measured", record.get("peak counted"))
-        cells = [f"{peak / 1e9:.2f}" if peak else ""]
+        cells = [f"{record[OUTSIDE]:.1%}" if OUTSIDE in record else "", f"{peak / 1e9:.2f}" if peak else ""]
         if "launches" in record:
             cells += [f"{record['launches']:,}", f"{record['bytes'] / 1e9:.1f}"]
             cells += [f"{record['bandwidth'] / 1e9:.1f}", f"{record['of copy']:.0%}"]
@@ -446,7 +460,7 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def phase_table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: p50 of each phase in milliseconds, a column a variant that has phases."""
+    """Header and rows: p50 of each phase in milliseconds, a column a variant whose phases were observed."""
     phased = [record for record in found if len(record["seconds"]) > 1]
     names = list(dict.fromkeys(name for record in phased for name in record["seconds"]))
     rows = [
@@ -517,6 +531,7 @@ def main() -> int:
         parser.add_argument(
             f"--{name}", type=int, default=torch.get_num_threads() if name == "threads" else value
         )
+    parser.add_argument("--digits", action="store_true", help="the sizes of run.py's default, on digits")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after one not timed")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
@@ -535,7 +550,8 @@ def main() -> int:
             parser.error("--cpu_time is for --device cpu --threads 1")
         Runner.clock = staticmethod(time.process_time)
     device = torch.device(args.device)
-    base = Setting(**{name: getattr(args, name) for name in Setting._fields})
+    base = DIGITS if args.digits else Setting(**{name: getattr(args, name) for name in Setting._fields})
+    base = base._replace(threads=args.threads)
     name, values = args.sweep or ("batch_size", [base.batch_size])
     with strict_float32(), nothing_old_collected():  # as a run has it
         check()
