@@ -17,7 +17,6 @@ is written anew every few seconds, and the next section runs. Exits with 1 if an
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -38,12 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draw  # noqa: E402
 import step as race  # noqa: E402
 import traffic  # noqa: E402
-from fused_step import FusedStep  # noqa: E402
 
 from darts_fast import profiling  # noqa: E402
 from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
 from darts_fast.data import Dataset  # noqa: E402
+from darts_fast.kernels import plan  # noqa: E402
+from darts_fast.kernels.backends import collected, using  # noqa: E402
+from darts_fast.kernels.types import Call  # noqa: E402
 from darts_fast.precision import FIRST_LOSS_SCALE, TYPES, strict_float32  # noqa: E402
+from darts_fast.search import SearchStep  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # Nothing here asks for CUDA when it is imported: each section is a fork of this process.
@@ -109,7 +111,7 @@ def environment(bench: Bench) -> None:
     bench.fact("processors", os.cpu_count())
     from darts_fast import kernels
 
-    bench.fact("kernels of float32", kernels.used(torch.empty(0, device=bench.device)))
+    bench.fact("kernels of float32", kernels.used(bench.device, torch.float32))
     bench.part["copy"] = profiling.copy_rate(bench.device)
     bench.fact("copy, GB/s read and written", f"{bench.part['copy'] / 1e9:.1f}")
     bench.part["matmul"] = {}
@@ -143,7 +145,7 @@ def compilation(bench: Bench) -> None:
     alone would compile some 400 kernels one after the other."""
     if not bench.cuda:  # kernels that are to be interpreted are no sources for a compiler
         os.environ.pop("TRITON_INTERPRET", None)
-    from darts_fast.kernels.compilation import compile_ahead, processes
+    from darts_fast.kernels.triton.compilation import compile_ahead, processes
 
     major, minor = torch.cuda.get_device_capability() if bench.cuda else (9, 0)
     count = 1 if bench.quick else processes()
@@ -163,13 +165,13 @@ def compilation(bench: Bench) -> None:
 
 
 def _error(planned: Any, arch: int, error: str) -> str:
-    return error and f"{planned.kernel.fn.__name__}: {error[:500]}"
+    return error and f"{planned.name}: {error[:500]}"
 
 
 def launches_to_compile(bench: Bench, kind: str) -> list:
     """Those that differ for the compiler, with activations of a type: of the race, of an epoch's last batch
     and of the agreement; or of the training of DARTS_V2."""
-    from darts_fast.kernels.compilation import unique
+    from darts_fast.kernels.triton.compilation import unique
 
     if kind.startswith("training"):
         launches = launches_of_a_training(kind.split()[1])
@@ -182,40 +184,31 @@ def launches_to_compile(bench: Bench, kind: str) -> list:
     return unique(launches)[: 2 if bench.quick else None]
 
 
-def launches_of_a_training(dtype: str) -> list:
-    """The Triton launches of a training step of DARTS_V2 at the paper's setting, recorded without a GPU."""
+def launches_of_a_training(dtype: str) -> Iterator[Any]:
+    """The Triton launches of a training step of DARTS_V2 at the paper's setting, on meta tensors."""
     from darts_fast import load_genotype, network
-    from darts_fast.kernels import triton_backend
-    from darts_fast.kernels.backends import using
-    from darts_fast.kernels.triton_launch import observed
 
     with torch.device("meta"):
         module = network(load_genotype("DARTS_V2"), 10, 36, 20, auxiliary=True, fused=True)
         images = torch.zeros(96, 3, 32, 32)
-    found: list = []
-    with using(triton_backend), observed(found.append):
-        outputs = module(images, None if dtype == "float32" else TYPES[dtype])
+    with collected() as calls:
+        outputs = module(images, TYPES.get(dtype))
         torch.autograd.grad([y.sum() for y in outputs], list(module.parameters()), materialize_grads=True)
-    return found
+    return _launches(calls)
 
 
-def launches_of_a_step(setting: race.Setting, dtype: str) -> list:
-    """The Triton launches of virtual step, validation pass and exact product, recorded without a GPU."""
-    from darts_fast.kernels import triton_backend
-    from darts_fast.kernels.backends import using
-    from darts_fast.kernels.triton_launch import observed
+def launches_of_a_step(setting: race.Setting, dtype: str) -> Iterator[Any]:
+    """The Triton launches of a search step, on meta tensors."""
+    step, batch = traffic.step_and_batch("triton", *setting[:4], "meta", TYPES.get(dtype, torch.float32))
+    with collected() as calls:
+        step(batch, batch, race.LR)
+    return _launches(calls)
 
-    with torch.device("meta"):
-        network = race.Supernet(setting.init_channels, 10, setting.layers, fused=True)
-        images = torch.zeros(setting.batch_size, 3, setting.size, setting.size)
-        batch = images, torch.zeros(setting.batch_size, dtype=torch.int64)
-    config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
-    found: list = []
-    with using(triton_backend), observed(found.append):
-        phases = FusedStep(network, config).phases(batch, batch, race.LR)
-        for _ in itertools.islice(phases, 3):
-            pass
-    return found
+
+def _launches(calls: list[Call]) -> Iterator[Any]:
+    from darts_fast.kernels import triton
+
+    return plan.launches(triton, calls)
 
 
 def agreement(bench: Bench) -> None:
@@ -273,7 +266,6 @@ def agreement(bench: Bench) -> None:
 def _captured_alike(bench: Bench, amp_dtype: str | None) -> str:
     """Whether three captured steps end in the bits of three uncaptured ones."""
     from darts_fast.capture import Captured
-    from darts_fast.search import SearchStep
 
     setting, ends = bench.setting, []
     names = ("train_images", "train_labels", "validation_images", "validation_labels")
@@ -301,7 +293,7 @@ def one_step(bench: Bench) -> None:
     if bench.quick:
         names = ["textbook", "fused, ATen", "fused, C++"]
     if bench.cuda:  # captured last: the riskiest
-        names.sort(key=lambda name: (race.VARIANTS[name].captured, race.VARIANTS[name].kernels == "torch"))
+        names.sort(key=lambda name: (race.VARIANTS[name].captured, race.VARIANTS[name].kernels == "aten"))
     entrants: list[race.Runner] = []
     with strict_float32():
         for name in names:
@@ -368,14 +360,14 @@ def kernels(bench: Bench) -> None:
                 inner=10 if bench.cuda else 1,
             )
             depthwise, pointwise = traffic.operations(planned)
-            least = {"bytes": planned.bytes() / copy}
+            least = {"bytes": planned.bytes / copy}
             if dot and fma:
                 least["operations"] = depthwise / fma + pointwise / dot
             bound = max(least, key=least.get)
             rows.append((planned, count, seconds, least[bound] / seconds, bound))
         rows.sort(key=lambda row: row[1] * row[2], reverse=True)
         bench.part.setdefault("rooflines", {})[dtype] = [
-            (p.kernel.fn.__name__, count * seconds, share) for p, count, seconds, share, _ in rows
+            (p.name, count * seconds, share) for p, count, seconds, share, _ in rows
         ]
         bench.fact(
             f"{dtype}: launches that differ", f"{len(found)}, in all {sum(n for _, n in found)} a step"
@@ -384,7 +376,7 @@ def kernels(bench: Bench) -> None:
         header = ["kernel", "ms a step", "launches", "us, of the slowest", "of its roofline", "bound by"]
         by_kernel: dict[str, list] = {}
         for row in rows:
-            by_kernel.setdefault(row[0].kernel.fn.__name__, []).append(row)
+            by_kernel.setdefault(row[0].name, []).append(row)
         summed = []
         for name, own in by_kernel.items():
             total = sum(n * s for _, n, s, *_ in own)
@@ -400,7 +392,7 @@ def kernels(bench: Bench) -> None:
         shown = [
             [
                 _label(p), "x".join(map(str, p.grid)), str(count), f"{1e6 * seconds:.1f}",
-                f"{p.bytes() / 1e6:.2f}", f"{p.bytes() / seconds / 1e9:.0f}", f"{share:.0%}", bound,
+                f"{p.bytes / 1e6:.2f}", f"{p.bytes / seconds / 1e9:.0f}", f"{share:.0%}", bound,
                 *_compiled(p),
             ]
             for p, count, seconds, share, bound in rows[:30]
@@ -410,28 +402,25 @@ def kernels(bench: Bench) -> None:
 
 def _observed(bench: Bench, dtype: str) -> list[tuple[Any, int]]:
     """(launch, how often) of the launches of a step that differ, on this device."""
-    from darts_fast.kernels import Task, mix, sepconv, triton_backend, triton_launch
-    from darts_fast.kernels.backends import using
-
-    found: dict[tuple, list] = {}
-
-    def seen(planned: triton_launch.Launch) -> None:
-        key = planned.kernel.fn.__name__, planned.grid, str(planned.constants)
-        found.setdefault(key, [planned, 0])[1] += 1
+    from darts_fast.kernels import single, triton
 
     setting = bench.setting
-    network = race.supernet(setting.init_channels, setting.layers, True, torch.float32).to(bench.device)
-    pair = race.batches(setting.batch_size, setting.size, torch.float32)
-    train, validation = (tuple(t.to(bench.device) for t in batch) for batch in pair)
-    config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
-    with strict_float32(), using(triton_backend), triton_launch.observed(seen):
-        if bench.quick:  # a cell's first two launches, under the interpreter
-            state = torch.randn(2, 3 * setting.init_channels, 8, 8).to(memory_format=torch.channels_last)
-            weight = network.cells[0].preprocess0[1].weight
-            outputs, statistics = sepconv([state], [Task()], [None], [weight])
-            mix(outputs, list(statistics), torch.ones(1))
+    with strict_float32(), using(triton), collected() as calls:
+        if bench.quick:  # a pair of 1x1 convolutions and both pools, under the interpreter
+            x = torch.randn(2, setting.init_channels, 8, 8)
+            weights = list(torch.randn(2, setting.init_channels, setting.init_channels, 1, 1))
+            single.sepconv(x, [single.Geometry()] * 2, [None, None], weights)
+            single.pool(x, 1)
         else:
-            list(FusedStep(network, config).phases(train, validation, race.LR))
+            network = race.supernet(setting.init_channels, setting.layers, True, torch.float32)
+            pair = race.batches(setting.batch_size, setting.size, torch.float32)
+            batches = (tuple(t.to(bench.device) for t in batch) for batch in pair)
+            config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
+            SearchStep(network.to(bench.device), config)(*batches, race.LR)
+    found: dict[tuple, list] = {}
+    for planned in _launches(calls):
+        key = planned.name, planned.grid, str(planned.constants)
+        found.setdefault(key, [planned, 0])[1] += 1
     return [(planned, count) for planned, count in found.values()]
 
 
@@ -447,9 +436,9 @@ def _compiled(planned: Any) -> list[str]:
 
 
 def _label(planned: Any) -> str:
-    from darts_fast.kernels import aot
+    from darts_fast.kernels.triton import aot
 
-    return f"{planned.kernel.fn.__name__} {aot.setting(planned)}"
+    return f"{planned.name} {aot.setting(planned)}"
 
 
 def time_line(bench: Bench) -> None:
@@ -459,7 +448,7 @@ def time_line(bench: Bench) -> None:
         name = "fused, ATen" if race.missing(race.VARIANTS["fused, C++"], bench.device) else "fused, C++"
     with strict_float32():
         runner = race.Runner(name, bench.setting, bench.device)
-        trial = runner.phases.args[0].graph.trial if runner.variant.captured else None
+        trial = runner.graph and runner.graph.trial
         profiler = profiling.Profiler(1 if bench.quick else 3, bench.device, trial)
         for _ in range(profiling.WARM_UP + profiler.steps):
             with profiler.step():

@@ -13,7 +13,7 @@ tests/test_benchmarks.py holds these counts against real runs.
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from textbook import TextbookStep  # noqa: E402
 
 from darts_fast.config import SearchConfig  # noqa: E402
-from darts_fast.kernels.backends import collected  # noqa: E402
+from darts_fast.kernels.backends import collected, using  # noqa: E402
 from darts_fast.kernels.plan import launches, tensors  # noqa: E402
 from darts_fast.kernels.types import Call, Launch  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
@@ -63,6 +63,13 @@ def operations(launch: Launch) -> tuple[int, int]:
         weights = constants["WEIGHTS"]  # their gradients, too
         return 2 * depthwise * weights, pointwise * (1 + weights)
     return depthwise, pointwise
+
+
+class Idle:
+    """A `Backend` that computes nothing."""
+
+    def program(self, calls: Sequence[Call]) -> Callable[[], None]:
+        return lambda: None
 
 
 def temporaries(call: Call, found: Iterable[Launch]) -> int:
@@ -112,7 +119,7 @@ def count(
     """
     step, batch = step_and_batch(kernels, batch_size, channels, layers, size, device, dtype)
     traffic, marks = Traffic(), [("", 0, Count())]
-    with collected() as calls:
+    with using(Idle()), collected() as calls:
         kept = 0
         if kernels is not None:
             # Made beforehand: its tensors only stand for buffers, and are no memory.
