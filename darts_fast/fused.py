@@ -97,10 +97,14 @@ class FusedCells:
         self._size = 0  # numbers in all weights
         self.cells = [self._cell(module) for module in modules]
         self._plans: dict[tuple, kernels.Plan] = {}
+        self._blocks: dict[torch.device, kernels.Blocks] = {}  # which all plans of a device share
 
     def __getstate__(self) -> dict[str, Any]:
         """Without plans, which hold memory and are made again, and without what is cached of the modules."""
-        return {name: value for name, value in self.__dict__.items() if name != "_running"} | {"_plans": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_running"} | {
+            "_plans": {},
+            "_blocks": {},
+        }
 
     def __call__(
         self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
@@ -134,8 +138,9 @@ class FusedCells:
         key = (*shape, dtype, device, training, backend)
         if key not in self._plans:
             norms = [norm.num_features for norm in self._norms]
+            blocks = self._blocks.setdefault(device, kernels.Blocks(device))
             self._plans[key] = kernels.Plan(
-                self.cells, shape, dtype, self._size, norms, training, device, backend
+                self.cells, shape, dtype, self._size, norms, training, blocks, backend
             )
         return self._plans[key]
 

@@ -13,6 +13,7 @@ backends.py   which of them computes what
 from darts_fast.kernels.backends import backend, used
 from darts_fast.kernels.network import Plan, cells
 from darts_fast.kernels.normalize import normalize
+from darts_fast.kernels.plan import Blocks
 from darts_fast.kernels.single import pool, sepconv
 
-__all__ = ["Plan", "backend", "cells", "normalize", "pool", "sepconv", "used"]
+__all__ = ["Blocks", "Plan", "backend", "cells", "normalize", "pool", "sepconv", "used"]

@@ -24,7 +24,7 @@ from darts_fast.kernels.types import Backend, Call
 class Plan:
     """The sweeps of a network's cells for one shape of x, bound to memory of a device.
 
-    Args: see `cell.Sweeps`; `backend` computes.
+    Args: see `cell.Sweeps`; `blocks` is the memory, `backend` computes.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class Plan:
         parameters: int,
         norms: Sequence[int],
         training: bool,
-        device: torch.device,
+        blocks: Blocks,
         backend: Backend,
     ):
         self.sweeps = s = Sweeps(cells, shape, dtype, parameters, norms, training)
-        self.backend, self.device, self.blocks = backend, device, Blocks(device)
+        self.backend, self.blocks = backend, blocks
         self._bound: dict[tuple, Bound] = {}
         self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
         # Of each batch norm, unbiased variance / biased variance
@@ -71,7 +71,7 @@ class Plan:
             most = max(layout.sizes.get(block, 0) for layout in self.layouts.values() for block in group)
             for layout in self.layouts.values():
                 layout.sizes.update(dict.fromkeys(group, most))
-        self.gradient_order = s.gradient_order().to(device)
+        self.gradient_order = s.gradient_order().to(blocks.device)
 
     def lease(self, layout: str, block: str) -> Lease:
         return Lease(self.blocks, self.layouts[layout].sizes[block])

@@ -204,8 +204,8 @@ def place(
 
 
 class Blocks:
-    """Memory of a device for blocks, kept when they are given back: a new one costs page faults on a CPU, and
-    other addresses everywhere."""
+    """Memory of a device for the blocks of one or several plans. A block is kept when it is given back: a new
+    one costs page faults on a CPU, and other addresses everywhere."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -213,11 +213,12 @@ class Blocks:
         self._in_use: list[bool] = []
 
     def take(self, size: int) -> Tensor:
-        """Uninitialised bytes: the first block of this size that is free, or a new one."""
-        for i, block in enumerate(self._blocks):
-            if block.numel() == size and not self._in_use[i]:
-                self._in_use[i] = True
-                return block
+        """Uninitialised bytes, at least so many: the smallest free block that has them, or a new one."""
+        free = [i for i, used in enumerate(self._in_use) if not used and self._blocks[i].numel() >= size]
+        if free:
+            i = min(free, key=lambda i: self._blocks[i].numel())
+            self._in_use[i] = True
+            return self._blocks[i]
         self._blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         self._in_use.append(True)
         return self._blocks[-1]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from darts_fast.kernels import Plan, aten, cells
+from darts_fast.kernels import Blocks, Plan, aten, cells
 from darts_fast.kernels.cell import (
     Cell,
     Convolution,
@@ -175,7 +175,7 @@ def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
     torch.manual_seed(0)
     book, data = network(nodes, operations, reduction)
     shape = 2, 5, 8, 6
-    plan = Plan(data, shape, torch.float64, book.size, book.channels, True, torch.device("cpu"), aten)
+    plan = Plan(data, shape, torch.float64, book.size, book.channels, True, Blocks(torch.device("cpu")), aten)
     lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in data}
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()

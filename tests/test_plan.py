@@ -56,8 +56,8 @@ def test_reading_what_nothing_wrote_raises():
 @pytest.fixture(scope="module")
 def plan():
     book, data = network(3, everything, True)
-    cpu = torch.device("cpu")
-    return Plan(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True, cpu, aten)
+    blocks = Blocks(torch.device("cpu"))
+    return Plan(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True, blocks, aten)
 
 
 def test_buffers_that_are_alive_together_do_not_overlap(plan):
@@ -101,7 +101,8 @@ def test_blocks_are_used_again():
     addresses = small.block.data_ptr(), large.block.data_ptr()
     del small, large
     gc.collect()
-    again = [Lease(blocks, size) for size in (1000, 100, 100)]
+    # The smallest that is large enough; where none is left, a new one.
+    again = [Lease(blocks, size) for size in (500, 50, 10)]
     assert [lease.block.data_ptr() for lease in again[:2]] == [addresses[1], addresses[0]]
     assert again[2].block.data_ptr() not in addresses
 
