@@ -34,7 +34,7 @@ test_requirements = [
 LEVELS = {"_portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"_v3": ["-march=x86-64-v3"], "_v4": ["-march=x86-64-v4"]}
-# The sources' digest is built in: Python does not call what was built of others (kernels/native/__init__.py).
+# The sources' digest is built in: Python does not call what was built of others (kernels/native/library.py).
 SOURCES = sorted(path for end in ("cpp", "h") for path in Path("kernels/native").glob(f"*.{end}"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 FLAGS = [
@@ -71,11 +71,19 @@ setup(
     python_requires=">=3.10",
     # kernels/ stands at the top level for the reader and is installed below darts_fast, so that
     # nothing else called "kernels" is shadowed.
-    packages=["darts_fast", "darts_fast.kernels", "darts_fast.kernels.native"],
+    packages=[
+        "darts_fast",
+        "darts_fast.kernels",
+        "darts_fast.kernels.aten",
+        "darts_fast.kernels.native",
+        "darts_fast.kernels.triton",
+    ],
     package_dir={
         "darts_fast": "darts_fast",
         "darts_fast.kernels": "kernels",
+        "darts_fast.kernels.aten": "kernels/aten",
         "darts_fast.kernels.native": "kernels/native",
+        "darts_fast.kernels.triton": "kernels/triton",
     },
     ext_modules=[
         Extension(

@@ -14,7 +14,7 @@ from darts_fast.kernels.native.library import (
     absence,
     address_of,
     level,
-    library,
+    loaded,
     library_of,
     multiply_adds,
 )
@@ -79,7 +79,7 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
     records = Table([Record(address_of(launch.function), launch.call.address) for launch in launches])
-    sweep = library().darts_sweep
+    sweep = loaded().darts_sweep
 
     def run() -> None:
         sweep(records.address, records.count, torch.get_num_threads())

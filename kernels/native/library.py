@@ -66,17 +66,17 @@ def library_of(level: int) -> ctypes.CDLL:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The one that is used on this machine."""
+def loaded() -> ctypes.CDLL:
+    """The library that is used on this machine."""
     return library_of(level())
 
 
 def address_of(function: str) -> int:
     """The address of a function of C++ that a `Record` names, without its prefix."""
-    return ctypes.cast(getattr(library(), f"darts_{function}"), c_void_p).value
+    return ctypes.cast(getattr(loaded(), f"darts_{function}"), c_void_p).value
 
 
 def multiply_adds(rounds: int) -> int:
     """Computes as many multiply-adds a second as one thread of this processor can, and returns how many they
     were: a measure for benchmarks."""
-    return library().darts_multiply_adds(rounds)
+    return loaded().darts_multiply_adds(rounds)

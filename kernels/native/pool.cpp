@@ -129,10 +129,15 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
     Windows wy(y, q.stride, ho);
     for_channels(q.c, [&](auto lanes, int64_t i) {
       bool inner = q.stride == 1 && y >= 2 && y < q.h - 2;
-      for (int64_t x = 0; x < q.w; ++x) {
-        float* into = q.adjoint + (row * q.w + x) * q.c + i;
-        V terms = {};
-        for (int64_t k = 0; k < q.n_terms; ++k) terms += load_ahead(lanes, q.terms[k].row(row * q.w + x) + i);
+      float* into = q.adjoint + row * q.w * q.c + i;
+      for (int64_t k = 0; k < q.n_terms; ++k) {
+        const float* term = q.terms[k].row(row * q.w) + i;
+        int64_t stride = q.terms[k].stride;
+        for (int64_t x = 0; x < q.w; ++x, term += stride)
+          store(lanes, into + x * q.c, (k ? load(lanes, into + x * q.c) : V{}) + load_ahead(lanes, term));
+      }
+      for (int64_t x = 0; x < q.w; ++x, into += q.c) {
+        V terms = q.n_terms ? load(lanes, into) : V{};
         if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
           V of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)

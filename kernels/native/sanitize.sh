@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
 # Tests the C++ kernels, built for this processor with the address and undefined-behaviour sanitizers in a
-# folder of their own: kernels/native/sanitize.sh [pytest's arguments; without: a short form]
+# folder of their own: kernels/native/sanitize.sh [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 g++ -shared -fPIC -std=c++17 -O1 -g -fopenmp -march=native -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined kernels/native/*.cpp -o "$folder/_portable.so"
-if [ $# -eq 0 ]; then # even and odd sizes, whole and broken registers of channels, both strides
-    set -- -k "sepconv and (shape2 or shape5 or shape7) or constant or without_depthwise or pool or mix and 7 or links and shape0"
-fi
 # Leaks are not looked for: Python's own would be reported.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-    ASAN_OPTIONS=detect_leaks=0 DARTS_NATIVE_FOLDER="$folder" python -m pytest -n0 -q tests/test_native.py "$@"
+    ASAN_OPTIONS=detect_leaks=0 DARTS_NATIVE_FOLDER="$folder" \
+    python -m pytest -n0 -q tests/test_kernels.py tests/test_native.py -k "native and not large" "$@"
