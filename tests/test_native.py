@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 HALVES = sweeps.Kind(3), sweeps.Kind(5, 2)
-# Of 4 MB, from which on what is written goes past the caches (STREAMED in sepconv.cpp); with 20 channels, which
-# fill no register, it does not after all.
+# Of 4 MB, from which on what is written goes past the caches (STREAMED in sepconv.cpp); with 20 channels,
+# which fill no register, it does not after all.
 LARGE_CASES = {
     "large, as they are": sweeps.Sepconv((22, 16, 32, 32), HALVES),
     "large, batch norm": sweeps.Sepconv((8, 48, 27, 35), HALVES, norm="batch", sliced=True),
@@ -149,7 +149,11 @@ def test_a_program_keeps_its_tensors_and_runs_as_often_as_it_is_called():
 def test_tensors_that_are_not_taken():
     x = images(2, 6, 4, 5)
     statistics, position = torch.empty(2, 3, 6), types.images(1, x.shape, torch.uint8)[0]
-    written = {"pools": types.images(2, x.shape, torch.float32), "position": position, "statistics": statistics}
+    written = {
+        "pools": types.images(2, x.shape, torch.float32),
+        "position": position,
+        "statistics": statistics,
+    }
     native.pool_forward(x, 1, **written)
     with pytest.raises(TypeError, match="float32, not torch.float64"):
         native.pool_forward(x.double(), 1, **written)
@@ -157,7 +161,7 @@ def test_tensors_that_are_not_taken():
         native.pool_forward(x.contiguous(), 1, **written)
     with pytest.raises(ValueError, match="a slice of channels"):
         native.pool_forward(images(2, 8, 4, 5)[:, :6], 1, **written)
-    with pytest.raises(ValueError, match="of the positions are not those of channels-last memory"):
+    with pytest.raises(ValueError, match="not those of contiguous memory"):
         native.pool_forward(x, 1, **written | {"position": position.contiguous()})
     with pytest.raises(ValueError, match="not those of contiguous memory"):
         native.pool_forward(x, 1, **written | {"statistics": torch.empty(2, 6, 3).mT})
@@ -171,7 +175,9 @@ def test_a_dimension_of_one_value_may_have_any_stride():
     for shape in ((1, 5, 1, 1), (3, 5, 1, 1), (1, 5, 4, 1), (1, 5, 1, 4), (2, 1, 3, 4)):
         whole = images(shape[0], shape[1] + 2, *shape[2:])
         part = whole[:, 1 : 1 + shape[1]]
-        odd = part.as_strided(shape, [s if n > 1 else 1234 for n, s in zip(shape, part.stride(), strict=True)])
+        odd = part.as_strided(
+            shape, [s if n > 1 else 1234 for n, s in zip(shape, part.stride(), strict=True)]
+        )
         out = images(*shape)
         whole.normal_()
         native.program([Call("add", {"terms": (odd, part)}, {"out": out})])()

@@ -1,8 +1,8 @@
 """The kernels in C++, for float32 on the CPU.
 
-A function makes tables of C structures from tensors (table.py), and a program is a list of them that one call
-of C++ runs, on `torch.get_num_threads()` threads; the bits of the result do not depend on how many. Activations are
-[N, C, H, W] in channels-last memory, what C++ sees as [n, h, w, c].
+A function makes tables of C structures from tensors (table.py), and a program runs the tables of all its calls
+by one call of C++, on `torch.get_num_threads()` threads; the bits of the results do not depend on how many.
+Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from darts_fast.kernels.native.library import (
     absence,
     address_of,
     level,
-    loaded,
     library_of,
+    loaded,
     multiply_adds,
 )
 from darts_fast.kernels.native.mix import (
@@ -78,7 +78,7 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
         for tensor in launch.tensors:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
-    records = Table([Record(address_of(launch.function), launch.call.address) for launch in launches])
+    records = Table([Record(address_of(launch.name), launch.call.address) for launch in launches])
     sweep = loaded().darts_sweep
 
     def run() -> None:

@@ -1,5 +1,5 @@
-"""The library of C++ kernels that this processor runs: setup.py compiles the sources beside this file once per
-processor level, where there is a compiler."""
+"""The library of C++ kernels that this processor runs. Where there is a compiler, setup.py compiles the
+sources beside this file once per processor level."""
 
 import ctypes
 import hashlib
@@ -22,7 +22,7 @@ def _path(level: int) -> Path | None:
 
 
 def _digest() -> str:
-    """The digest of the sources beside this file, as setup.py computes it; empty where there are none (a wheel)."""
+    """The digest that setup.py computes of the sources; empty where there are none (a wheel)."""
     folder = Path(__file__).resolve().parent
     sources = sorted(path for end in ("cpp", "h") for path in folder.glob(f"*.{end}"))
     return hashlib.sha256(b"".join(map(Path.read_bytes, sources))).hexdigest() if sources else ""
@@ -72,7 +72,7 @@ def loaded() -> ctypes.CDLL:
 
 
 def address_of(function: str) -> int:
-    """The address of a function of C++ that a `Record` names, without its prefix."""
+    """The address of the C++ function `darts_...` of a launch."""
     return ctypes.cast(getattr(loaded(), f"darts_{function}"), c_void_p).value
 
 

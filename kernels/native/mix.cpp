@@ -125,11 +125,14 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
   }
 }
 
-// The sums of G and G h, and dL/dp; in the second sweep those of Gd and Gd h, and of Gd h + G hd.
+// The sums of G and G h, and dL/dp
 extern "C" void darts_mix_backward(const void* table, int threads) {
   of_call.reset();
   adjoint_sums(*static_cast<const Mix*>(table), threads);
 }
+
+// The sums of Gd and Gd h, and of Gd h + G hd
+extern "C" void darts_mix_second(const void* table, int threads) { darts_mix_backward(table, threads); }
 
 // od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd); the sums that this and the second
 // backward sweep need; and the sum of G hd.
@@ -210,3 +213,7 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
     }
   }
 }
+
+extern "C" void darts_norm_forward(const void* table, int threads) { darts_mix_forward(table, threads); }
+extern "C" void darts_norm_backward(const void* table, int threads) { darts_mix_backward(table, threads); }
+extern "C" void darts_norm_tangent(const void* table, int threads) { darts_mix_tangent(table, threads); }

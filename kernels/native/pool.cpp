@@ -129,7 +129,7 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
     Windows wy(y, q.stride, ho);
     for_channels(q.c, [&](auto lanes, int64_t i) {
       bool inner = q.stride == 1 && y >= 2 && y < q.h - 2;
-      float* into = q.adjoint + row * q.w * q.c + i;
+      float* into = q.x + row * q.w * q.c + i;
       for (int64_t k = 0; k < q.n_terms; ++k) {
         const float* term = q.terms[k].row(row * q.w) + i;
         int64_t stride = q.terms[k].stride;

@@ -1,7 +1,6 @@
 """3x3 max and average pool, see `types.Backend`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -12,43 +11,43 @@ from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixel
 def pool_forward(
     x: Tensor, stride: int, *, pools: Tensor, position: Tensor, statistics: Tensor | None
 ) -> list[Launch]:
-    call = _pool(x, stride, pools, position)._replace(x=image(x), statistics=numbers(statistics))
-    return _launch("forward", call, (), x, pools, position, statistics)
+    return _pool("pool_forward", x, stride, pools, position, statistics=statistics)
 
 
 def pool_backward(
     position: Tensor, stride: int, pools: Tensor, terms: Sequence[Tensor], *, out: Tensor
 ) -> list[Launch]:
-    of_terms = Table([pixels(term) for term in terms])
-    call = _pool(out, stride, pools, position)._replace(
-        adjoint=image(out), terms=of_terms.address, n_terms=of_terms.count
-    )
-    return _launch("backward", call, [of_terms], position, pools, terms, out)
+    return _pool("pool_backward", out, stride, pools, position, terms=terms)
 
 
 def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
-    call = _pool(tangent, stride, pools, position)._replace(x=image(tangent))
-    return _launch("tangent", call, (), tangent, position, pools)
+    return _pool("pool_tangent", tangent, stride, pools, position)
 
 
-def _pool(x: Tensor, stride: int, pools: Tensor, position: Tensor) -> table.Pool:
-    """`x` is the pooled image, or one like it."""
-    n, c, height, width = x.shape
-    maximum, average = pools
-    if not position.permute(0, 2, 3, 1).is_contiguous():
-        raise ValueError(f"strides {position.stride()} of the positions are not those of channels-last memory")
-    return table.Pool(
+def _pool(
+    name: str,
+    x: Tensor,
+    stride: int,
+    pools: Tensor,
+    position: Tensor,
+    statistics: Tensor | None = None,
+    terms: Sequence[Tensor] = (),
+) -> list[Launch]:
+    """`x` is the pooled image, its tangent or its adjoint."""
+    (n, c, height, width), (maximum, average), of_terms = x.shape, pools, Table([pixels(t) for t in terms])
+    call = table.Pool(
+        x=image(x),
         maximum=image(maximum),
         average=image(average),
-        position=position.data_ptr(),
+        position=numbers(position.permute(0, 2, 3, 1)),
+        statistics=numbers(statistics),
+        terms=of_terms.address,
+        n_terms=of_terms.count,
         n=n,
         h=height,
         w=width,
         c=c,
         stride=stride,
     )
-
-
-def _launch(sweep: str, call: table.Pool, tables: Sequence[Table], *arguments: Any) -> list[Launch]:
-    name = f"pool_{sweep}"
-    return [Launch(name, list(tensors_in(arguments)), name, Table([call]), tables)]
+    tensors = tensors_in([x, pools, position, statistics, terms])
+    return [Launch(name, list(tensors), Table([call]), [of_terms])]

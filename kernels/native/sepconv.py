@@ -1,7 +1,6 @@
 """Separable halves, 1x1 convolutions and the pairs of a factorized reduce, see `types.Backend`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -13,14 +12,7 @@ from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights
 def sepconv_forward(
     sources: Sequence[Source], tasks: Sequence[Task], *, y: Tensor, statistics: Tensor | None
 ) -> list[Launch]:
-    structures = [
-        structure._replace(
-            y=pixels(y[output, :, channels]),
-            statistics=rows(None if statistics is None else statistics[output, :, channels]),
-        )
-        for structure, (output, channels) in zip(_tasks(tasks), _written_by(tasks, y), strict=True)
-    ]
-    return _launch("forward", _sources(sources), structures, sources, _weights(tasks), y, statistics)
+    return _sepconv("sepconv_forward", sources, tasks, y=y, statistics=statistics)
 
 
 def sepconv_backward(
@@ -32,16 +24,8 @@ def sepconv_backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
-    structures = _with_readers(_tasks(tasks), tasks, readers)
-    if gradients is not None:
-        for i, (task, row) in enumerate(zip(tasks, gradients, strict=True)):
-            d, p = task.weights
-            at = numbers(row), numbers(row[p.numel() :]) if d is not None else 0
-            structures[i] = structures[i]._replace(p_gradient=at[0], d_gradient=at[1])
-    given = _sources(sources, adjoint, sums)
-    return _launch(
-        "backward", given, structures, sources, _weights(tasks), readers, adjoint, sums, gradients
-    )
+    writes = {"adjoint": adjoint, "sums": sums, "gradients": gradients}
+    return _sepconv("sepconv_backward", sources, tasks, readers=readers, **writes)
 
 
 def sepconv_tangent(
@@ -54,18 +38,8 @@ def sepconv_tangent(
     y: Tensor,
     sums: Tensor | None,
 ) -> list[Launch]:
-    given = [
-        structure._replace(tangent=image(tangent))
-        for structure, tangent in zip(_sources(sources, adjoints, sums), source_tangents, strict=True)
-    ]
-    structures = [
-        structure._replace(y=pixels(y[output, :, channels]))
-        for structure, (output, channels) in zip(
-            _tasks(tasks, weight_tangents), _written_by(tasks, y), strict=True
-        )
-    ]
-    tensors = sources, _weights(tasks), source_tangents, weight_tangents, adjoints, y, sums
-    return _launch("tangent", given, structures, *tensors)
+    tangents = {"source_tangents": source_tangents, "weight_tangents": weight_tangents}
+    return _sepconv("sepconv_tangent", sources, tasks, **tangents, adjoint=adjoints, y=y, sums=sums)
 
 
 def sepconv_second(
@@ -77,25 +51,33 @@ def sepconv_second(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> list[Launch]:
-    structures = _with_readers(_tasks(tasks, weight_tangents), tasks, readers)
-    given = _sources(sources, adjoint, sums)
-    return _launch(
-        "second", given, structures, sources, _weights(tasks), weight_tangents, readers, adjoint, sums
-    )
+    reads = {"weight_tangents": weight_tangents, "readers": readers}
+    return _sepconv("sepconv_second", sources, tasks, **reads, adjoint=adjoint, sums=sums)
 
 
-def _sources(
-    sources: Sequence[Source], adjoint: Tensor | None = None, sums: Tensor | None = None
-) -> list[table.Source]:
-    """`adjoint` [sources, N, C, H, W] and `sums` [rows, sources, C] are those of all sources."""
-    structures = []
+def _sepconv(
+    name: str,
+    sources: Sequence[Source],
+    tasks: Sequence[Task],
+    source_tangents: Sequence[Tensor] | None = None,
+    weight_tangents: Sequence[Weights] | None = None,
+    readers: Sequence[Reader | SecondReader] | None = None,
+    y: Tensor | None = None,
+    statistics: Tensor | None = None,
+    adjoint: Tensor | None = None,
+    sums: Tensor | None = None,
+    gradients: Tensor | None = None,
+) -> list[Launch]:
+    """What a function does not take is None."""
+    of_sources = []
     for i, source in enumerate(sources):
         n, c, height, width = source.x.shape
-        structures.append(
+        of_sources.append(
             table.Source(
                 x=image(source.x),
                 statistics=rows(source.statistics),
-                adjoint=0 if adjoint is None else image(adjoint[i]),
+                tangent=image(source_tangents and source_tangents[i]),
+                adjoint=image(None if adjoint is None else adjoint[i]),
                 sums=rows(None if sums is None else sums[:, i]),
                 n=n,
                 h=height,
@@ -103,50 +85,36 @@ def _sources(
                 c=c,
             )
         )
-    return structures
-
-
-def _tasks(tasks: Sequence[Task], tangents: Sequence[Weights] | None = None) -> list[table.Task]:
-    return [
-        table.Task(
-            source=task.source,
-            kernel=0 if task.weights.depthwise is None else task.weights.depthwise.shape[-1],
-            stride=task.stride,
-            dilation=task.dilation,
-            offset=task.offset,
-            k=task.weights.pointwise.shape[0],
-            d=numbers(task.weights.depthwise),
-            p=numbers(task.weights.pointwise),
-            d_tangent=numbers(tangent.depthwise),
-            p_tangent=numbers(tangent.pointwise),
+    of_tasks = []
+    joined = len(tasks) // len(y if readers is None else readers)
+    for i, task in enumerate(tasks):
+        (d, p), tangents = task.weights, weight_tangents[i] if weight_tangents else Weights(None, None)
+        k, output, part = p.shape[0], i // joined, i % joined
+        channels = slice(part * k, (part + 1) * k)
+        row = None if gradients is None else gradients[i]
+        of_tasks.append(
+            table.Task(
+                source=task.source,
+                kernel=0 if d is None else d.shape[-1],
+                stride=task.stride,
+                dilation=task.dilation,
+                offset=task.offset,
+                k=k,
+                d=numbers(d),
+                p=numbers(p),
+                d_tangent=numbers(tangents.depthwise),
+                p_tangent=numbers(tangents.pointwise),
+                y=pixels(None if y is None else y[output, :, channels]),
+                statistics=rows(None if statistics is None else statistics[output, :, channels]),
+                reader=table.Reader() if readers is None else reader(readers[output], channels),
+                p_gradient=numbers(row),
+                d_gradient=numbers(None if row is None or d is None else row[p.numel() :]),
+            )
         )
-        for task, tangent in zip(tasks, tangents or [Weights(None, None)] * len(tasks), strict=True)
-    ]
-
-
-def _with_readers(
-    structures: Sequence[table.Task], tasks: Sequence[Task], readers: Sequence[Reader | SecondReader]
-) -> list[table.Task]:
-    return [
-        structure._replace(reader=reader(readers[output], channels))
-        for structure, (output, channels) in zip(structures, _written_by(tasks, readers), strict=True)
-    ]
-
-
-def _written_by(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, slice]]:
-    """The output of every task, and the channels of it: neighbouring tasks share an output."""
-    joined, k = len(tasks) // len(outputs), tasks[0].weights.pointwise.shape[0]
-    return [(i // joined, slice(i % joined * k, (i % joined + 1) * k)) for i in range(len(tasks))]
-
-
-def _weights(tasks: Sequence[Task]) -> list[Weights]:
-    return [task.weights for task in tasks]
-
-
-def _launch(
-    sweep: str, sources: Sequence[table.Source], tasks: Sequence[table.Task], *arguments: Any
-) -> list[Launch]:
-    of_sources, of_tasks = Table(sources), Table(tasks)
-    call = table.SepConv(of_sources.address, of_sources.count, of_tasks.address, of_tasks.count)
-    name = f"sepconv_{sweep}"
-    return [Launch(name, list(tensors_in(arguments)), name, Table([call]), [of_sources, of_tasks])]
+    tables = Table(of_sources), Table(of_tasks)
+    call = table.SepConv(tables[0].address, tables[0].count, tables[1].address, tables[1].count)
+    weights = [task.weights for task in tasks], weight_tangents
+    tensors = tensors_in(
+        [sources, weights, source_tangents, readers, y, statistics, adjoint, sums, gradients]
+    )
+    return [Launch(name, list(tensors), Table([call]), tables)]

@@ -1,7 +1,7 @@
 """The tables that C++ reads: structures of addresses and whole numbers, 8 bytes each.
 
-Every structure here is one of tables.h, which says what its fields mean, with the same fields in the same order;
-`library_of` compares their sizes. 0 is the null pointer.
+tables.h has the same structures with the same fields in the same order, and says what they mean; `library_of`
+compares the sizes. 0 is the null pointer.
 """
 
 from array import array
@@ -118,7 +118,6 @@ class Pool(NamedTuple):
     average: int = 0
     position: int = 0
     statistics: int = 0
-    adjoint: int = 0
     terms: int = 0
     n_terms: int = 0
     n: int = 0
@@ -136,42 +135,41 @@ class Record(NamedTuple):
 STRUCTURES = Matrix, Reader, Source, Task, SepConv, Candidate, Mix, Shared, FanOut, Sum, Pool, Record
 
 
-def _numbers(structure: tuple) -> Iterator[int]:
+def _fields(structure: tuple) -> Iterator[int]:
     for field in structure:
         if isinstance(field, tuple):
-            yield from _numbers(field)
+            yield from _fields(field)
         else:
             yield field
 
 
 def size_of(structure: type[tuple]) -> int:
     """The bytes of a structure."""
-    return 8 * len(list(_numbers(structure())))
+    return 8 * len(list(_fields(structure())))
 
 
 class Table:
     """An array of structures of one kind, which C++ reads at `address` as long as this lives."""
 
     def __init__(self, structures: Sequence[tuple]):
-        self._numbers = array("q", [number for structure in structures for number in _numbers(structure)])
-        self.address, self.count = self._numbers.buffer_info()[0], len(structures)
+        self._fields = array("q", [field for structure in structures for field in _fields(structure)])
+        self.address, self.count = self._fields.buffer_info()[0], len(structures)
 
 
 @dataclass
 class Launch(types.Launch):
-    """One call of C++."""
+    """One call of the C++ function of this name."""
 
-    function: str  # without its prefix
-    call: Table  # of one structure, which the function takes
-    tables: Sequence[Table] = ()  # to which the structure points
+    call: Table  # the one structure that the function takes
+    tables: Sequence[Table]  # to which the structure points
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors that are read in nested sequences of arguments: of a reader without statistics, y is not."""
-    if isinstance(tree, types.Reader) and tree.statistics is None:
-        tree = tree.adjoint, tree.weights
-    elif isinstance(tree, types.SecondReader) and tree.first.statistics is None:
+    """The tensors in nested sequences of arguments. Of a reader without statistics, y is not read."""
+    if isinstance(tree, types.SecondReader) and tree.first.statistics is None:
         tree = tree.adjoint, tree.first.weights
+    elif isinstance(tree, types.Reader) and tree.statistics is None:
+        tree = tree.adjoint, tree.weights
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -179,45 +177,35 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-# Tensors in memory
+# Addresses of tensors; None is null. What lies otherwise in memory than is said raises a ValueError.
 
 
-def pixels(x: Tensor) -> Matrix:
-    """[N, C, H, W] in channels-last memory, or a slice of the channels of such a tensor.
-
-    Raises:
-        TypeError: it is not float32.
-        ValueError: it lies otherwise in memory.
-    """
+def pixels(x: Tensor | None) -> Matrix:
+    """float32 [N, C, H, W] in channels-last memory, or a slice of the channels of such a tensor."""
+    if x is None:
+        return Matrix()
     if x.dtype is not torch.float32:
         raise TypeError(f"the native kernels compute in float32, not {x.dtype}")
     n, c, height, width = x.shape
     # A dimension of one value may have any stride.
-    row = next((x.stride(i) // steps for i, steps in ((3, 1), (2, width), (0, height * width)) if x.shape[i] > 1), c)
+    steps = (width, 3, 1), (height, 2, width), (n, 0, height * width)
+    row = next((x.stride(dim) // step for size, dim, step in steps if size > 1), c)
     strides = zip(x.shape, x.stride(), (height * width * row, 1, width * row, row), strict=True)
-    if row < c or any(size > 1 and stride != wanted for size, stride, wanted in strides):
+    if row < c or any(size > 1 and stride != expected for size, stride, expected in strides):
         raise ValueError(f"strides {x.stride()} of {tuple(x.shape)} are not those of channels-last memory")
     return Matrix(x.data_ptr(), row)
 
 
-def image(x: Tensor) -> int:
-    """The same of a tensor with all its channels.
-
-    Raises:
-        ValueError: it is a slice of channels.
-    """
+def image(x: Tensor | None) -> int:
+    """The same with all channels."""
     found = pixels(x)
-    if found.stride != x.shape[1]:
-        raise ValueError(f"a slice of channels, strides {x.stride()} of {tuple(x.shape)}, is not taken here")
+    if x is not None and found.stride != x.shape[1]:
+        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)}: a slice of channels is not taken here")
     return found.data
 
 
 def rows(x: Tensor | None) -> Matrix:
-    """[rows, C]: statistics or sums. None is the absent matrix.
-
-    Raises:
-        ValueError: the channels of a row are apart.
-    """
+    """[rows, C]: statistics or sums."""
     if x is None:
         return Matrix()
     if x.shape[1] > 1 and x.stride(1) != 1:
@@ -226,11 +214,7 @@ def rows(x: Tensor | None) -> Matrix:
 
 
 def numbers(x: Tensor | None) -> int:
-    """The address of weights or of their gradients. None is null.
-
-    Raises:
-        ValueError: they are not one behind the other.
-    """
+    """Weights, gradients or positions, one behind the other."""
     if x is None:
         return 0
     if not x.is_contiguous():
@@ -240,24 +224,23 @@ def numbers(x: Tensor | None) -> int:
 
 def reader(read: types.Reader | types.SecondReader, channels: slice = slice(None)) -> Reader:
     """What a reader hands back of these channels of y."""
-    second = read if isinstance(read, types.SecondReader) else None
-    first = read.first if second else read
+    second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)
+    first = second.first
+
+    def of_channels(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, channels]
 
     def sums_of(sums: Tensor | None) -> Matrix:
-        return Matrix() if sums is None else rows(sums[:, first.index, channels])
+        return rows(None if sums is None else sums[:, first.index, channels])
 
-    found = Reader(
-        y=pixels(first.y[:, channels]),
-        statistics=rows(None if first.statistics is None else first.statistics[:, channels]),
-        adjoint=pixels(first.adjoint[:, channels]),
+    return Reader(
+        y=pixels(of_channels(first.y)),
+        statistics=rows(of_channels(first.statistics)),
+        adjoint=pixels(of_channels(first.adjoint)),
         sums=sums_of(first.sums),
-        weight=0 if first.weights is None else first.weights[first.index].data_ptr(),
-    )
-    if second is None:
-        return found
-    return found._replace(
-        tangent=pixels(second.tangent[:, channels]),
+        weight=numbers(None if first.weights is None else first.weights[first.index]),
+        tangent=pixels(of_channels(second.tangent)),
         tangent_sums=sums_of(second.tangent_sums),
-        second=pixels(second.adjoint[:, channels]),
+        second=pixels(of_channels(second.adjoint)),
         second_sums=sums_of(second.sums),
     )

@@ -89,12 +89,11 @@ struct Sum {
 };
 
 struct Pool {
-  const float* x;             // [n, h, w, c], or its tangent
-  float *maximum, *average;   // [n, ho, wo, c]
-  uint8_t* position;          // of the maximum in its window, row-major: 0 to 8
-  float* statistics;          // [2, 3, c]; null: not wanted
-  float* adjoint;             // of x
-  const Matrix* terms;        // which are added to it
+  float* x;                  // [n, h, w, c]: the image, its tangent or its adjoint
+  float *maximum, *average;  // [n, ho, wo, c]
+  uint8_t* position;         // of the maximum in its window, row-major: 0 to 8
+  float* statistics;         // [2, 3, c]; null: not wanted
+  const Matrix* terms;       // which are added to the adjoint
   int64_t n_terms;
   int64_t n, h, w, c, stride;
 };
