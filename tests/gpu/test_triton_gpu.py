@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, at the sizes of the paper's supernet, against ATen in float64 there."""
+"""The Triton kernels on a GPU, at the sizes of the paper's supernet, against their equations in float64."""
 
 import os
 import shutil
@@ -6,266 +6,206 @@ import subprocess
 import sys
 
 import pytest
+import sweeps
 import torch
 from conftest import relative_error
+from sweeps import Add, FanOut, Kind, Mix, Norm, Pool, Sepconv
 
 # Real sizes and compiled kernels; tests/test_triton.py has the interpreter's tiny sizes.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels need a CUDA GPU")
 
 # Triton is a dependency on Linux alone (setup.py).
-triton = pytest.importorskip("triton", reason="Triton is installed on Linux only")
+pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
-from test_triton import (  # noqa: E402
-    concatenated_mixes,
-    expected_last_sweeps_of_mix,
-    expected_last_sweeps_of_sepconv,
-    images,
-    last_sweeps_of_mix,
-    last_sweeps_of_sepconv,
-    linked_case,
-    linked_sweeps,
-    narrowed,
-    normalizer,
-    weight,
-    widened,
-)
-
-from darts_fast import architect, kernels  # noqa: E402
-from darts_fast.kernels import Task, torch_backend, triton_backend  # noqa: E402
+from darts_fast import architect  # noqa: E402
+from darts_fast.kernels import aten, triton  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.kernels.types import Call, Reader, Source, Task, Weights, images  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
-# float32 accumulates over up to 65,536 positions; 2-byte types round each value, and both factors of a
-# pointwise product.
-BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+DEVICE = "cuda"
 SIZES = [(64, 16, 32, 32), (64, 32, 16, 16), (64, 64, 8, 8), (3, 20, 15, 9)]
+OF_SECOND_HALVES = Kind(3), Kind(5, 1, 1), Kind(3, 1, 2), Kind(5, 1, 3)
+
+CASES = dict(sweeps.CASES)
+for shape in SIZES:
+    c, even = shape[1], shape if shape[2] % 2 == 0 else (3, 20, 16, 10)
+    CASES |= {
+        f"first halves {shape}": Sepconv(shape, sweeps.ALL_KINDS * 2, sliced=True),
+        f"first halves {shape}, stride 2": Sepconv(shape, sweeps.ALL_KINDS * 2, stride=2),
+        f"second halves {shape}": Sepconv(shape, OF_SECOND_HALVES, norm="batch", sliced=True),
+        f"1x1 {shape}": Sepconv(
+            (shape[0], 4 * c, *shape[2:]), (Kind(0), Kind(0, source=1)), outputs=c, in_mix=False
+        ),
+        f"factorized reduces {even}": Sepconv(even, sweeps.PAIR * 4, stride=2, outputs=c // 2, joined=2),
+        f"mix of one {shape}": Mix(shape, (True,)),
+        f"mix of 35 into slices {shape}": Mix(shape, (True, True, False, True, True, True, True) * 5, "is"),
+        f"norm {shape}": Norm(shape, 2),
+        f"fan out {shape}": FanOut(shape, (4, 4, 4), (True, True, False), sliced=True),
+        f"pools {shape}": Pool(shape, 1, terms=2),
+        f"pools {shape}, stride 2": Pool(shape, 2, terms=2),
+        f"add {shape}": Add(shape, 3),
+    }
 
 
-def to_cuda(tree):
-    if isinstance(tree, torch.Tensor):
-        return tree.cuda()
-    if isinstance(tree, torch_backend.Normalizer):
-        return torch_backend.Normalizer(tree.statistics.cuda(), tree.batch)
-    if isinstance(tree, Task):
-        return tree
-    return type(tree)(to_cuda(t) for t in tree) if isinstance(tree, (list, tuple)) else tree
+@pytest.mark.parametrize("dtype", sweeps.BOUNDS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_function(name, dtype):
+    sweeps.check(triton, dtype, CASES[name], DEVICE)
 
 
-def leaves(tree):
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for branch in tree:
-            yield from leaves(branch)
+def test_the_variance_is_stable_at_a_large_mean():
+    sweeps.check_large_mean(triton, torch.float32, DEVICE)
 
 
-def check(function, arguments, dtype, expected=None):
-    """Against ATen in float64, and twice: the same bits."""
-    run = getattr(triton_backend, function) if isinstance(function, str) else function
-    found, again = run(*arguments), run(*arguments)
-    for first, second in zip(leaves(found), leaves(again), strict=True):
-        assert torch.equal(first, second), "two runs differ"
-    if expected is None:
-        expected = getattr(torch_backend, function)(*widened(arguments))
-    for f, e in zip(leaves(found), leaves(expected), strict=True):
-        assert relative_error(f.cpu(), e.cpu()) <= BOUNDS[dtype], function
-    return found, expected
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_sepconv(shape, stride, normalised, dtype):
-    c, count = shape[1], 4
-    sources = [images(shape, dtype, i) for i in range(count if normalised else 1)]
-    norms = [narrowed(normalizer(x, True), dtype) if normalised else None for x in sources]
-    kernels = [3, 5, 3, 5]
-    tasks = [Task(i if normalised else 0, stride, 1 + i // 2) for i in range(count)]
-    d = [weight((c, 1, k, k), dtype, 10 + i) for i, k in enumerate(kernels)]
-    p = [weight((c, c, 1, 1), dtype, 20 + i) for i in range(count)]
-    arguments = to_cuda((sources, norms, tasks, d, p))
-    y, _ = check("sepconv_forward", arguments, dtype)[0]
-    adjoints = [images(t.shape, dtype, 30 + i).cuda() for i, t in enumerate(y)]
-    for weight_gradients in (True, False):
-        check("sepconv_backward", (*arguments, adjoints, weight_gradients), dtype)
-    tangents = to_cuda(
-        (
-            [images(shape, dtype, 40 + i) for i in range(len(sources))],
-            [weight(x.shape, dtype, 50 + i) for i, x in enumerate(d)],
-            [weight(x.shape, dtype, 60 + i) for i, x in enumerate(p)],
-        )
-    )
-    seconds = [images(t.shape, dtype, 70 + i).cuda() for i, t in enumerate(y)]
-    given = arguments, adjoints, tangents, seconds
-    expected = expected_last_sweeps_of_sepconv(*widened(given))
-    check(last_sweeps_of_sepconv, given, dtype, expected)
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_pool(shape, stride, dtype):
-    x = images(shape, dtype, 0).relu().cuda()
-    maximum, average, position, statistics = triton_backend.pool_forward(x, stride)
-    expected = torch_backend.pool_forward(x.double(), stride)
-    for f, e in ((maximum, expected[0]), (average, expected[1]), (statistics, expected[3])):
-        assert relative_error(f.cpu(), e.cpu()) <= BOUNDS[dtype]
-    g = [images(maximum.shape, dtype, i).cuda() for i in (1, 2)]
-    adjoint = torch_backend.pool_backward(x.double(), expected[2], stride, *(t.double() for t in g))
-    check("pool_backward", (x, position, stride, *g), dtype, adjoint)
-    xd = images(shape, dtype, 3).cuda()
-    check(
-        "pool_tangent",
-        (xd, position, stride),
-        dtype,
-        torch_backend.pool_tangent(xd.double(), expected[2], stride),
-    )
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("count", [1, 35])
-def test_mix(shape, count, dtype):
-    candidates = [images(shape, dtype, i) for i in range(count)]
-    norms = [None if i % 7 == 2 else narrowed(normalizer(y, True), dtype) for i, y in enumerate(candidates)]
-    arguments = to_cuda((candidates, norms, weight((count,), dtype, 50)))
-    check("mix_forward", arguments, dtype)
-    g = images(shape, dtype, 51).cuda()
-    expected = torch_backend.mix_backward(*widened(arguments), g.double())
-    found, _ = check("mix_backward", (*arguments, g), dtype, (*expected, expected[1].sum(1)))
-    sums = found[1]
-    tangents = [images(shape, dtype, 60 + i).cuda() for i in range(count)]
-    second = images(shape, dtype, 52).cuda()
-    reference = expected_last_sweeps_of_mix(widened(arguments), *widened((g, *expected, tangents, second)))
-    check(last_sweeps_of_mix, (arguments, g, sums, tangents, second), dtype, reference)
+def test_nan_is_not_hidden():
+    sweeps.check_nan(triton, torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("size", [32, 12])
 def test_hessian_vector_product_of_a_supernet(size):
-    """What the tests above leave out: links and spreads join several functions. Twice: the same bits."""
+    """Of a whole network, twice: the same bits."""
     torch.manual_seed(0)
-    network = Supernet(16, 10, 3, fused=True).double().cuda()
-    images, labels = torch.randn(4, 3, size, size).double().cuda(), torch.arange(4).cuda()
+    network = Supernet(16, 10, 3, fused=True).double().to(DEVICE)
+    batch, labels = torch.randn(4, 3, size, size).double().to(DEVICE), torch.arange(4).to(DEVICE)
     v = {name: torch.randn_like(w) for name, w in network.weights().items()}
 
     def product():
         with network.frozen_statistics():
             weights, alphas = architect.leaves(network.weights()), architect.leaves(network.alphas())
-            loss = network.loss(images, labels, weights, alphas)
+            loss = network.loss(batch, labels, weights, alphas)
             gradients = architect.gradients(loss, weights, create_graph=True)
-            found = [*architect.detached(gradients).values()]
-            return [loss.detach(), *found, *architect.exact_hvp(gradients, alphas, v).values()]
+            of_weights = [*architect.detached(gradients).values()]
+            return [loss.detach(), *of_weights, *architect.exact_hvp(gradients, alphas, v).values()]
 
-    found, again = product(), product()
-    with using(torch_backend):
+    results, again = product(), product()
+    with using(aten):
         expected = product()
-    for f, a, e in zip(found, again, expected, strict=True):
+    for f, a, e in zip(results, again, expected, strict=True):
         assert relative_error(f.cpu(), e.cpu()) <= 1e-9
         assert torch.equal(f, a), "two runs differ"
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES)
-def test_mixes_write_the_slices_of_their_concatenation(shape, dtype):
-    n, c, height, width = shape
-    y, p = [images(shape, dtype, i) for i in range(3)], [weight((2,), dtype, 10 + i) for i in range(2)]
-    arguments = to_cuda((y, p, images((n, 2 * c, height, width), dtype, 20)))
-    with using(torch_backend):
-        expected = concatenated_mixes(*widened(arguments), None)
-    check(lambda *arguments: concatenated_mixes(*arguments, kernels.Slices(2)), arguments, dtype, expected)
+# Calls that were checked, repeated in other surroundings
+
+REPEATED = {
+    name: CASES[name]
+    for shape in (SIZES[0], SIZES[3])
+    for name in (f"second halves {shape}", f"mix of 35 into slices {shape}", f"fan out {shape}",
+                 f"pools {shape}, stride 2", f"norm {shape}")
+} | {"factorized reduces": CASES[f"factorized reduces {SIZES[0]}"]}  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-def test_add(dtype):
-    terms = [images((64, 16, 32, 32), dtype, i).cuda() for i in range(3)]
-    check(lambda *given: triton_backend.add(given), terms, dtype, sum(t.double() for t in terms))
+class Recording:
+    """The backend, and the calls that its programs run."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, function):
+        return getattr(triton, function)
+
+    def program(self, calls):
+        self.calls += calls
+        return triton.program(calls)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES[:3])
-def test_factorized_reduces_of_a_state_in_one_call(shape, dtype):
-    c = shape[1]
-    tasks = [Task(stride=2, offset=offset) for _ in range(4) for offset in (0, 1)]
-    p = [weight((c // 2, c, 1, 1), dtype, 20 + i) for i in range(8)]
-    arguments = to_cuda(([images(shape, dtype, 0)], [None], tasks, [None] * 8, p))
-    y, statistics = torch_backend.sepconv_forward(*widened(arguments))
-    y = [torch.cat(y[i : i + 2], dim=1) for i in range(0, 8, 2)]
-    statistics = statistics.unflatten(0, (4, 2)).transpose(1, 2).flatten(2)
-    check("sepconv_forward", (*arguments, 2), dtype, (y, statistics))
+def checked_calls(name, dtype):
+    recording = Recording()
+    sweeps.check(recording, dtype, REPEATED[name], DEVICE)
+    return recording.calls
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SIZES)
-def test_links_and_spread(shape, dtype):
-    """In float64 against ATen (narrower types cross kinks, see tests/test_float32.py); in each type the same
-    bits twice, on two streams at once, and in a graph replayed twice."""
-    given = to_cuda(linked_case(shape, dtype))
+def copies(calls, copy):
+    """The calls on other tensors, of which those that are written are poisoned."""
+    return [
+        Call(
+            call.function,
+            sweeps.mapped(call.reads, copy),
+            sweeps.mapped(call.writes, lambda t: sweeps.poison(copy(t))),
+        )
+        for call in calls
+    ]
 
-    def sweeps():
-        return linked_sweeps(triton_backend, *given, True)
 
-    found = sweeps()
-    assert all(f.isfinite().all() for f in found)
-    if dtype == torch.float64:
-        expected = linked_sweeps(torch_backend, *given, False)
-        for f, e in zip(found, expected, strict=True):
-            assert relative_error(f.cpu(), e.cpu()) <= 1e-9
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    at_once = []
-    for stream in streams:
+def written(calls):
+    return sweeps.tensors_in([call.writes for call in calls])
+
+
+def assert_same(one, other):
+    for a, b in zip(written(one), written(other), strict=True):
+        assert sweeps.same_bits(a, b), "two runs differ"
+
+
+def duplicate(t):
+    """A copy with the same strides."""
+    return like(t, 0).copy_(t)
+
+
+def like(t, pad):
+    """An uninitialised tensor with the same strides, between two pads of NaN (integers: 99)."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    buffer = sweeps.poison(torch.empty_strided((span + 2 * pad,), (1,), dtype=t.dtype, device=t.device))
+    return buffer.as_strided(t.shape, t.stride(), pad)
+
+
+@pytest.mark.parametrize("dtype", sweeps.BOUNDS, ids=str)
+@pytest.mark.parametrize("name", REPEATED)
+def test_two_streams_at_once_and_a_graph_replayed_twice(name, dtype):
+    calls, at_once = checked_calls(name, dtype), []
+    for stream in [torch.cuda.Stream() for _ in range(2)]:
+        at_once.append(copies(calls, duplicate))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            at_once.append(sweeps())
+            triton.program(at_once[-1])()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    for repeated in at_once:
+        assert_same(calls, repeated)
+    captured, graph = copies(calls, duplicate), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sweeps()
-    for again in (sweeps(), *at_once, captured, captured):
-        if again is captured:
-            graph.replay()
-        for f, a in zip(found, again, strict=True):
-            assert torch.equal(f, a), "two runs differ"
+        triton.program(captured)()
+    for _ in range(2):
+        for t in written(captured):
+            sweeps.poison(t)
+        graph.replay()
+        assert_same(calls, captured)
 
 
 PAD = 1024  # elements before and behind every tensor: aligned as the allocator's
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [SIZES[0], SIZES[3]])
-def test_nothing_is_read_or_written_beside_a_tensor(shape, dtype, monkeypatch):
-    """Every tensor lies between two pads of NaN (integers: 99): what is read there spoils the results, and
+@pytest.mark.parametrize("dtype", sweeps.BOUNDS, ids=str)
+@pytest.mark.parametrize("name", REPEATED)
+def test_nothing_is_read_or_written_beside_a_tensor(name, dtype, monkeypatch):
+    """Every tensor lies between two pads, partial sums do, too: what is read there spoils the results, and
     what is written there is seen. So does what is read before it was written."""
-    buffers = []
+    calls, buffers = checked_calls(name, dtype), []
 
     def padded(t):
-        fill = float("nan") if t.is_floating_point() else 99
-        buffer = torch.full((t.numel() + 2 * PAD,), fill, dtype=t.dtype, device=t.device)
-        buffers.append(buffer)
-        return buffer.as_strided(t.shape, t.stride(), PAD)
+        buffers.append(like(t, PAD))
+        return buffers[-1]
 
     def allocating(allocate):
         def allocated(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            return padded(tensor) if tensor.is_cuda and tensor.numel() else tensor
+            return padded(tensor) if tensor.device.type == DEVICE and tensor.numel() else tensor
 
         return allocated
 
-    given = linked_case(shape, dtype)
-    expected = linked_sweeps(triton_backend, *to_cuda(given), True)
-    monkeypatch.setattr(torch, "empty", allocating(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", allocating(torch.Tensor.new_empty))
-
-    def guarded(tree):
-        return padded(tree).copy_(tree) if isinstance(tree, torch.Tensor) else [guarded(t) for t in tree]
-
-    found = linked_sweeps(triton_backend, *guarded(to_cuda(given)), True)
-    for f, e in zip(found, expected, strict=True):
-        assert torch.equal(f, e)
-    assert len(buffers) > 50
-    for buffer in buffers:
+    repeated = copies(calls, lambda t: padded(t).copy_(t))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", allocating(torch.empty))
+        patched.setattr(torch.Tensor, "new_empty", allocating(torch.Tensor.new_empty))
+        triton.program(repeated)()
+    assert_same(calls, repeated)
+    assert len(buffers) > 10
+    for t in buffers:
+        buffer = t._base
         pads = torch.cat([buffer[:PAD], buffer[-PAD:]])
         assert pads.isnan().all() if buffer.is_floating_point() else (pads == 99).all()
+
+
+# Large tensors
 
 
 def test_offsets_beyond_32_bits():
@@ -274,29 +214,48 @@ def test_offsets_beyond_32_bits():
     # 2^31 elements are 4 GB in bfloat16, and each of the three functions has up to six such tensors alive.
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GB of GPU memory")
-    like = {"dtype": torch.bfloat16, "device": "cuda"}
-    x = torch.empty(n, size, size, c, **like).permute(0, 3, 1, 2)
+    offsets_beyond_32_bits(n, c, size, last)
+
+
+def offsets_beyond_32_bits(n, c, size, last):
+    random = torch.Generator().manual_seed(0)
+    (x,) = images(1, (n, c, size, size), torch.bfloat16, DEVICE)
     x[:-last] = 1.0
-    x[-last:] = images((last, c, size, size), torch.bfloat16, 0).cuda()
-    end = x[-last:]
-    d, p = [weight((c, 1, 3, 3), x.dtype, 1).cuda()], [weight((c, c, 1, 1), x.dtype, 2).cuda()]
+    x[-last:] = torch.randn((last, c, size, size), generator=random).to(x)
+    weights = Weights(*(torch.randn(s, generator=random).to(DEVICE) for s in ((c, 1, 3, 3), (c, c, 1, 1))))
+    ones = torch.ones(3, c, device=DEVICE)
 
     def sepconv(x):
-        y, _ = triton_backend.sepconv_forward([x], [None], [Task()], d, p)
-        return y[0], *triton_backend.sepconv_backward([x], [None], [Task()], d, p, [x], False)[0]
+        calls, (y, adjoint) = ([Source(x)], [Task(0, weights)]), (images_like(x) for _ in range(2))
+        run("sepconv_forward", *calls, y=y, statistics=None)
+        reader = Reader(x, None, 0, x, None, None)
+        run("sepconv_backward", *calls, [reader], adjoint=adjoint, sums=None, gradients=None)
+        return y[0], adjoint[0]
 
     def mix(x):
-        norm = torch_backend.Normalizer(torch.ones(3, c, device="cuda"), True)
-        return triton_backend.mix_forward([x, x], [norm, None], torch.ones(2, device="cuda"))
+        (out,) = images_like(x)
+        run("mix_forward", [Source(x, ones), Source(x)], ones[0, :2], outs=[out])
+        return (out,)
 
     def pool(x):
-        maximum, average, position, _ = triton_backend.pool_forward(x, 1)
-        return maximum, average, position, triton_backend.pool_backward(x, position, 1, maximum, average)
+        pools, out = images_like(x, 2), images_like(x)[0]
+        (position,) = images(1, x.shape, torch.uint8, DEVICE)
+        run("pool_forward", x, 1, pools=pools, position=position, statistics=None)
+        run("pool_backward", position, 1, pools, [x], out=out)
+        return *pools, position, out
 
     for function in (sepconv, mix, pool):
-        for whole, alone in zip(leaves(function(x)), leaves(function(end)), strict=True):
+        for whole, alone in zip(function(x), function(x[-last:]), strict=True):
             assert torch.equal(whole[-last:], alone), function.__name__
-        torch.cuda.empty_cache()
+
+
+def images_like(x, count=1):
+    return images(count, x.shape, x.dtype, x.device)
+
+
+def run(function, *reads, **writes):
+    names = sweeps.signature(function)
+    triton.program([Call(function, dict(zip(names, reads, strict=False)), writes)])()
 
 
 # A tool of the CUDA toolkit, which the driver and Triton do without.
@@ -305,7 +264,7 @@ def test_offsets_beyond_32_bits():
 )
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_the_sanitizer_finds_nothing(tool):
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", __file__, "-k", "links_and_spread and shape3"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", __file__, "-k", "beside_a_tensor and 20"]
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
