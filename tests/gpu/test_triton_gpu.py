@@ -38,7 +38,6 @@ for shape in SIZES:
             (shape[0], 4 * c, *shape[2:]), (Kind(0), Kind(0, source=1)), outputs=c, in_mix=False
         ),
         f"factorized reduces {even}": Sepconv(even, sweeps.PAIR * 4, stride=2, outputs=c // 2, joined=2),
-        f"mix of one {shape}": Mix(shape, (True,)),
         f"mix of 35 into slices {shape}": Mix(shape, (True, True, False, True, True, True, True) * 5, "is"),
         f"norm {shape}": Norm(shape, 2),
         f"fan out {shape}": FanOut(shape, (4, 4, 4), (True, True, False), sliced=True),
