@@ -81,6 +81,23 @@ def test_the_compiler_is_given_what_the_launcher_gives_it():
     assert int(done.stdout) > 400
 
 
+def test_a_slice_of_a_vector_may_begin_anywhere():
+    """The nodes' p, and their gradients, are slices of one vector."""
+    from darts_fast.kernels import triton
+    from darts_fast.kernels.types import Source, images
+
+    x, vector = images(2, (2, 4, 8, 8), torch.float32, "meta"), torch.empty(8, device="meta")
+    adjoint, sums = images(1, x[0].shape, x.dtype, "meta")[0], torch.empty(2, 2, 4, device="meta")
+
+    def keys(start):
+        p = vector[start : start + 2]
+        forward = triton.mix_forward([Source(y) for y in x], p, outs=[adjoint])
+        second = triton.mix_second([Source(y) for y in x], adjoint, p, sums=sums, weight_gradient=p)
+        return list(map(compilation.key, forward + second))
+
+    assert keys(0) == keys(1)
+
+
 def test_what_processes_compile_is_found_by_others(tmp_path):
     environment = {**ENVIRONMENT, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", AHEAD], env=environment, capture_output=True, text=True)

@@ -115,8 +115,9 @@ WARPS: dict[str, Rows] = {
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
         (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
-        # The same of 64 to 16 of float16: 9 (sm_80). With 8, of 48 to 16 of bfloat16 8 (sm_100).
-        (lambda q: q.bytes == 2 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
+        # The same of 64 to 16: of float16 9 (sm_80), of float32 5 (sm_90). With 8, of 48 to 16 of bfloat16 8
+        # (sm_100).
+        (lambda q: q.bytes <= 4 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
         # Of 3x3 and 5x5 of 36: 8 (sm_100); with 8, of 5x5 of bfloat16.
         (lambda q: q.dtype == torch.float16 and q.weights and 32 < q.k < 64, 8),
         # Of second halves of 16: 3 (sm_90).
