@@ -22,7 +22,7 @@ import traffic  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 FILE = Path(__file__).with_name("baseline.json")
-SETTING = {"batch_size": 4, "channels": 16, "layers": 3, "size": 16}
+SETTING = {"batch_size": 16, "channels": 16, "layers": 3, "size": 16}
 
 Counts = dict[str, dict[str, int]]  # by "variant: phase" or kernel, then by what is counted
 
