@@ -1,7 +1,8 @@
 """The kernels in C++, for float32 on the CPU.
 
-A function makes tables of C structures from tensors (table.py), and a program runs the tables of all its calls
-by one call of C++, on `torch.get_num_threads()` threads; the bits of the results do not depend on how many.
+A function makes tables of C structures from tensors (table.py), and a program runs the tables of all its
+calls by one call of C++, on `torch.get_num_threads()` threads. The bits of the results do not depend on how
+many.
 Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 """
 

@@ -111,39 +111,48 @@ INLINE void stencil(int64_t step, const float* in, const Stencil& st, const floa
     stencil_tile<1, 1>(in + j * step * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
 
-// acc[j] = sum over channels c of weights[c] * z[j][c]: z in blocks, weights [blocks * LANES][LANES].
+// What a pointwise convolution reads: blocks of channels, `block` apart, and how many lanes of each hold some.
+struct Inputs {
+  ptrdiff_t block;
+  int blocks, lanes;
+
+  Inputs(ptrdiff_t block, int blocks, int64_t channels)
+      : block(block), blocks(blocks), lanes(channels < LANES ? int(channels) : LANES) {}
+};
+
+// acc[j] = sum over channels c of weights[c] * z[j][c], weights [blocks * LANES][LANES].
 template <int T>
-INLINE void pointwise_tile(const float* z, ptrdiff_t block, int blocks, const float* weights, V (&acc)[T]) {
+INLINE void pointwise_tile(const float* z, Inputs inputs, const float* weights, V (&acc)[T]) {
   UNROLL for (int j = 0; j < T; ++j) acc[j] = V{};
-  for (int b = 0; b < blocks; ++b, z += block)
-    for (int l = 0; l < LANES; ++l, weights += LANES) {
-      V w = load(weights);
+  for (int b = 0; b < inputs.blocks; ++b, z += inputs.block, weights += LANES * LANES)
+    for (int l = 0; l < inputs.lanes; ++l) {
+      V w = load(weights + l * LANES);
       UNROLL for (int j = 0; j < T; ++j) acc[j] += w * z[j * LANES + l];
     }
 }
 
 template <int T>
-INLINE void pointwise_store(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out,
+INLINE void pointwise_store(const float* z, Inputs inputs, const float* weights, float* out,
                             bool add) {
   V acc[T];
-  pointwise_tile<T>(z, block, blocks, weights, acc);
+  pointwise_tile<T>(z, inputs, weights, acc);
   if (add) UNROLL for (int j = 0; j < T; ++j) acc[j] += load(out + j * LANES);
   UNROLL for (int j = 0; j < T; ++j) store(out + j * LANES, acc[j]);
 }
 
 // One block of output channels of n pixels, written in lanes or added to what is there.
-void pointwise(const float* z, ptrdiff_t block, int blocks, const float* weights, float* out, int64_t n,
+void pointwise(const float* z, Inputs inputs, const float* weights, float* out, int64_t n,
                bool add) {
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE)
-    pointwise_store<TILE>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+    pointwise_store<TILE>(z + j * LANES, inputs, weights, out + j * LANES, add);
   for (; j + 8 <= n; j += 8)
-    pointwise_store<8>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+    pointwise_store<8>(z + j * LANES, inputs, weights, out + j * LANES, add);
   for (; j + 4 <= n; j += 4)
-    pointwise_store<4>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+    pointwise_store<4>(z + j * LANES, inputs, weights, out + j * LANES, add);
   for (; j + 2 <= n; j += 2)
-    pointwise_store<2>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
-  for (; j < n; ++j) pointwise_store<1>(z + j * LANES, block, blocks, weights, out + j * LANES, add);
+    pointwise_store<2>(z + j * LANES, inputs, weights, out + j * LANES, add);
+  for (; j < n; ++j) pointwise_store<1>(z + j * LANES, inputs, weights, out + j * LANES, add);
 }
 
 struct Sums {  // of a block of channels, about a shift
@@ -151,10 +160,10 @@ struct Sums {  // of a block of channels, about a shift
 };
 
 template <int T, class Lanes>
-INLINE void pointwise_sum(const float* z, ptrdiff_t block, int blocks, const float* weights, float* y,
+INLINE void pointwise_sum(const float* z, Inputs inputs, const float* weights, float* y,
                           int64_t k, Lanes lanes, bool streamed, Sums& sums) {
   V acc[T];
-  pointwise_tile<T>(z, block, blocks, weights, acc);
+  pointwise_tile<T>(z, inputs, weights, acc);
   if (streamed) {
     UNROLL for (int j = 0; j < T; ++j) stream(y + j * k, acc[j]);
   } else {
@@ -169,27 +178,34 @@ INLINE void pointwise_sum(const float* z, ptrdiff_t block, int blocks, const flo
 
 // One block of output channels of n pixels, written into y, pixels k apart, and their sums.
 template <class Lanes>
-void pointwise_out(const float* z, ptrdiff_t block, int blocks, const float* weights, float* y, int64_t k,
+void pointwise_out(const float* z, Inputs inputs, const float* weights, float* y, int64_t k,
                    Lanes lanes, int64_t n, bool streamed, Sums& sums) {
   streamed = streamed && lanes.count == LANES && k % LANES == 0 && aligned(y);
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE)
-    pointwise_sum<TILE>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<TILE>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
   for (; j + 8 <= n; j += 8)
-    pointwise_sum<8>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<8>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
   for (; j < n; ++j)
-    pointwise_sum<1>(z + j * LANES, block, blocks, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<1>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
 }
 
-// found[c][.] += sum over n pixels of z[c] * y[.]
+// found[c][.] += sum over n pixels of z[c] * y[.], of the first C channels c of a block
+template <int C>
 void outer(const float* y, const float* z, int64_t n, float* found) {
-  V acc[LANES];
-  UNROLL for (int l = 0; l < LANES; ++l) acc[l] = load(found + l * LANES);
+  V acc[C];
+  UNROLL for (int l = 0; l < C; ++l) acc[l] = load(found + l * LANES);
   for (int64_t j = 0; j < n; ++j, y += LANES, z += LANES) {
     V v = load(y);
-    UNROLL for (int l = 0; l < LANES; ++l) acc[l] += v * z[l];
+    UNROLL for (int l = 0; l < C; ++l) acc[l] += v * z[l];
   }
-  UNROLL for (int l = 0; l < LANES; ++l) store(found + l * LANES, acc[l]);
+  UNROLL for (int l = 0; l < C; ++l) store(found + l * LANES, acc[l]);
+}
+
+INLINE void outer(const float* y, const float* z, int64_t n, int64_t channels, float* found) {
+  if (channels <= LANES / 4) return outer<LANES / 4>(y, z, n, found);
+  if (channels <= LANES / 2) return outer<LANES / 2>(y, z, n, found);
+  outer<LANES>(y, z, n, found);
 }
 
 // found[ky][kx] += sum over rows and n columns of z[row][x] * a[row][x * STEP + ky, kx], ROWS kernel rows.

@@ -238,7 +238,7 @@ void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, 
                   int64_t rows, float* z, bool add = false) {
   for (int b = 0; b < half.cb; ++b)
     for (int64_t r = 0; r < rows; ++r)
-      pointwise(y_lanes + r * half.wo * LANES, y_block, half.kb, weights + ptrdiff_t(b) * half.kb * LANES * LANES,
+      pointwise(y_lanes + r * half.wo * LANES, {y_block, half.kb, half.k}, weights + ptrdiff_t(b) * half.kb * LANES * LANES,
                 z + b * half.z.block + half.z.at(y + r, 0), half.wo, add);
 }
 
@@ -293,16 +293,17 @@ extern "C" void darts_sepconv_forward(const void* table, int threads) {
         for_groups(half, image, [&](int64_t y, int64_t rows, int64_t pixel) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, stencils[t], a, y, rows, z, block);
+          Inputs inputs(block, half.cb, half.c);
           for_channels(half.k, [&](auto lanes, int64_t i) {
             const float* weights = p[t] + i * half.cb * LANES;
             double* at = of_part + i;
             if (image == first && y == 0) {  // the shift: the part's first pixel
               V value[1];
-              pointwise_tile<1>(z, block, half.cb, weights, value);
+              pointwise_tile<1>(z, inputs, weights, value);
               flush(All{}, at, value[0]);
             }
             Sums found = {narrow(All{}, at), {}, {}};
-            pointwise_out(z, block, half.cb, weights, out.row(pixel) + i, out.stride, lanes, rows * half.wo,
+            pointwise_out(z, inputs, weights, out.row(pixel) + i, out.stride, lanes, rows * half.wo,
                           call.streamed, found);
             flush(All{}, at + width, found.sum);
             flush(All{}, at + 2 * width, found.squares);
@@ -374,7 +375,7 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
           float* into = p_sums[t] + part * half.kb * half.cb * LANES * LANES;
           for (int k = 0; k < half.kb; ++k)
             for (int c = 0; c < half.cb; ++c, into += LANES * LANES)
-              outer(lanes + k * block, z + c * block, pixels, into);
+              outer(lanes + k * block, z + c * block, pixels, half.c - c * LANES, into);
           if (half.task.d_gradient == nullptr) return;
           for (int c = 0; c < half.cb; ++c)
             correlate(half.task, z_adjoint + c * half.z.block + half.z.at(y, 0), half.z.row,
@@ -477,7 +478,7 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
           depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
           for_channels(half.k, [&](auto lanes, int64_t i) {
             Sums unused = {};
-            pointwise_out(z, block, 2 * half.cb, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i,
+            pointwise_out(z, {block, 2 * half.cb, half.c}, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i,
                           out.stride, lanes, rows * half.wo, call.streamed, unused);
           });
         });
