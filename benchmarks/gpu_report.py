@@ -256,7 +256,7 @@ def agreement(bench: Bench) -> None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             for amp in (None, "float16", "bfloat16"):
                 bench.fact(f"captured as uncaptured, {amp or 'float32'}", _captured_alike(bench, amp))
-        found = race.check_on(device, channels, layers, size, 1 if bench.quick else 8)
+        found = race.check_on(device, channels, layers, size, 4 if bench.quick else 8)
         for name, (value, allowed) in found.items():
             bench.fact(f"{name}, float32", f"error {value:.2g}, allowed {allowed:.2g}")
     if not same or any(str(v).startswith("no") for v in bench.part["facts"].values()):
