@@ -46,12 +46,21 @@ def counted(step: Callable[[], object], device: torch.device) -> Count:
     return traffic.total
 
 
+def missing_on(device: torch.device) -> str | None:
+    """What this machine lacks for the kernels of the device to be launched, in words; None: nothing."""
+    if device.type != "cuda":
+        return None
+    from darts_fast.kernels import compilation
+
+    return compilation.missing_for_launches()
+
+
 def compile_kernels(
     rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
 ) -> None:
-    """Compiles the Triton kernels that `rehearse` launches, on all processors; once for a machine, as they
-    stay in Triton's cache. Launched, they would be compiled one after the other: the 400 different ones of
-    the paper's search in minutes.
+    """Compiles the Triton kernels that `rehearse` launches, and their launchers, on all processors; once for
+    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 400
+    different ones of the paper's search in minutes.
 
     Args:
         rehearse: run on PyTorch's meta device.
@@ -71,7 +80,9 @@ def compile_kernels(
     if note.exists():
         return
     say(f"compiling {len(launches)} kernels for sm_{arch} in {count} processes, the first time only")
-    jobs = compilation.compile_ahead(launches, [arch], count, lambda planned, arch, error: error)
+    jobs = compilation.compile_ahead(
+        launches, [arch], count, lambda planned, arch, error: error, launchers=True
+    )
     with closing(jobs), tqdm(total=len(launches), unit="kernel", disable=None, leave=False) as bar:
         for _ in launches:
             try:

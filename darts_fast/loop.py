@@ -22,7 +22,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import compile_kernels, counted
+from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
@@ -61,10 +61,16 @@ class Loop(ABC):
             augmentation_seed: of the generator that augments the batches.
 
         Raises:
-            InputError: the data do not fit the memory.
+            InputError: the data do not fit the memory, or the machine lacks what the kernels need.
         """
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
+        lacking = missing_on(self.device) if config.fused else None
+        if lacking:
+            raise InputError(
+                f"--fused on a GPU needs {lacking}, which this machine lacks: Triton compiles with it what "
+                "launches the kernels; install it, or run without --fused and --amp"
+            )
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
         # Whether a step is replayed as one CUDA graph.
         self.captured = config.fused and self.device.type == "cuda" and not config.no_graph

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 from darts_fast import fused, loop
 from darts_fast.config import SearchConfig
 from darts_fast.datasets import read_data
-from darts_fast.errors import RunError
+from darts_fast.errors import InputError, RunError
 from darts_fast.runs import CHECKPOINT, RunFolder
-from darts_fast.search import Search
+from darts_fast.search import Search, search
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
@@ -94,6 +95,33 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         list(compilation.compile_ahead([None] * 3, [90], 2, print))
 
 
+def test_what_a_machine_lacks_for_launches(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert compilation.missing_for_launches() == "a C compiler (gcc or clang)"
+    monkeypatch.setenv("CC", "tcc")
+    assert compilation.missing_for_launches() == "the C compiler 'tcc' that CC names"
+    (tmp_path / "tcc").touch(0o755)
+    assert compilation.missing_for_launches() is None
+    (tmp_path / "Python.h").unlink()
+    found = compilation.missing_for_launches()
+    assert found.startswith(f"Python's headers ({tmp_path / 'Python.h'};")
+
+
+def test_a_run_on_cuda_without_a_compiler_is_refused_before_anything_is_written(monkeypatch, in_tmp):
+    monkeypatch.setenv("CC", "tcc-is-not-here")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert fused.missing_on(cpu) is None
+    monkeypatch.setattr(loop, "missing_on", lambda device: fused.missing_on(cuda))
+    with pytest.raises(InputError, match="^--fused on a GPU needs the C compiler 'tcc-is-not-here'"):
+        search(SearchConfig(fused=True, init_channels=2, layers=3, device="cpu"))
+    assert not list(in_tmp.iterdir())
+    config = SearchConfig(init_channels=2, layers=3, device="cpu")
+    Search(config, read_data(config, None))  # the reference's cells need none
+
+
 class Machine:
     """One whose GPU is of this capability, and where nothing is compiled but it is noted."""
 
@@ -103,7 +131,8 @@ class Machine:
         monkeypatch.setattr(compilation, "compile_ahead", self.compile_ahead)
         monkeypatch.setattr(compilation, "note", lambda launches, arch: tmp_path / f"note-{arch}")
 
-    def compile_ahead(self, launches, archs, count, then):
+    def compile_ahead(self, launches, archs, count, then, launchers):
+        assert launchers
         for planned in launches:
             self.compiled.append((planned.kernel.fn.__name__, *archs))
             yield then(planned, *archs, "")
