@@ -60,7 +60,7 @@ def build(folder: Path) -> dict[str, str]:
     return {
         **kept,
         "TRITON_LIBCUDA_PATH": str(folder),  # what Triton links against; below, what it loads
-        "LD_LIBRARY_PATH": f"{folder}:{kept.get('LD_LIBRARY_PATH', '')}",
+        "LD_LIBRARY_PATH": ":".join([str(folder), *filter(None, [kept.get("LD_LIBRARY_PATH")])]),
         "CUDA_VISIBLE_DEVICES": "",
         "TRITON_CACHE_DIR": str(folder / "cache"),
     }
