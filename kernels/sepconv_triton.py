@@ -284,6 +284,7 @@ def sepconv_bwd_pointwise_kernel(
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         i_first = tl.cast(i_tile, tl.int64) * BLOCK_P
         m_p = i_first + o_t < positions
+        # 32 bits within the tile: with 64, second sweeps of 16 outputs of float32 spilled twice (sm_100).
         o_in_y = o_t[:, None] * y_row + o_k[None, :]
         m_y = m_p[:, None] & m_k[None, :]
         b_y = tl.load(p_y + i_first * y_row + o_in_y, mask=m_y, other=0.0)  # [BLOCK_P, BLOCK_K]
