@@ -153,7 +153,7 @@ def compilation(bench: Bench) -> None:
     for kind in kinds[: 1 if bench.quick else None]:
         planned = launches_to_compile(bench, kind)
         facts[f"{kind}: kernels"] = len(planned)
-        for error in compile_ahead(planned, [10 * major + minor], count, _error):
+        for error in compile_ahead(planned, [10 * major + minor], count, _error, launchers=bench.cuda):
             facts["failed"] += [error] if error else []
             facts["kernels compiled"] += not error
             facts["seconds"] = round(time.monotonic() - started, 1)
