@@ -2,7 +2,7 @@
 
 `build` compiles it and gives the environment in which a process finds it. There, `install` makes it Triton's
 driver: kernels are compiled for sm_80 and launched on tensors of the CPU, and each launch is a `Record`.
-Nothing is executed.
+Nothing is executed, unless by who is told of the launches.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,10 @@ def declared(ptx: str) -> list[int]:
     return found
 
 
-def install() -> list[Record]:
-    """Makes the stand-in Triton's driver as long as this process lives; to the list, each launch is added."""
-    records: list[Record] = []
+def install(launched: Callable[[Record], object]) -> None:
+    """Makes the stand-in Triton's driver as long as this process lives. `launched` is called for each launch
+    while its caller waits, so that it may read and write what the parameters point to; what it raises is
+    printed and goes no further."""
     loaded: dict[int, Code] = {}  # by the driver's handle
 
     def load(module: int, function: int, name: str, files: dict[str, str], key: str) -> None:
@@ -87,9 +89,7 @@ def install() -> list[Record]:
     def record(function: int, stream: int | None, numbers: Any, addresses: Any) -> None:
         code = loaded[function]
         parameters = tuple(ctypes.string_at(addresses[i], n) for i, n in enumerate(declared(code.ptx)))
-        records.append(
-            Record(code, tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], stream or 0, parameters)
-        )
+        launched(Record(code, tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], stream or 0, parameters))
 
     active = nvidia.CudaDriver()
     active.get_current_device = lambda: 0  # in place of PyTorch, which sees no GPU
@@ -99,7 +99,6 @@ def install() -> list[Record]:
     knobs.runtime.kernel_load_end_hook.add(load)
     ctypes.CDLL(LIBRARY).stand_in_record(record)
     _alive.append(record)
-    return records
 
 
 # The stand-in's `recorder_t`; and those that it may still call.

@@ -99,7 +99,7 @@ def search_and_training() -> None:
     Launches whose parameters have the same types, divisible by 16 in the same places, share one compiled
     kernel, the first one's: the launcher treats them alike, and compiling each would take minutes.
     """
-    compile_one, shared, wanted = triton.compiler.compile, {}, []
+    compile_one, shared, wanted, records = triton.compiler.compile, {}, [], []
 
     def compile_alike(source: Any, **options: Any) -> Any:
         ahead = compilation.source(wanted[-1].planned)
@@ -110,7 +110,7 @@ def search_and_training() -> None:
         return shared[alike]
 
     triton.compiler.compile = compile_alike
-    records = cuda_stand_in.install()
+    cuda_stand_in.install(records.append)
     for run in runs():
         with using(triton_backend), observed(lambda planned: wanted.append(expected(planned))):
             run.begin_epoch()
@@ -146,7 +146,8 @@ def compiled_ahead() -> None:
     errors = compilation.compile_ahead(launches, [80], 1, lambda *result: result[-1], launchers=True)
     assert list(errors) == [""]
     ahead = count(calls)
-    records = cuda_stand_in.install()
+    records: list[cuda_stand_in.Record] = []
+    cuda_stand_in.install(records.append)
     loaded = count(calls)
     with using(triton_backend):
         kernels.pool(torch.zeros(2, 4, 8, 8), 1)
