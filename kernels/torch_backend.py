@@ -61,7 +61,7 @@ def channel_dot(x: Tensor, y: Tensor) -> Tensor:
     because that pass writes no product."""
     zero, one = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
     return aten.native_batch_norm_backward(
-        x, y, None, zero, one, zero, one, True, EPSILON, [False, True, False]
+        x, y, one, zero, one, zero, one, True, EPSILON, [False, True, False]
     )[1]
 
 
@@ -105,7 +105,8 @@ class Normalizer(NamedTuple):
         found, sums, _ = aten.native_batch_norm_backward(
             g,
             y,
-            weight,
+            # Without a weight ATen's CUDA kernels give no sums: an empty tensor, or an error.
+            torch.ones_like(self.r) if weight is None else weight,
             self.mean,
             self.variance,
             self.mean,

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from darts_fast import kernels
-from darts_fast.kernels import Task
+from darts_fast.kernels import Task, torch_backend
+from darts_fast.kernels.backends import using
 
 CASES = {  # N, C, H, W
     "4 channels": (2, 4, 8, 8),
@@ -300,8 +302,6 @@ def test_a_gradient_of_the_mix_weights_is_not_differentiated_again():
 
 
 def test_no_weight_gradient_is_computed_in_the_last_sweeps(monkeypatch):
-    from darts_fast.kernels import torch_backend
-
     asked = []
     real = torch_backend.sepconv_backward
     monkeypatch.setattr(
@@ -339,6 +339,35 @@ def test_memory_layout_changes_nothing():
         results.append(four_sweeps([node], [*d, *p[1:]], [base]))
     for found in results[1:]:
         assert_same(found, results[0])
+
+
+class AsOnCuda(TorchDispatchMode):
+    """Fails where a batch norm without a weight is asked for the gradient of its weight or bias: the CPU
+    gives it, ATen's CUDA kernels give an empty tensor for channels-last input and raise for other."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            weight, mask = args[2], args[-1]
+            assert weight is not None or not any(mask[1:])
+            self.asked += any(mask[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_in_aten_ask_cuda_for_nothing_that_it_does_not_give(dtype):
+    x = torch.randn(2, 4, 6, 6).to(dtype).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    d, p = [torch.randn(4, 1, 3, 3, dtype=wide)], [torch.randn(4, 4, 1, 1, dtype=wide)]
+    weights = [t.requires_grad_() for t in (*d, *p, torch.rand(2, dtype=wide))]
+    with using(torch_backend), AsOnCuda() as mode:
+        y, s = kernels.sepconv([x], [Task()], d, p)
+        y, s = kernels.sepconv(y, [Task()], d, p, s)
+        node = kernels.mix([*y, x], [*s, None], weights[2])
+        found = torch.autograd.grad(node.double().pow(2).sum(), weights, create_graph=True)
+        torch.autograd.grad(found[:2], [x, weights[2]], [torch.ones_like(w) for w in weights[:2]])
+    assert mode.asked > 4
 
 
 def layout_of(layout):
