@@ -104,9 +104,9 @@ def test_images(benchmark, timed, setting, device):
     generator = torch.Generator(device).manual_seed(0)
     labels = torch.zeros(2048, dtype=torch.int64)
     data = Batches(images, labels, device, statistics, generator, 4, True, size // 2)
-    found, _ = data.cut(torch.arange(count), augment=False)
+    found, _ = data.cut(data.placed(torch.arange(count)), augment=False)
     assert torch.allclose(found.cpu(), (images[:count].float() - 128) / 64)
-    orders = torch.randperm(2048).split(count)
+    orders = data.placed(torch.randperm(2048)).split(count)
     timed(lambda: [data.cut(order, augment=True) for order in orders[:2]], rounds=50, warmup_rounds=2)
     fastest = "fused, Triton, float16, captured" if device.type == "cuda" else "fused, C++"
     if benchmark.stats and not missing(VARIANTS[fastest], device):

@@ -134,14 +134,18 @@ class Batches:
         self.mean, self.std = (t.float().view(1, -1, 1, 1).to(device) for t in statistics)
         self.crop_padding, self.flip, self.cutout_length = crop_padding, flip, cutout_length
 
+    def placed(self, order: Tensor) -> Tensor:
+        """An epoch's order (int64 [N]), moved to where the images lie. Moved batch by batch it would hold up
+        the host in each step."""
+        return order.to(self.images.device)
+
     def cut(self, indices: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
-        """The images (float32, normalised) and labels of these indices (int64 [n], on the host)."""
+        """The images (float32, normalised) and labels of these indices (int64 [n], of `placed`)."""
         images, labels = self.pick(indices)
         return self.prepared(images, augment), labels
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images (uint8) and labels of these indices (int64 [n], on the host), on the device."""
-        indices = indices.to(self.images.device)
+        """The images (uint8) and labels of these indices (int64 [n], of `placed`), on the device."""
         return self._on_device(self.images[indices]), self._on_device(self.labels[indices])
 
     def prepared(self, images: Tensor, augment: bool) -> Tensor:

@@ -442,7 +442,7 @@ def evaluated(
     training = network.training
     network.eval()
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    for indices in order.split(batch_size):
+    for indices in batches.placed(order).split(batch_size):
         images, labels = batches.cut(indices, augment=False)
         logits = network(images)
         loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -262,17 +262,17 @@ class Search(Loop):
         )
 
     def begin_epoch(self) -> None:
-        self.train_order = self._shuffled(self.train_half, TRAIN_ORDER)
-        self.validation_order = self._shuffled(self.validation_half, VALIDATION_ORDER)
+        train = self._shuffled(self.train_half, TRAIN_ORDER)
+        validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
+        # The two halves are walked together; a shorter validation half is walked again.
+        validation = validation[torch.arange(len(train)) % len(validation)]
+        self.train_order, self.validation_order = map(self.batches.placed, (train, validation))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         train_indices = self.batch_indices(self.train_order)
-        # The two halves are walked together; a shorter validation half is walked again.
-        start = self.step * self.config.batch_size
-        positions = torch.arange(start, start + len(train_indices)) % len(self.validation_order)
         with phase("data"):
             train = self.batches.pick(train_indices)
-            validation = self.batches.pick(self.validation_order[positions])
+            validation = self.batches.pick(self.batch_indices(self.validation_order))
         self.search_step.lr.fill_(lr)
         values = self.take(
             train_images=train[0],

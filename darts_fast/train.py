@@ -255,7 +255,8 @@ class Training(Loop):
         )
 
     def begin_epoch(self) -> None:
-        self.order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
+        order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
+        self.order = self.batches.placed(order)
         if self.config.drop_path_prob:
             self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 

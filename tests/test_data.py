@@ -119,7 +119,7 @@ def test_images_too_large_for_the_device_give_the_same_batches(monkeypatch):
         statistics, generator = channel_statistics(images), seeded("cuda", 0)
         batches = Batches(images, labels, torch.device("cuda"), statistics, generator, 1, True, 2)
         assert batches.images.is_cuda == fit
-        cut.append(batches.cut(torch.arange(5, 40), augment=True))
+        cut.append(batches.cut(batches.placed(torch.arange(5, 40)), augment=True))
     assert torch.equal(cut[0][0], cut[1][0]) and torch.equal(cut[0][1], cut[1][1])
 
 
