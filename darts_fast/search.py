@@ -388,8 +388,8 @@ class Search(Loop):
                 f"EP{epoch:02d}-{name}.png",
                 partial(plot.alpha_heat_map, softmaxed, title),
             )
-        source = plot.source(genotype, f"epoch {epoch}")
-        self.draw("genotype", f"EP{epoch:02d}-genotype.png", partial(plot.render, source, "png"))
+        picture = partial(plot.genotype_png, genotype, f"epoch {epoch}")
+        self.draw("genotype", f"EP{epoch:02d}-genotype.png", picture)
 
 
 def check_split(config: SearchConfig, dataset: Dataset) -> None:

@@ -314,7 +314,7 @@ class Training(Loop):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.train_step.load_state_dict(state)
-        self.network.drop_path_generator.set_state(state["drop_path"])
+        self.set_generator(self.network.drop_path_generator, state["drop_path"], self.config.seed, DROP_PATH)
         self.final = state["final"]
 
     def rehearse(self) -> None:
@@ -368,7 +368,7 @@ class Training(Loop):
 
     def announce(self) -> None:
         super().announce()
-        self.draw("genotype", "genotype.png", partial(plot.render, plot.source(self.genotype), "png"))
+        self.draw("genotype", "genotype.png", partial(plot.genotype_png, self.genotype))
 
     def _size(self) -> str:
         millions = self.parameters / 1e6, self.multiply_adds / 1e6

@@ -198,11 +198,21 @@ def test_two_processes_never_write_one_folder(data, in_tmp):
     assert resume_search(path, data).path == path
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monkeypatch):
+# Per epoch two heat maps of alphas and one of the genotype.
+@pytest.mark.parametrize(
+    ("missing", "pictures"),
+    [(["pygraphviz"], 1), (["graphviz"], 1), (["graphviz", "matplotlib"], 3)],
+    ids=str,
+)
+def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(missing, pictures, data, in_tmp, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    for name in list(sys.modules):
+        if name.split(".")[0] in missing:
+            monkeypatch.delitem(sys.modules, name)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
     path = search(TINY, data).path
-    assert sum("no picture EP0" in line for line in log_lines(path)) == 2
+    assert sum("no picture EP0" in line for line in log_lines(path)) == 2 * pictures
 
 
 def test_refusals_of_resume_change_nothing(data, in_tmp):

@@ -120,6 +120,26 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert again == result
 
 
+def test_random_numbers_of_another_kind_of_device_begin_anew_from_the_position(data, in_tmp, signal_at):
+    """A generator's state has 5,056 bytes on a CPU and 16 on CUDA."""
+    for number, at in enumerate((3, 3, 4)):
+        signal_at(Training, at, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(dataclasses.replace(TINY, name=str(number)), data)
+        folder = in_tmp / "augments" / str(number)
+        state = checkpoint(folder)
+        for name in ("augmentation", "drop_path"):
+            assert state[name].numel() == 5056
+            state[name] = torch.full((16,), number, dtype=torch.uint8)
+        torch.save(state, folder / "checkpoint.pt")
+        resume_training(folder, data)
+        log = (folder / f"{number}.log").read_text()
+        assert log.count("the checkpoint's random numbers are another kind of device's than cpu's: ") == 1
+        assert log.count(f"drawn from here on depends on seed 2, epoch 1 and step {at} alone") == 1
+    one, two, other = ((in_tmp / "augments" / n / METRICS).read_text().splitlines() for n in "012")
+    assert one == two and one[:3] == other[:3] and one[4:] != other[4:]
+
+
 def test_what_a_run_folder_holds(undisturbed, data):
     path = undisturbed.path
     rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
