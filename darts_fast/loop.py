@@ -124,8 +124,8 @@ class Loop(ABC):
 
     @abstractmethod
     def rehearse(self) -> None:
-        """A step's passes, and those of an evaluation, on tensors without data; PyTorch's default device is
-        its meta device."""
+        """A step's passes, and those of an evaluation, with batches of each size, on tensors without data;
+        PyTorch's default device is its meta device."""
 
     @abstractmethod
     def announcement(self) -> str:
@@ -464,6 +464,11 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
+
+
+def batch_sizes(images: int, batch_size: int) -> list[int]:
+    """Those of the batches that so many images are cut into, each once."""
+    return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

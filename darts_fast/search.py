@@ -17,7 +17,7 @@ from darts_fast.datasets import read_data
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
-from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment
@@ -323,13 +323,15 @@ class Search(Loop):
 
     def rehearse(self) -> None:
         network, shape = self._supernet(), self.dataset.images.shape[1:]
-        images = torch.zeros(self.config.batch_size, *shape)
-        labels = torch.zeros(self.config.batch_size, dtype=torch.int64)
         step = SearchStep(network, self.config)
         step.loss_scale = None  # the optimizers of meta tensors know of none
-        step.take(images, labels, images, labels)
+        for size in batch_sizes(len(self.train_half), self.config.batch_size):
+            images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
+            step.take(images, labels, images, labels)
+        network.eval()
         with torch.no_grad():
-            network.eval()(images)
+            for size in batch_sizes(len(self.validation_half), self.config.batch_size):
+                network(torch.zeros(size, *shape))
 
     def _supernet(self) -> Supernet:
         """A new one, on PyTorch's default device."""

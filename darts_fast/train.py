@@ -26,7 +26,7 @@ from darts_fast.derived import (
 )
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
-from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, batch_sizes, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
@@ -318,13 +318,16 @@ class Training(Loop):
         self.final = state["final"]
 
     def rehearse(self) -> None:
-        module, images = self._network(), torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
-        outputs = module(images, self.train_step.activations)
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        total = torch.stack([y.sum() for y in heads]).sum()
-        torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
+        module, shape = self._network(), self.dataset.images.shape[1:]
+        for size in batch_sizes(len(self.dataset.labels), self.config.batch_size):
+            outputs = module(torch.zeros(size, *shape), self.train_step.activations)
+            heads = outputs if isinstance(outputs, tuple) else (outputs,)
+            total = torch.stack([y.sum() for y in heads]).sum()
+            torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
+        module.eval()
         with torch.no_grad():
-            module.eval()(images)
+            for size in batch_sizes(len(self.dataset.test_labels), self.config.batch_size):
+                module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:
         """A new one, on PyTorch's default device."""

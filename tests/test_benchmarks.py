@@ -67,6 +67,17 @@ def test_the_race_checks_its_results_first(monkeypatch):
         step.check()
 
 
+def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
+    import test_steps
+
+    def late(*arguments, **options):
+        raise TimeoutError("it took more than 120 s")
+
+    monkeypatch.setattr(test_steps, "Runner", late)
+    with pytest.raises(pytest.skip.Exception, match="it took more than 120 s"):
+        test_steps.runner("textbook, torch.compile", test_steps.GPU, torch.device("cuda"))
+
+
 def test_a_step_costs_what_the_committed_baseline_says():
     # On its own: Triton's kernels are not compiled where they were imported for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

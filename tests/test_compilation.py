@@ -17,7 +17,9 @@ from darts_fast.search import Search, search
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
-from darts_fast.kernels import compilation  # noqa: E402
+from darts_fast.kernels import compilation, triton_backend  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
+from darts_fast.kernels.triton_launch import observed  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -176,6 +178,25 @@ def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_pa
     machine.error = None
     machine.start()
     assert len(machine.compiled) == 1 + 1 + 1 + 2
+
+
+def test_the_smaller_batches_of_a_run_are_rehearsed_too(monkeypatch):
+    """On images of 8 x 8 their kernels are others: the smallest cells have 4 positions an image."""
+    config = SearchConfig(fused=True, init_channels=2, layers=3, device="cpu")
+    run = Search(config, read_data(config, None))
+    assert len(run.train_half) % 64 == 14 and len(run.validation_half) % 64 == 15
+
+    def compiled():
+        launches = []
+        with using(triton_backend), observed(launches.append), torch.device("meta"):
+            run.rehearse()
+        return set(map(compilation.key, launches))
+
+    everything, of_each = compiled(), []
+    for sizes in ([64], [14]):
+        monkeypatch.setattr(sys.modules["darts_fast.search"], "batch_sizes", lambda *_, sizes=sizes: sizes)
+        of_each.append(compiled())
+    assert everything >= of_each[0] | of_each[1] and of_each[1] - of_each[0]
 
 
 @pytest.mark.parametrize("resumed", [False, True])
