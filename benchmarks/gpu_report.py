@@ -13,8 +13,8 @@ images from `--data_path`, without it random ones of the same size.
 DIR gets report.md, report.json, three pictures and profile/ (8 files). Each section runs in a process of its
 own with a limit: what fails, hangs or crashes leaves its error and what it had measured in the report, which
 is written anew every few seconds, and the next section runs. A section takes the time that it needs, also
-where no kernel was ever compiled, before a later one has any: on such a machine the last ones may be left out,
-and `--only tests torch.compile` runs them afterwards. Exits with 1 if any failed.
+where no kernel was ever compiled, before a later one has any: there the last ones may be left out, and
+`--only tests torch.compile` runs them afterwards. Exits with 1 if any failed.
 """
 
 import argparse
@@ -674,7 +674,7 @@ def compiled(bench: Bench) -> None:
             _show_records(bench)
 
 
-# Seconds that each may take, by estimate with room, for 16 processors and nothing in Triton's cache: some 1,700
+# Seconds that each may take, by estimate with room, for 16 processors and nothing in Triton's cache: 1,310
 # kernels are to be compiled, a second of a processor each. They add up to more than 8 minutes: the first ones
 # come first, and mostly leave much over.
 SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
