@@ -64,6 +64,8 @@ def test_traffic_counts_distinct_elements_and_no_views():
 def test_the_race_checks_its_results_first(monkeypatch):
     step.check()
     monkeypatch.setattr(step, "error", lambda found, expected: float("nan"))
+    monkeypatch.setattr(step.TextbookStep, "phases", lambda *_: [])  # their results are not looked at
+    monkeypatch.setattr(step.SearchStep, "take", lambda *_: None)
     with pytest.raises(AssertionError, match="after two steps"):
         step.check()
 
