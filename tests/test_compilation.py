@@ -216,7 +216,7 @@ def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tm
     compiled = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "compile_kernels", compile_kernels)
-    config = SearchConfig(fused=True, init_channels=2, layers=3, device="cpu")
+    config = SearchConfig(fused=True, init_channels=2, layers=3, order=1, device="cpu")
     run = Search(config, read_data(config, None))
     run.device, run.traffic, run.take_step, run.engine = torch.device("cuda"), launch, launch, dict
     with RunFolder.create(run.config, "digits") as run.folder, pytest.raises(Launched):
