@@ -18,8 +18,8 @@ from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume_search, search
 from darts_fast.data import Batches
-from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.plot import alpha_heat_map
+from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 
 ROOT = Path(__file__).resolve().parent.parent
