@@ -22,7 +22,7 @@ requirements = [
 ]
 test_requirements = [
     "pytest",
-    "pytest-xdist",  # a worker a core
+    "pytest-xdist>=3.2",  # a worker a core; worksteal
     "pytest-benchmark",  # `pytest -n0 benchmarks/`
     "hypothesis",  # random genotypes and random damage to them, against the grammar
     "ruff",  # lint, also run by CI

@@ -20,7 +20,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(autouse=True)
+# Of the session: what a module checks once, before it times anything, is in it, too.
+@pytest.fixture(autouse=True, scope="session")
 def float32_is_float32() -> Iterator[None]:
     with strict_float32():
         yield

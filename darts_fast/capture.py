@@ -1,4 +1,4 @@
-"""A function of tensors, captured as a CUDA graph and replayed."""
+"""A function of tensors, captured as CUDA graphs and replayed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UPS = 3  # calls before the capture: libraries and autograd set themselves up, kernels are compiled
+WARM_UPS = 3  # calls before a capture: libraries and autograd set themselves up, kernels are compiled
 
 
 class Captured:
-    """Calls `function` on static buffers that each call's inputs are copied into; on CUDA the first call
-    captures it as one graph, which later calls replay.
+    """Calls `function` on static buffers that each call's inputs are copied into. On CUDA the first call with
+    a batch of some size captures it as a graph, and later calls with batches of that size replay the graph.
 
     Args:
         function: keyword tensors -> one tensor. It reads nothing back to the host, its shapes depend on
             those of its inputs alone, and what it changes stays where it is.
-        inputs: the buffers by name, on the device.
+        inputs: the buffers by name, on the device. The first dimension of each is the largest batch.
         state: gives every tensor that the function changes, where calls before the capture leave no trace.
         graph: whether to capture (CUDA only). Otherwise `function` is called on the same buffers.
         generators: of the device, all that `function` draws random numbers from. A replay draws what a call
             would have drawn.
 
-    Inputs of other shapes than the buffers' (the last batch of an epoch) are not copied: `function` is called
-    on them as they are. What is changed must not be replaced by other tensors after the first call.
+    A smaller batch (the last one of an epoch) takes the first places of the buffers. What is changed must not
+    be replaced by other tensors after the first call.
     """
 
     def __init__(
@@ -35,27 +35,32 @@ class Captured:
         generators: Sequence[torch.Generator] = (),
     ):
         self.function, self.inputs, self.state, self.generators = function, inputs, state, generators
-        self.graph = torch.cuda.CUDAGraph() if graph else None
-        self.output: Tensor | None = None  # of the graph
+        self.graph = graph
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and its output, by batch size
+        # All graphs are captured on one stream, into one pool of memory: they never run side by side, and
+        # nothing that one leaves in the pool is read after it but its output.
+        self._stream_and_pool: tuple[torch.cuda.Stream, Any] | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """The function's result, a tensor of its own."""
-        if any(inputs[name].shape != buffer.shape for name, buffer in self.inputs.items()):
-            return self.function(**inputs)
-        for name, buffer in self.inputs.items():
+        size = len(next(iter(inputs.values())))
+        buffers = self._buffers(size)
+        for name, buffer in buffers.items():
             buffer.copy_(inputs[name], non_blocking=True)
-        if self.graph is None:
-            return self.function(**self.inputs)
-        if self.output is None:
-            self._capture()
-        self.graph.replay()
-        return self.output.clone()
+        if not self.graph:
+            return self.function(**buffers)
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        graph, output = self._graphs[size]
+        graph.replay()
+        return output.clone()
 
-    def trial(self, use: Callable[[Callable[[], Tensor]], Any]) -> Any:
-        """`use` of an uncaptured call on the buffers, of which no trace is left; what it returns."""
+    def trial(self, use: Callable[[Callable[[], Tensor]], Any], size: int | None = None) -> Any:
+        """Calls `use` with an uncaptured call on the buffers, puts every tensor and generator back, and
+        returns what `use` returned. `size`: of the batch; None: the largest."""
         before = [tensor.detach().clone() for tensor in self.state()]
         drawn = [generator.get_state() for generator in self.generators]
-        found = use(lambda: self.function(**self.inputs))
+        found = use(lambda: self.function(**self._buffers(size)))
         with torch.no_grad():
             for tensor, kept in zip(self.state(), before, strict=True):
                 tensor.copy_(kept)
@@ -63,17 +68,26 @@ class Captured:
             generator.set_state(kept)
         return found
 
-    def _capture(self) -> None:
+    def _buffers(self, size: int | None) -> dict[str, Tensor]:
+        return {name: buffer[:size] for name, buffer in self.inputs.items()}
+
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         device = next(iter(self.inputs.values())).device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self.trial(lambda step: [step() for _ in range(WARM_UPS)])
-        torch.cuda.current_stream(device).wait_stream(stream)
-        for generator in self.generators:
-            self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):  # records, and computes nothing
-            self.output = self.function(**self.inputs)
+        # torch.cuda.graph waits for the current device, and would take its stream from it.
+        with torch.cuda.device(device):
+            if self._stream_and_pool is None:
+                self._stream_and_pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            stream, pool = self._stream_and_pool
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self.trial(lambda step: [step() for _ in range(WARM_UPS)], size)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):  # records, and computes nothing
+                output = self.function(**self._buffers(size))
+        return graph, output
 
 
 def in_words(captured: bool) -> str:

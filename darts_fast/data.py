@@ -134,14 +134,18 @@ class Batches:
         self.mean, self.std = (t.float().view(1, -1, 1, 1).to(device) for t in statistics)
         self.crop_padding, self.flip, self.cutout_length = crop_padding, flip, cutout_length
 
+    def placed(self, order: Tensor) -> Tensor:
+        """An epoch's order (int64 [N]), moved to where the images lie. Moved batch by batch it would hold up
+        the host in each step."""
+        return order.to(self.images.device)
+
     def cut(self, indices: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
-        """The images (float32, normalised) and labels of these indices (int64 [n], on the host)."""
+        """The images (float32, normalised) and labels of these indices (int64 [n], of `placed`)."""
         images, labels = self.pick(indices)
         return self.prepared(images, augment), labels
 
     def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images (uint8) and labels of these indices (int64 [n], on the host), on the device."""
-        indices = indices.to(self.images.device)
+        """The images (uint8) and labels of these indices (int64 [n], of `placed`), on the device."""
         return self._on_device(self.images[indices]), self._on_device(self.labels[indices])
 
     def prepared(self, images: Tensor, augment: bool) -> Tensor:
@@ -212,8 +216,31 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def seeded(device: torch.device | str, *seed: int) -> torch.Generator:
     """A generator whose stream depends on nothing but the numbers in `seed` (and the kind of device)."""
-    state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(state >> 1)  # at most 63 bits
+    return torch.Generator(device).manual_seed(_from(seed))
+
+
+def _from(numbers: tuple[int, ...]) -> int:
+    """A seed of 63 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+# Bytes of a generator's state, by kind of device: only its own kind takes it up.
+STATE_BYTES = {"cpu": 5056, "cuda": 16}
+
+
+def restored(generator: torch.Generator, state: Tensor, *seed: int) -> bool:
+    """Sets the generator to a saved state (uint8 [bytes], on the host). A state of the other kind of device
+    says nothing here: the generator is seeded by the numbers in `seed` instead, and False is returned.
+
+    Raises:
+        AttributeError, RuntimeError, TypeError: it is no state of a generator.
+    """
+    own, others = STATE_BYTES[generator.device.type], STATE_BYTES.values()
+    if state.dtype == torch.uint8 and state.numel() != own and state.numel() in others:
+        generator.manual_seed(_from(seed))
+        return False
+    generator.set_state(state)
+    return True
 
 
 def permutation(size: int, *seed: int) -> Tensor:

@@ -37,18 +37,24 @@ def counted(step: Callable[[], object], device: torch.device, dtype: torch.dtype
     return traffic.total.plus(len(found), sum(launch.bytes for launch in found))
 
 
+def missing_on(device: torch.device) -> str | None:
+    """What this machine lacks for the kernels of the device to be launched, in words; None: nothing."""
+    if device.type != "cuda":
+        return None
+    from darts_fast.kernels.triton import compilation
+
+    return compilation.missing_for_launches()
+
+
 def compile_kernels(
-    dry: Sequence[Callable[[], object]],
-    device: torch.device,
-    say: Callable[[str], None],
-    each: Callable[[], None],
+    rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
 ) -> None:
-    """Compiles the Triton kernels that the functions `dry` launch, on all processors; once for a machine, as
-    they stay in Triton's cache. Launched, they would be compiled one after the other: the 400 different ones
-    of the paper's search in minutes.
+    """Compiles the Triton kernels that `rehearse` launches, and their launchers, on all processors; once for
+    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 400
+    different ones of the paper's search in minutes.
 
     Args:
-        dry: run once each, on PyTorch's meta device.
+        rehearse: run on PyTorch's meta device.
         device: of CUDA, for which they are compiled.
         say: is told, in a line, what is about to happen; or that it was given up, and why.
         each: called after each kernel, to break off.
@@ -57,8 +63,7 @@ def compile_kernels(
     from darts_fast.kernels.triton import compilation
 
     with collected() as calls, torch.device("meta"):
-        for function in dry:
-            function()
+        rehearse()
     found = compilation.unique(launches(triton, calls))
     major, minor = torch.cuda.get_device_capability(device)
     arch, count = 10 * major + minor, min(len(found), compilation.processes())
@@ -66,7 +71,7 @@ def compile_kernels(
     if note.exists():
         return
     say(f"compiling {len(found)} kernels for sm_{arch} in {count} processes, the first time only")
-    jobs = compilation.compile_ahead(found, [arch], count, lambda planned, arch, error: error)
+    jobs = compilation.compile_ahead(found, [arch], count, lambda planned, arch, error: error, launchers=True)
     with closing(jobs), tqdm(total=len(found), unit="kernel", disable=None, leave=False) as bar:
         for _ in found:
             try:

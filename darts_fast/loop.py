@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from darts_fast.capture import Captured
 from darts_fast.config import Config
-from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, seeded
+from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, restored, seeded
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import compile_kernels, counted
+from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
@@ -61,14 +61,20 @@ class Loop(ABC):
             augmentation_seed: of the generator that augments the batches.
 
         Raises:
-            InputError: the data do not fit the memory.
+            InputError: the data do not fit the memory, or the machine lacks what the kernels need.
         """
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
+        lacking = missing_on(self.device) if config.fused else None
+        if lacking:
+            raise InputError(
+                f"--fused on a GPU needs {lacking}, which this machine lacks: Triton compiles with it what "
+                "launches the kernels; install it, or run without --fused and --amp"
+            )
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
         # Whether a step is replayed as one CUDA graph.
         self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
-        self.augmentation = seeded(self.device, *augmentation_seed)
+        self.augmentation, self.augmentation_seed = seeded(self.device, *augmentation_seed), augmentation_seed
         self.statistics = channel_statistics(dataset.images)
         self.fingerprint = fingerprint(dataset)
         with refusing_what_does_not_fit(f"{dataset.name} as one tensor", self.device):
@@ -77,6 +83,7 @@ class Loop(ABC):
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
         self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
         self.best: dict[str, Any] | None = None  # the epoch of the best accuracy; its "top1" is compared
+        self.reseeded = False  # generators were, because they were saved on another kind of device
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
@@ -121,12 +128,9 @@ class Loop(ABC):
         """Of the cells, where it is not float32."""
 
     @abstractmethod
-    def dry_step(self) -> None:
-        """A step's passes on tensors without data; PyTorch's default device is its meta device."""
-
-    @abstractmethod
-    def dry_evaluation(self) -> None:
-        """The same of a batch's evaluation."""
+    def rehearse(self) -> None:
+        """A step's passes, and those of an evaluation, with batches of each size, on tensors without data;
+        PyTorch's default device is its meta device."""
 
     @abstractmethod
     def announcement(self) -> str:
@@ -188,8 +192,7 @@ class Loop(ABC):
     def _compile_kernels(self) -> None:
         """On CUDA, before the first launch."""
         if self.config.fused and self.device.type == "cuda":
-            dry = self.dry_step, self.dry_evaluation
-            compile_kernels(dry, self.device, self.folder.log, self._stop_if_asked)
+            compile_kernels(self.rehearse, self.device, self.folder.log, self._stop_if_asked)
 
     @property
     def steps_done(self) -> int:
@@ -289,9 +292,9 @@ class Loop(ABC):
                     f"{began_with.get(name)}; put that back, or start a new run"
                 )
         try:
-            self.load_state(checkpoint)
-            self.augmentation.set_state(checkpoint["augmentation"])
             self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.load_state(checkpoint)
+            self.set_generator(self.augmentation, checkpoint["augmentation"], *self.augmentation_seed)
             self.totals = [float(total) for total in checkpoint["totals"]]
             self.best = checkpoint["best"]
             if self.best is not None:
@@ -306,6 +309,17 @@ class Loop(ABC):
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         if changed:
             self.folder.log(f"not where it began ({', '.join(changed)}): the bits may differ")
+        if self.reseeded:
+            self.folder.log(
+                f"the checkpoint's random numbers are another kind of device's than {self.device}'s: what is "
+                f"drawn from here on depends on seed {self.config.seed}, epoch {self.epoch + 1} and step "
+                f"{self.step} alone"
+            )
+
+    def set_generator(self, generator: torch.Generator, state: Tensor, *seed: int) -> None:
+        """To a saved state; to one of `seed` and the position in the run, if it was saved on another kind of
+        device. Raises what `restored` raises."""
+        self.reseeded |= not restored(generator, state, *seed, self.epoch, self.step)
 
     def _fixed_settings(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in MOVABLE}
@@ -446,7 +460,7 @@ def evaluated(
     training = network.training
     network.eval()
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    for indices in order.split(batch_size):
+    for indices in batches.placed(order).split(batch_size):
         images, labels = batches.cut(indices, augment=False)
         logits = network(images)
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -456,6 +470,11 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
+
+
+def batch_sizes(images: int, batch_size: int) -> list[int]:
+    """Those of the batches that so many images are cut into, each once."""
+    return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import graphviz
 import numpy as np
 
 from darts_fast.errors import InputError, RunError
@@ -31,12 +31,20 @@ FONT = "Helvetica,Arial,sans-serif"
 
 
 class NoGraphviz(RuntimeError):
-    """There is neither `dot` on the PATH nor a pygraphviz that bundles Graphviz."""
+    """What draws graphs is not installed."""
 
 
 def source(genotype: Genotype, caption: str = "") -> str:
     """The Graphviz source of one figure with both cells: inputs on the left, the cell's output on the right,
-    an operation as a label on the line from the state that it reads to the node that it is added to."""
+    an operation as a label on the line from the state that it reads to the node that it is added to.
+
+    Raises:
+        NoGraphviz: the package graphviz, which writes the source, is not installed.
+    """
+    try:
+        import graphviz
+    except ImportError as error:
+        raise NoGraphviz("no Graphviz: the Python package graphviz is not installed") from error
     printable = graphviz.escape("".join(c if c.isprintable() else "?" for c in caption))
     graph = graphviz.Digraph(
         "genotype",
@@ -58,7 +66,7 @@ def source(genotype: Genotype, caption: str = "") -> str:
     return graph.source
 
 
-def _cell(graph: graphviz.Digraph, title: str, gene: Gene, concat: range | list[int]) -> None:
+def _cell(graph: Any, title: str, gene: Gene, concat: range | list[int]) -> None:
     prefix = title.split()[0]
     states = [f"{prefix}_{state}" for state in range(2 + len(gene))]
     with graph.subgraph(name=f"cluster_{prefix}") as cell:
@@ -76,6 +84,11 @@ def _cell(graph: graphviz.Digraph, title: str, gene: Gene, concat: range | list[
                 cell.edge(name, states[2 + number], color=colour)
         for state in concat:
             cell.edge(states[state], f"{prefix}_out", color="#888888", style="dashed")
+
+
+def genotype_png(genotype: Genotype, caption: str = "") -> bytes:
+    """Both cells as a PNG. Raises what `source` and `render` raise."""
+    return render(source(genotype, caption), "png")
 
 
 def render(dot_source: str, file_format: str) -> bytes:
@@ -153,10 +166,13 @@ def save(genotype: Genotype, path: Path, caption: str = "") -> None:
 
     Raises:
         InputError: the file cannot be written.
-        RunError: there is no Graphviz, or it failed. Without Graphviz the figure's source is written, with
-            the suffix .gv, unless that file exists.
+        RunError: there is no Graphviz, or it failed. Where only the program is missing, the figure's source
+            is written, with the suffix .gv, unless that file exists.
     """
-    dot_source = source(genotype, caption)
+    try:
+        dot_source = source(genotype, caption)
+    except NoGraphviz as error:
+        raise RunError(str(error)) from error
     try:
         picture = render(dot_source, path.suffix.lower().removeprefix("."))
     except NoGraphviz as error:

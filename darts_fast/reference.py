@@ -22,19 +22,22 @@ def relu_conv_bn(in_channels: int, channels: int, affine: bool) -> nn.Sequential
 class FactorizedReduce(nn.Module):
     """ReLU -> two 1x1 convolutions of stride 2, one shifted by a pixel, side by side -> batch norm.
 
-    [N, in_channels, H, W] -> [N, channels, H/2, W/2]; H and W must be even.
+    [N, in_channels, H, W] -> [N, channels, H/2, W/2]; H and W must be even. The stride is taken before the
+    convolutions, which is the same sum: PyTorch's weight gradient of a strided 1x1 convolution writes past
+    its memory on CPUs (docs/differences.md).
     """
 
     def __init__(self, in_channels: int, channels: int, affine: bool):
         super().__init__()
         self.relu = nn.ReLU()
-        self.conv_1 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(in_channels, channels // 2, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(in_channels, channels // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(in_channels, channels // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
+        even, odd = x[:, :, ::2, ::2], x[:, :, 1::2, 1::2]
+        return self.bn(torch.cat([self.conv_1(even), self.conv_2(odd)], dim=1))
 
 
 class Zero(nn.Module):

@@ -17,7 +17,7 @@ from darts_fast.datasets import read_data
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
-from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment
@@ -262,17 +262,17 @@ class Search(Loop):
         )
 
     def begin_epoch(self) -> None:
-        self.train_order = self._shuffled(self.train_half, TRAIN_ORDER)
-        self.validation_order = self._shuffled(self.validation_half, VALIDATION_ORDER)
+        train = self._shuffled(self.train_half, TRAIN_ORDER)
+        validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
+        # The two halves are walked together; a shorter validation half is walked again.
+        validation = validation[torch.arange(len(train)) % len(validation)]
+        self.train_order, self.validation_order = map(self.batches.placed, (train, validation))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         train_indices = self.batch_indices(self.train_order)
-        # The two halves are walked together; a shorter validation half is walked again.
-        start = self.step * self.config.batch_size
-        positions = torch.arange(start, start + len(train_indices)) % len(self.validation_order)
         with phase("data"):
             train = self.batches.pick(train_indices)
-            validation = self.batches.pick(self.validation_order[positions])
+            validation = self.batches.pick(self.batch_indices(self.validation_order))
         self.search_step.lr.fill_(lr)
         values = self.take(
             train_images=train[0],
@@ -325,18 +325,17 @@ class Search(Loop):
     def activations(self) -> torch.dtype | None:
         return self.search_step.activations
 
-    def dry_step(self) -> None:
-        images, labels = self._dry_images(), torch.zeros(self.config.batch_size, dtype=torch.int64)
-        step = SearchStep(self._supernet(), self.config)
+    def rehearse(self) -> None:
+        network, shape = self._supernet(), self.dataset.images.shape[1:]
+        step = SearchStep(network, self.config)
         step.loss_scale = None  # the optimizers of meta tensors know of none
-        step.take(images, labels, images, labels)
-
-    def dry_evaluation(self) -> None:
+        for size in batch_sizes(len(self.train_half), self.config.batch_size):
+            images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
+            step.take(images, labels, images, labels)
+        network.eval()
         with torch.no_grad():
-            self._supernet().eval()(self._dry_images())
-
-    def _dry_images(self) -> Tensor:
-        return torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
+            for size in batch_sizes(len(self.validation_half), self.config.batch_size):
+                network(torch.zeros(size, *shape))
 
     def _supernet(self) -> Supernet:
         """A new one, on PyTorch's default device."""
@@ -395,8 +394,8 @@ class Search(Loop):
                 f"EP{epoch:02d}-{name}.png",
                 partial(plot.alpha_heat_map, softmaxed, title),
             )
-        source = plot.source(genotype, f"epoch {epoch}")
-        self.draw("genotype", f"EP{epoch:02d}-genotype.png", partial(plot.render, source, "png"))
+        picture = partial(plot.genotype_png, genotype, f"epoch {epoch}")
+        self.draw("genotype", f"EP{epoch:02d}-genotype.png", picture)
 
 
 def check_split(config: SearchConfig, dataset: Dataset) -> None:

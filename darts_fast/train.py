@@ -26,7 +26,7 @@ from darts_fast.derived import (
 )
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
-from darts_fast.loop import Loop, Means, cosine, evaluated, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, batch_sizes, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
@@ -255,7 +255,8 @@ class Training(Loop):
         )
 
     def begin_epoch(self) -> None:
-        self.order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
+        order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
+        self.order = self.batches.placed(order)
         if self.config.drop_path_prob:
             self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 
@@ -313,26 +314,24 @@ class Training(Loop):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.train_step.load_state_dict(state)
-        self.network.drop_path_generator.set_state(state["drop_path"])
+        self.set_generator(self.network.drop_path_generator, state["drop_path"], self.config.seed, DROP_PATH)
         self.final = state["final"]
 
     @property
     def activations(self) -> torch.dtype | None:
         return self.train_step.activations
 
-    def dry_step(self) -> None:
-        module = self._network()
-        outputs = module(self._dry_images(), self.activations)
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        total = torch.stack([y.sum() for y in heads]).sum()
-        torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
-
-    def dry_evaluation(self) -> None:
+    def rehearse(self) -> None:
+        module, shape = self._network(), self.dataset.images.shape[1:]
+        for size in batch_sizes(len(self.dataset.labels), self.config.batch_size):
+            outputs = module(torch.zeros(size, *shape), self.train_step.activations)
+            heads = outputs if isinstance(outputs, tuple) else (outputs,)
+            total = torch.stack([y.sum() for y in heads]).sum()
+            torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
+        module.eval()
         with torch.no_grad():
-            self._network().eval()(self._dry_images())
-
-    def _dry_images(self) -> Tensor:
-        return torch.zeros(self.config.batch_size, *self.dataset.images.shape[1:])
+            for size in batch_sizes(len(self.dataset.test_labels), self.config.batch_size):
+                module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:
         """A new one, on PyTorch's default device."""
@@ -378,7 +377,7 @@ class Training(Loop):
 
     def announce(self) -> None:
         super().announce()
-        self.draw("genotype", "genotype.png", partial(plot.render, plot.source(self.genotype), "png"))
+        self.draw("genotype", "genotype.png", partial(plot.genotype_png, self.genotype))
 
     def _size(self) -> str:
         millions = self.parameters / 1e6, self.multiply_adds / 1e6

@@ -1,4 +1,5 @@
 import ast
+import io
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from darts_fast.runs import EVENTS, METRICS
@@ -81,6 +83,15 @@ def in_tmp(tmp_path, monkeypatch):
     """Runs the test in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_heat_maps(monkeypatch):
+    """One pixel in place of each heat map of the alphas, which take a third of the time of a tiny search. The
+    searches of test_run.py draw them."""
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "PNG")
+    monkeypatch.setattr("darts_fast.plot.alpha_heat_map", lambda alphas, title: pixel.getvalue())
 
 
 def checkpoint(folder):

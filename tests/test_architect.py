@@ -23,8 +23,13 @@ def test_float64_matches_the_official_code(golden_search):
     assert all(error < 1e-9 for error in errors.values()), errors
 
 
-def test_three_steps_follow_the_official_trajectory(golden_search):
-    losses, network = three_steps(golden_search)
+@pytest.fixture(scope="module")
+def trajectory(golden_search):
+    return three_steps(golden_search)
+
+
+def test_three_steps_follow_the_official_trajectory(golden_search, trajectory):
+    losses, network = trajectory
     expected = golden_search.group("trajectory_fd", torch.float64)
     assert relative_error(losses, expected["train_losses"]) < 1e-9
     # The official weights are stored in float32. The last weight step is taken at the third step's alphas.
@@ -99,8 +104,8 @@ def steps_by_hand(golden):
     return network
 
 
-def test_three_steps_by_hand_give_the_same_alphas_and_weights(golden_search):
-    _, network = three_steps(golden_search)
+def test_three_steps_by_hand_give_the_same_alphas_and_weights(golden_search, trajectory):
+    _, network = trajectory
     by_hand = steps_by_hand(golden_search)
     for name, tensor in {**by_hand.alphas(), **by_hand.weights()}.items():
         assert relative_error(network.state_dict()[name], tensor) < 1e-9, name

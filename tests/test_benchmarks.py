@@ -1,5 +1,6 @@
 """The instruments count and compute what they say."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -71,8 +72,21 @@ def test_traffic_counts_distinct_elements_and_no_views():
 def test_the_race_checks_its_results_first(monkeypatch):
     step.check()
     monkeypatch.setattr(step, "error", lambda found, expected: float("nan"))
+    monkeypatch.setattr(step.TextbookStep, "phases", lambda *_: [])  # their results are not looked at
+    monkeypatch.setattr(step.SearchStep, "take", lambda *_: None)
     with pytest.raises(AssertionError, match="after two steps"):
         step.check()
+
+
+def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
+    import test_steps
+
+    def late(*arguments, **options):
+        raise TimeoutError("it took more than 120 s")
+
+    monkeypatch.setattr(test_steps, "Runner", late)
+    with pytest.raises(pytest.skip.Exception, match="it took more than 120 s"):
+        test_steps.runner("textbook, torch.compile", test_steps.GPU, torch.device("cuda"))
 
 
 def test_a_step_costs_what_the_committed_baseline_says():
@@ -156,6 +170,50 @@ def test_the_gpu_report_survives_what_fails_hangs_or_crashes(tmp_path, monkeypat
     assert report["crashes"]["state"] == "failed: exit code -9"
     assert [report[name]["facts"]["before"] for name in ("fails", "hangs", "crashes")] == [1, 2, 3]
     assert "it broke" in (tmp_path / "report.md").read_text()
+
+
+def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeypatch):
+    """In the order in which the kernels are launched; what is left is compiled then."""
+    from darts_fast.kernels import compilation
+
+    closed = []
+
+    def compile_ahead(planned, archs, count, then):
+        try:
+            for kernel in planned:
+                bench.end -= 40
+                yield then(kernel, archs[0], "")
+        finally:
+            closed.append(planned)
+
+    monkeypatch.setattr(compilation, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(gpu_report, "launches_to_compile", lambda bench, kind: [kind] * 2)
+    bench = gpu_report.Bench(argparse.Namespace(device="cpu", quick=False), tmp_path / "part.json", 130)
+    gpu_report.compilation(bench)
+    facts = json.loads(bench.path.read_text())["facts"]
+    assert closed == [["float16"] * 2, ["float32"] * 2]
+    assert facts["kernels compiled"] == 3 and facts["failed"] == []
+    assert facts["ended for want of time"].startswith("within float32")
+
+
+def test_the_first_sections_of_the_gpu_report_have_the_time_that_they_need(tmp_path, monkeypatch, capsys):
+    """And the later ones what is left."""
+    clock, given = [0.0], {}
+
+    def supervised(name, args, parts, seconds):
+        given[name] = seconds
+        clock[0] += seconds  # it hangs
+        yield {"state": "stopped"}
+
+    monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_report, "supervised", supervised)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--minutes", "8", "--out", str(tmp_path)])
+    assert gpu_report.main() == 0
+    limits = {name: limit for name, (_, limit) in gpu_report.SECTIONS.items()}
+    first = ["environment", "compilation", "agreement"]
+    assert list(given)[:4] == [*first, "step"] and [given[n] for n in first] == [limits[n] for n in first]
+    assert given["step"] == 470 - sum(limits[name] for name in first) and list(given)[4:] == []
+    assert "left out: no time was left; --only 'tests' runs it" in capsys.readouterr().out
 
 
 def test_a_launch_does_the_operations_of_its_equations():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import torch
 from darts_fast import fused, loop
 from darts_fast.config import SearchConfig
 from darts_fast.datasets import read_data
-from darts_fast.errors import RunError
+from darts_fast.errors import InputError, RunError
 from darts_fast.runs import CHECKPOINT, RunFolder
-from darts_fast.search import Search
+from darts_fast.search import Search, search
 
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
+from darts_fast.kernels import triton  # noqa: E402
+from darts_fast.kernels.backends import collected  # noqa: E402
+from darts_fast.kernels.plan import launches  # noqa: E402
 from darts_fast.kernels.triton import compilation  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -112,6 +116,33 @@ def test_a_process_that_ends_is_an_error(monkeypatch):
         list(compilation.compile_ahead([None] * 3, [90], 2, print))
 
 
+def test_what_a_machine_lacks_for_launches(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert compilation.missing_for_launches() == "a C compiler (gcc or clang)"
+    monkeypatch.setenv("CC", "tcc")
+    assert compilation.missing_for_launches() == "the C compiler 'tcc' that CC names"
+    (tmp_path / "tcc").touch(0o755)
+    assert compilation.missing_for_launches() is None
+    (tmp_path / "Python.h").unlink()
+    found = compilation.missing_for_launches()
+    assert found.startswith(f"Python's headers ({tmp_path / 'Python.h'};")
+
+
+def test_a_run_on_cuda_without_a_compiler_is_refused_before_anything_is_written(monkeypatch, in_tmp):
+    monkeypatch.setenv("CC", "tcc-is-not-here")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert fused.missing_on(cpu) is None
+    monkeypatch.setattr(loop, "missing_on", lambda device: fused.missing_on(cuda))
+    with pytest.raises(InputError, match="^--fused on a GPU needs the C compiler 'tcc-is-not-here'"):
+        search(SearchConfig(fused=True, init_channels=2, layers=3, device="cpu"))
+    assert not list(in_tmp.iterdir())
+    config = SearchConfig(init_channels=2, layers=3, device="cpu")
+    Search(config, read_data(config, None))  # the reference's cells need none
+
+
 class Machine:
     """One whose GPU is of this capability, and where nothing is compiled but it is noted."""
 
@@ -121,7 +152,8 @@ class Machine:
         monkeypatch.setattr(compilation, "compile_ahead", self.compile_ahead)
         monkeypatch.setattr(compilation, "note", lambda launches, arch: tmp_path / f"note-{arch}")
 
-    def compile_ahead(self, launches, archs, count, then):
+    def compile_ahead(self, launches, archs, count, then, launchers):
+        assert launchers
         for planned in launches:
             self.compiled.append((planned.name, *archs))
             yield then(planned, *archs, "")
@@ -129,10 +161,10 @@ class Machine:
                 raise self.error
 
     def start(self, each=lambda: None):
-        fused.compile_kernels([dry_step], torch.device("cuda"), self.said.append, each)
+        fused.compile_kernels(rehearse, torch.device("cuda"), self.said.append, each)
 
 
-def dry_step():
+def rehearse():
     """The same launch twice, and another."""
     from darts_fast import kernels
 
@@ -167,16 +199,33 @@ def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_pa
     assert len(machine.compiled) == 1 + 1 + 1 + 2
 
 
+def test_the_smaller_batches_of_a_run_are_rehearsed_too(monkeypatch):
+    """On images of 8 x 8 their kernels are others: the smallest cells have 4 positions an image."""
+    config = SearchConfig(fused=True, init_channels=2, layers=3, device="cpu")
+    run = Search(config, read_data(config, None))
+    assert len(run.train_half) % 64 == 14 and len(run.validation_half) % 64 == 15
+
+    def compiled():
+        with collected() as calls, torch.device("meta"):
+            run.rehearse()
+        return set(map(compilation.key, launches(triton, calls)))
+
+    everything, of_each = compiled(), []
+    for sizes in ([64], [14]):
+        monkeypatch.setattr(sys.modules["darts_fast.search"], "batch_sizes", lambda *_, sizes=sizes: sizes)
+        of_each.append(compiled())
+    assert everything >= of_each[0] | of_each[1] and of_each[1] - of_each[0]
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tmp_path):
     class Launched(Exception):
         pass
 
-    def compile_kernels(dry, device, say, each):
+    def compile_kernels(rehearsal, device, say, each):
         each()
         with torch.device("meta"):
-            for function in dry:
-                function()
+            rehearsal()
         compiled.append(device.type)
 
     def launch(*arguments):
@@ -185,7 +234,7 @@ def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tm
     compiled = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "compile_kernels", compile_kernels)
-    config = SearchConfig(fused=True, init_channels=2, layers=3, device="cpu")
+    config = SearchConfig(fused=True, init_channels=2, layers=3, order=1, device="cpu")
     run = Search(config, read_data(config, None))
     run.device, run.traffic, run.take_step, run.engine = torch.device("cuda"), launch, launch, dict
     with RunFolder.create(run.config, "digits") as run.folder, pytest.raises(Launched):

@@ -8,6 +8,7 @@ from darts_fast.data import (
     check_for_network,
     from_tensors,
     permutation,
+    restored,
     seeded,
 )
 from darts_fast.datasets import load
@@ -119,7 +120,7 @@ def test_images_too_large_for_the_device_give_the_same_batches(monkeypatch):
         statistics, generator = channel_statistics(images), seeded("cuda", 0)
         batches = Batches(images, labels, torch.device("cuda"), statistics, generator, 1, True, 2)
         assert batches.images.is_cuda == fit
-        cut.append(batches.cut(torch.arange(5, 40), augment=True))
+        cut.append(batches.cut(batches.placed(torch.arange(5, 40)), augment=True))
     assert torch.equal(cut[0][0], cut[1][0]) and torch.equal(cut[0][1], cut[1][1])
 
 
@@ -153,3 +154,30 @@ def test_orders_depend_on_their_seeds_alone():
         len({tuple(permutation(100, *s).tolist()) for s in [(2, 1, 0), (2, 0, 1), (2, 1, 1), (3, 1, 0)]}) == 4
     )
     assert permutation(100, 5).sort().values.tolist() == list(range(100))
+
+
+class OnCuda:
+    """A generator of a CUDA device, as far as `restored` sees it."""
+
+    device = torch.device("cuda")
+
+    def manual_seed(self, seed):
+        self.seed = seed
+
+    def set_state(self, state):
+        assert state.numel() == 16
+        self.state = state
+
+
+def test_a_generator_takes_up_what_its_own_kind_of_device_saved_and_is_seeded_elsewhere():
+    host, saved = seeded("cpu", 1), seeded("cpu", 2).get_state()
+    on_cuda, of_cuda = OnCuda(), torch.arange(16, dtype=torch.uint8)
+    assert restored(host, saved, 3, 4) and torch.equal(host.get_state(), saved)
+    assert restored(on_cuda, of_cuda, 3, 4) and on_cuda.state is of_cuda
+    assert not restored(host, of_cuda, 3, 4)
+    assert torch.equal(host.get_state(), seeded("cpu", 3, 4).get_state())
+    assert not restored(on_cuda, saved, 3, 4)
+    assert on_cuda.seed == seeded("cpu", 3, 4).initial_seed()
+    for junk in (torch.zeros(17, dtype=torch.uint8), torch.zeros(16), None):
+        with pytest.raises((AttributeError, RuntimeError, TypeError)):
+            restored(host, junk, 3, 4)

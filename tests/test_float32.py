@@ -3,6 +3,7 @@
 At full size float32 gradients are not reproducible to 1e-4: rounding moves a value across a kink of ReLU or
 max pool, and one kink moves a gradient by 1e-3. So a float32 error against float64 may be twice the
 reference's largest over eight copies of the weights moved by 6e-8 of themselves, in both memory layouts.
+Copies are made only until the largest so far allows every error.
 """
 
 import torch
@@ -15,6 +16,7 @@ from darts_fast.kernels.backends import using
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
 
+COPIES = 8
 BACKENDS = [aten] if native.level() is None else [aten, native]
 
 
@@ -24,17 +26,18 @@ def errors(golden, network, layout=torch.contiguous_format):
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
-def allowance(golden):
+def allowances(golden):
+    """Twice the largest errors over ever more copies, by name."""
     generator = torch.Generator().manual_seed(0)
     largest = {}
-    for copy in range(8):
+    for copy in range(COPIES):
         network = official_network(golden, torch.float32)
         with torch.no_grad():
             for w in network.weights().values():
                 w *= 1 + 6e-8 * torch.randn(w.shape, generator=generator)
         for name, error in errors(golden, network, LAYOUTS[copy % 2]).items():
             largest[name] = max(largest.get(name, 0.0), error)
-    return {name: 2 * error for name, error in largest.items()}
+        yield {name: 2 * error for name, error in largest.items()}
 
 
 def test_the_official_gradients_are_as_near_as_the_references_rounding_allows(golden_search):
@@ -47,13 +50,15 @@ def test_the_official_gradients_are_as_near_as_the_references_rounding_allows(go
         network = official_network(golden_search, torch.float32, fused=True)
         with using(backend):
             found[f"fused, {backend.__name__}"] = errors(golden_search, network)
-    allowed = allowance(golden_search)
-    over = {
-        (path, name): (error, allowed[name])
-        for path, by_name in found.items()
-        for name, error in by_name.items()
-        if not error <= allowed[name]
-    }
+    for allowed in allowances(golden_search):
+        over = {
+            (path, name): (error, allowed[name])
+            for path, by_name in found.items()
+            for name, error in by_name.items()
+            if not error <= allowed[name]
+        }
+        if not over:  # more copies would allow more still
+            break
     assert not over, over
 
 
@@ -76,8 +81,14 @@ def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
         return torch.cat([(a - state[name]).flatten() for name, a in network.alphas().items()]).detach()
 
     expected = displacement(torch.float64)
-    allowed = 2 * max(relative_error(displacement(torch.float32, moved=6e-8), expected) for _ in range(8))
+    drifts = {}
     for backend in BACKENDS:
         with using(backend):
-            drift = relative_error(displacement(torch.float32, fused=True), expected)
-        assert drift <= allowed, (backend.__name__, drift, allowed)
+            drifts[backend.__name__] = relative_error(displacement(torch.float32, fused=True), expected)
+    allowed = 0.0
+    for _ in range(COPIES):
+        error = relative_error(displacement(torch.float32, moved=6e-8), expected)
+        allowed = max(allowed, 2 * error)
+        if all(drift <= allowed for drift in drifts.values()):  # more copies would allow more still
+            break
+    assert all(drift <= allowed for drift in drifts.values()), (drifts, allowed)

@@ -17,6 +17,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SECOND_ORDER = ["data", "virtual step", "validation pass", "hessian-vector product", "architecture update"]
 
 
+pytestmark = pytest.mark.usefixtures("no_heat_maps")
+
+
 @pytest.fixture(scope="module")
 def data():
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,10 @@
 """Whole searches: resumed to the same bits, stopped by signals, killed, and going wrong."""
 
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume_search, search
 from darts_fast.data import Batches
+from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 
@@ -26,7 +29,13 @@ SETTINGS = {
 }  # fmt: skip
 TINY = SearchConfig(**SETTINGS)  # 2 epochs of 4 steps, the last one of 6 images
 CHEAP = "--epochs 1 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1".split()
-SECOND_ORDER = SearchConfig(**{**SETTINGS, "order": 2})
+CONFIGS = {
+    "first order": TINY,
+    "second order": SearchConfig(**{**SETTINGS, "order": 2}),
+    "second order, fused": SearchConfig(**{**SETTINGS, "order": 2}, fused=True),
+}
+
+pytestmark = pytest.mark.usefixtures("no_heat_maps")
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +45,42 @@ def data():
     return images, torch.randint(0, 4, (50,), generator=generator)
 
 
-@pytest.fixture(scope="module", params=[TINY, SECOND_ORDER], ids=["first order", "second order"])
-def undisturbed(request, data, tmp_path_factory):
-    """A configuration, and the result of its search when nothing disturbs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
-        result = search(request.param, data)
-        yield request.param, result._replace(path=result.path.resolve())
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A function: the result of one of CONFIGS' searches when nothing disturbs it. Each is run once."""
+
+    @functools.cache
+    def run(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+            result = search(CONFIGS[name], data)
+            return result._replace(path=result.path.resolve())
+
+    return run
+
+
+@pytest.fixture
+def finished(undisturbed, in_tmp):
+    """The folder of a finished search: a copy, which the test may change."""
+    return shutil.copytree(undisturbed("first order").path, Path("searchs") / "tensors")
 
 
 # mid-epoch, between two lines of the log, last of an epoch
-@pytest.mark.parametrize(("at", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)])
-def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undisturbed, in_tmp, signal_at):
-    config, whole = undisturbed
+STOPS = [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "number"),
+    [
+        *(("first order", *stop) for stop in STOPS),
+        ("second order", *STOPS[1]),
+        *(("second order, fused", *stop) for stop in STOPS),
+    ],
+)
+def test_a_signal_saves_and_resume_gives_the_same_bits(
+    name, at, number, data, undisturbed, in_tmp, signal_at
+):
+    config, whole = CONFIGS[name], undisturbed(name)
     signal_at(Search, at, number)
     expected = rf"after {at} steps; go on with: darts_fast.resume_search\('searchs/tensors', data\)"
     with pytest.raises(Stopped, match=expected) as stop:
@@ -63,8 +95,9 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert result.genotype == whole.genotype and result.final_genotype == whole.final_genotype
 
 
-def test_a_signal_in_an_evaluation_saves_too(data, undisturbed, in_tmp, monkeypatch):
-    config, whole = undisturbed
+@pytest.mark.parametrize("name", ["first order", "second order, fused"])
+def test_a_signal_in_an_evaluation_saves_too(name, data, undisturbed, in_tmp, monkeypatch):
+    config, whole = CONFIGS[name], undisturbed(name)
     plain, calls = Batches.cut, []
 
     def cut(self, indices, augment):
@@ -80,15 +113,14 @@ def test_a_signal_in_an_evaluation_saves_too(data, undisturbed, in_tmp, monkeypa
     assert_same_run(whole.path, resume_search("searchs/tensors", data).path)
 
 
-def test_resuming_a_finished_search_changes_nothing(data, in_tmp):
-    whole = search(TINY, data)
-    before = log_lines(whole.path)
-    again = resume_search(whole.path, data)
-    assert again == whole and log_lines(whole.path) == before
+def test_resuming_a_finished_search_changes_nothing(data, undisturbed, finished):
+    before = log_lines(finished)
+    again = resume_search(finished, data)
+    assert again == undisturbed("first order")._replace(path=finished) and log_lines(finished) == before
 
 
-def test_every_step_is_recorded_once(data, in_tmp):
-    path = search(TINY, data).path
+def test_every_step_is_recorded_once(undisturbed):
+    path = undisturbed("first order").path
     rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     assert [row["step"] for row in rows if "val_loss" in row] == [4, 8]
@@ -98,19 +130,16 @@ def test_every_step_is_recorded_once(data, in_tmp):
     assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
 
 
-def test_same_seed_same_bits_other_seed_others(data, in_tmp):
-    one, two = search(TINY, data), search(TINY, data)
-    assert_same_run(one.path, two.path)
-    other = search(SearchConfig(**{**vars(TINY), "seed": 3}), data)
-    assert not same(checkpoint(one.path)["network"], checkpoint(other.path)["network"])
-
-
-def test_a_search_leaves_the_callers_generator_alone(data, in_tmp):
+def test_same_seed_same_bits_other_seed_others(data, undisturbed, in_tmp):
+    """Whatever the caller's generator holds, which stays as it was."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    search(TINY, data)
+    path = search(TINY, data).path
     assert torch.equal(torch.rand(3), expected)
+    assert_same_run(undisturbed("first order").path, path)
+    other = search(SearchConfig(**{**vars(TINY), "seed": 3}), data)
+    assert not same(checkpoint(path)["network"], checkpoint(other.path)["network"])
 
 
 def test_no_memory_is_a_sentence(data, in_tmp, monkeypatch):
@@ -182,31 +211,40 @@ def test_a_signal_never_saves_what_is_not_finite(what, data, in_tmp, monkeypatch
     assert checkpoint(in_tmp / "searchs" / "tensors")["step"] == 0
 
 
-def test_autocast_of_the_caller_changes_nothing(data, in_tmp):
-    one = search(TINY, data)
+def test_autocast_of_the_caller_changes_nothing(data, undisturbed, in_tmp):
     with torch.autocast("cpu"):
-        two = search(TINY, data)
-    assert same(checkpoint(one.path)["network"], checkpoint(two.path)["network"])
+        path = search(TINY, data).path
+    assert same(checkpoint(undisturbed("first order").path)["network"], checkpoint(path)["network"])
 
 
-def test_two_processes_never_write_one_folder(data, in_tmp):
-    path = search(TINY, data).path
-    folder, _, _ = RunFolder.reopen(path, SearchConfig)
+def test_two_processes_never_write_one_folder(data, finished):
+    folder, _, _ = RunFolder.reopen(finished, SearchConfig)
     with pytest.raises(InputError, match="another process is writing searchs/tensors"):
-        resume_search(path, data)
+        resume_search(finished, data)
     folder.close()
-    assert resume_search(path, data).path == path
+    assert resume_search(finished, data).path == finished
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(data, in_tmp, monkeypatch):
+# Per epoch two heat maps of alphas and one of the genotype.
+@pytest.mark.parametrize(
+    ("missing", "pictures"),
+    [(["pygraphviz"], 1), (["graphviz"], 1), (["graphviz", "matplotlib"], 3)],
+    ids=str,
+)
+def test_a_picture_that_cannot_be_drawn_is_a_line_of_the_log(missing, pictures, data, in_tmp, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "pygraphviz", None)
-    path = search(TINY, data).path
-    assert sum("no picture EP0" in line for line in log_lines(path)) == 2
+    monkeypatch.setattr("darts_fast.plot.alpha_heat_map", alpha_heat_map)
+    for name in list(sys.modules):
+        if name.split(".")[0] in missing:
+            monkeypatch.delitem(sys.modules, name)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    path = search(SearchConfig(**{**vars(TINY), "epochs": 1}), data).path
+    assert sum("no picture EP01" in line for line in log_lines(path)) == pictures
 
 
-def test_refusals_of_resume_change_nothing(data, in_tmp):
-    path = search(TINY, data).path
+def test_refusals_of_resume_change_nothing(data, finished):
+    path = finished
 
     def refused(sentence, *arguments):
         before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
@@ -259,24 +297,22 @@ def test_refusals_of_resume_change_nothing(data, in_tmp):
     refused("not the folder of a search", path, data)
 
 
-def test_a_checkpoint_is_never_unpickled_unsafely(data, in_tmp):
-    path = search(TINY, data).path
-
+def test_a_checkpoint_is_never_unpickled_unsafely(data, finished, in_tmp):
     class Trap:
         def __reduce__(self):
             return (Path.touch, (in_tmp / "trapped",))
 
-    torch.save({"lengths": {}, "epoch": Trap()}, path / "checkpoint.pt")
+    torch.save({"lengths": {}, "epoch": Trap()}, finished / "checkpoint.pt")
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-        resume_search(path, data)
+        resume_search(finished, data)
     assert not (in_tmp / "trapped").exists()
 
 
 # A signal that cannot be caught is the point.
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
-def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
     """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
-    arguments = [*CHEAP, "--epochs", "6"]
+    arguments = [*CHEAP, "--epochs", "6", "--fused"]
 
     def start(*extra):
         return subprocess.Popen(
@@ -285,7 +321,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
             stderr=subprocess.DEVNULL,
         )
 
-    assert start(*arguments, "--name", "whole").wait() == 0
+    assert call(monkeypatch, capsys, *arguments, "--name", "whole")[0] == 0
     whole, cut = in_tmp / "searchs" / "whole", in_tmp / "searchs" / "cut"
     rng = random.Random(1)
     process, kills = start(*arguments, "--name", "cut"), 0
@@ -296,7 +332,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
         if kills < 4:  # kill it at some moment after it has written again
             while (cut / "checkpoint.pt").stat().st_mtime_ns == seen and process.poll() is None:
                 time.sleep(0.002)
-            time.sleep(rng.random() * 0.7)
+            time.sleep(rng.random() * 0.4)
             assert process.poll() is None  # it is killed at work, not after it
             process.kill()
             process.wait()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,26 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert again == result
 
 
+def test_random_numbers_of_another_kind_of_device_begin_anew_from_the_position(data, in_tmp, signal_at):
+    """A generator's state has 5,056 bytes on a CPU and 16 on CUDA."""
+    for number, at in enumerate((3, 3, 4)):
+        signal_at(Training, at, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(dataclasses.replace(TINY, name=str(number)), data)
+        folder = in_tmp / "augments" / str(number)
+        state = checkpoint(folder)
+        for name in ("augmentation", "drop_path"):
+            assert state[name].numel() == 5056
+            state[name] = torch.full((16,), number, dtype=torch.uint8)
+        torch.save(state, folder / "checkpoint.pt")
+        resume_training(folder, data)
+        log = (folder / f"{number}.log").read_text()
+        assert log.count("the checkpoint's random numbers are another kind of device's than cpu's: ") == 1
+        assert log.count(f"drawn from here on depends on seed 2, epoch 1 and step {at} alone") == 1
+    one, two, other = ((in_tmp / "augments" / n / METRICS).read_text().splitlines() for n in "012")
+    assert one == two and one[:3] == other[:3] and one[4:] != other[4:]
+
+
 def test_what_a_run_folder_holds(undisturbed, data):
     path = undisturbed.path
     rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
@@ -191,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops(data, in_tmp, monkeypatch):
     assert checkpoint(in_tmp / "augments" / "tensors")["epoch"] == 1
 
 
-def test_refusals(data, in_tmp):
+def test_refusals(data, undisturbed, in_tmp):
     def refused(sentence, function, *arguments, **more):
         with pytest.raises(InputError, match=sentence) as error:
             function(*arguments, **more)
@@ -200,7 +221,7 @@ def test_refusals(data, in_tmp):
     refused("genotype must be given", train, TrainConfig())
     refused("no test images", train, TINY, data[:2])
     assert os.listdir(in_tmp) == []
-    path = train(TINY, data).path
+    path = shutil.copytree(undisturbed.path, Path("augments") / "tensors")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     refused("began with tensors", resume_training, path)
     refused("began with tensors", evaluate, path)
@@ -281,14 +302,14 @@ def test_the_program_trains_and_evaluates(monkeypatch, capsys, in_tmp):
 
 # A signal that cannot be caught is the point.
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
-def test_killed_at_random_moments_and_resumed_gives_the_same_bits(in_tmp):
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
     arguments = [*CHEAP, "--epochs", "12", "--drop_path_prob", "0.2", "--cutout_length", "2"]
 
     def start(*extra):
         command = [sys.executable, str(ROOT / "run_from.py"), *extra]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    assert start(*arguments, "--name", "whole").wait() == 0
+    assert call(monkeypatch, capsys, *arguments, "--name", "whole", program="run_from")[0] == 0
     whole, cut = in_tmp / "augments" / "whole", in_tmp / "augments" / "cut"
     rng = random.Random(1)
     process = start(*arguments, "--name", "cut")

@@ -3,6 +3,8 @@
 On a machine with a GPU the same cases run there, see tests/gpu.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 import sweeps
@@ -214,3 +216,10 @@ def test_hessian_vector_product_of_a_supernet(monkeypatch):
         assert set(f) == set(e)
         for name in f:
             assert relative_error(f[name], e[name]) <= 1e-9, name
+
+
+def test_what_the_sanitizer_runs_captures_nothing():
+    """On a GPU, without the allocator's cache, which a capture needs (tests/gpu)."""
+    from gpu.test_triton_gpu import SANITIZED
+
+    assert SANITIZED and not any("CUDAGraph" in inspect.getsource(test) for test in SANITIZED)

@@ -117,6 +117,13 @@ def test_without_graphviz_its_source_is_written(visualize, monkeypatch):
     assert code == 1 and "'cells.gv' exists" in err and Path("cells.gv").read_text() == "mine"
 
 
+def test_without_the_package_that_writes_the_source(visualize, monkeypatch):
+    monkeypatch.setitem(sys.modules, "graphviz", None)
+    sentence = "visualize.py: no Graphviz: the Python package graphviz is not installed\n"
+    assert visualize("DARTS_V2", "--out", "cells.png") == (1, "", sentence)
+    assert os.listdir() == []
+
+
 # Windows runs no file by its `#!` line, and so would find no `dot`.
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for dot is a shell script")
 def test_a_dot_that_fails(visualize, monkeypatch, tmp_path_factory):

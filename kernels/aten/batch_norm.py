@@ -24,9 +24,10 @@ def per_channel(x: Tensor) -> Tensor:
 
 def statistics_of(y: Tensor) -> Tensor:
     """Returns mean, biased variance (about the mean, which is stable) and r of each channel: [3, C]."""
-    if y.is_meta:  # for which PyTorch has no shapes of the next operation
-        return y.new_empty(3, y.shape[1])
-    mean, variance = torch.batch_norm_update_stats(y, None, None, 0.0)
+    if y.is_meta:  # for which PyTorch has no shapes of `batch_norm_update_stats`; this is one launch, too
+        variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    else:
+        mean, variance = torch.batch_norm_update_stats(y, None, None, 0.0)
     return torch.stack([mean, variance, (variance + EPSILON).rsqrt()])
 
 

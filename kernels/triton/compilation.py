@@ -7,8 +7,10 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -21,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 
 from darts_fast.kernels.triton.launch import SLICES_OF_VECTORS, Launch
@@ -78,6 +81,9 @@ def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
 # In the launcher's list of attributes, with none: so since Triton 3.7.
 COMPILED_IN_ARE_LISTED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
+# Up to Triton 3.6 each signature has a launcher of its own, in C: half a second of the host's compiler.
+LAUNCHERS_ARE_COMPILED = hasattr(driver, "make_launcher")
+
 
 def source(planned: Launch) -> ASTSource:
     """What Triton's launcher would compile."""
@@ -105,6 +111,18 @@ def compiled(given: ASTSource, warps: int, arch: int) -> Any:
     return triton.compile(given, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
+def missing_for_launches() -> str | None:
+    """What Triton compiles its launchers with and does not find on this machine, in words; None: nothing."""
+    named = os.environ.get("CC")
+    candidates = ("gcc", "clang") if named is None else (named,)
+    if not any(map(shutil.which, candidates)):
+        return "a C compiler (gcc or clang)" if named is None else f"the C compiler {named!r} that CC names"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # as Triton does for Debian's Python
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    return None if header.exists() else f"Python's headers ({header}; Debian's package python3-dev has them)"
+
+
 # Compiling ahead
 
 
@@ -123,11 +141,16 @@ def note(launches: Sequence[Launch], arch: int) -> Path:
 
 
 def compile_ahead(
-    launches: Sequence[Launch], archs: Sequence[int], count: int, then: Callable[[Launch, int, str], T]
+    launches: Sequence[Launch],
+    archs: Sequence[int],
+    count: int,
+    then: Callable[[Launch, int, str], T],
+    launchers: bool = False,
 ) -> Iterator[T]:
     """What `then` gives for each launch and architecture, in order. It is called, in one of `count` threads,
     when a process has brought the kernel into Triton's cache, or with the reason why not, which whoever
-    launches it is told, too; else with "".
+    launches it is told, too; else with "". With `launchers`, which need the driver's library, what launches
+    the kernel is brought there, too.
 
     Raises:
         RuntimeError: a process that compiles ended.
@@ -137,7 +160,7 @@ def compile_ahead(
     def one(job: tuple[Launch, int]) -> T:
         worker = workers.get()
         try:
-            worker.stdin.write(_message(*job) + "\n")
+            worker.stdin.write(_message(*job, launchers) + "\n")
             worker.stdin.flush()
             answer = worker.stdout.readline()
             if not answer:
@@ -175,11 +198,11 @@ def _end(worker: subprocess.Popen) -> None:
         worker.stdin.close()
 
 
-def _message(planned: Launch, arch: int) -> str:
+def _message(planned: Launch, arch: int, launcher: bool) -> str:
     kernel, given = planned.kernel.fn, source(planned)
     constants = [[place, _plain(value)] for place, value in given.constants.items()]
     fields = kernel.__module__, kernel.__name__, given.signature, constants, list(given.attrs.items())
-    return json.dumps([*fields, planned.warps, arch])
+    return json.dumps([*fields, planned.warps, arch, launcher])
 
 
 def _plain(value: Any) -> Any:
@@ -195,7 +218,7 @@ def _from_plain(value: Any) -> Any:
 
 def _work() -> None:
     for line in sys.stdin:
-        module, name, signature, constants, attributes, warps, arch = json.loads(line)
+        module, name, signature, constants, attributes, warps, arch, launcher = json.loads(line)
         given = ASTSource(
             getattr(importlib.import_module(module), name),
             {key: _from_plain(value) for key, value in signature.items()},
@@ -203,7 +226,9 @@ def _work() -> None:
             {tuple(place): value for place, value in attributes},
         )
         try:
-            compiled(given, warps, arch)
+            binary = compiled(given, warps, arch)
+            if launcher and LAUNCHERS_ARE_COMPILED:
+                driver.CudaLauncher(given, binary.metadata)
         except Exception as error:  # whatever a compiler raises
             print(repr(error).replace("\n", " "), flush=True)
         else:

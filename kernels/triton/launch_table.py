@@ -76,7 +76,7 @@ ELEMENTS: dict[str, Rows] = {
         (lambda q: q.stride > 1 and q.bytes == 2, 512),
         # With 2,048, 64 channels of float32 spilled 4 times, with 512 twice (sm_80).
         (lambda q: q.stride > 1, 1024),
-        # First halves: with 2,048, 16 channels spilled twice (sm_90).
+        # First halves: with 2,048, 16 channels spilled twice (sm_90); 512 of float64, 437 times.
         (lambda q: q.bytes == 4 and not q.normalized, 1024),
         (otherwise, 2048),
     ),
