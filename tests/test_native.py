@@ -49,7 +49,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name):
         outputs = len(case.kinds) * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
         assert torch.Size(case.shape).numel() + outputs // case.stride**2 >= 1 << 20
     try:
-        for count in (1, 2, 3, 7):
+        for count in (1, 3) if name in LARGE_CASES else (1, 2, 3, 7):
             torch.set_num_threads(count)
             written.append(sweeps.check(native, torch.float32, case))
     finally:

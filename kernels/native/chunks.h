@@ -4,7 +4,8 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 4096;  // floats: 16 KB of what is written, 16 KB of what is read with it, in the first cache
+// Floats of a chunk: 16 KB that are written and 16 KB that are read with them are in the first cache.
+constexpr int64_t CHUNK = 4096;
 
 struct Chunks {
   int64_t pixels, count;

@@ -1,4 +1,4 @@
-// Tensors that several nodes read, and the adjoint of each: the sum of what its readers hand back. And plain sums.
+// The adjoints of tensors that several nodes read, each a sum over its readers; and sums of tensors.
 #include "chunks.h"
 #include "reader.h"
 
@@ -70,7 +70,7 @@ extern "C" void darts_fan_out_backward(const void* table, int threads) {
   fan_out<false>(*static_cast<const FanOut*>(table), threads);
 }
 
-// Its derivative along v
+// The derivative of that along v
 extern "C" void darts_fan_out_second(const void* table, int threads) {
   fan_out<true>(*static_cast<const FanOut*>(table), threads);
 }

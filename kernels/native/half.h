@@ -1,5 +1,5 @@
-// How one half of a separable convolution stands in memory: a source as an image in lanes, padded with zeros, weights
-// in lanes, and convolutions as lists of offsets into such images.
+// The memory of one half of a separable convolution: images in lanes, padded with zeros; weights in lanes; and
+// convolutions as lists of offsets into such images.
 #pragma once
 #include <vector>
 
@@ -9,7 +9,9 @@
 
 namespace {
 
-constexpr int64_t GROUP = 256;  // pixels between depthwise and pointwise: 16 KB a block, in the first cache
+// Pixels that are computed by the depthwise convolution before the pointwise one reads them: 16 KB a block, which
+// the first cache holds.
+constexpr int64_t GROUP = 256;
 
 // An image [blocks][pad + h + pad][pad + w + pad][LANES]; sizes in floats.
 struct Padded {
@@ -55,8 +57,8 @@ Stencil stencil_of(const std::vector<Term>& terms, int64_t c) {
   return found;
 }
 
-// Pointwise weights [block of outputs][inputs, in whole blocks][LANES]; matrix [rows, columns] is P [k, c] or
-// its transpose. `into` places one of several matrices that stand side by side.
+// Writes pointwise weights as [block of outputs][inputs, in whole blocks][LANES]. The matrix is P [k, c] or its
+// transpose. Several may stand side by side: `block` is the distance of blocks in `into`.
 void pack(const float* p, int64_t k, int64_t c, bool transpose, float* into, ptrdiff_t block) {
   int64_t out = transpose ? c : k, in = transpose ? k : c, out_step = transpose ? 1 : c, in_step = transpose ? c : 1;
   for (int b = 0; b < blocks_of(out); ++b)
@@ -74,13 +76,12 @@ float* packed(const float* p, int64_t k, int64_t c, bool transpose) {
   return found;
 }
 
-// A task's geometry and weights, prepared once a call
+// The geometry of a task
 struct Half {
   const Task& task;
-  int64_t n, c, k, ho, wo, group;  // group: rows between depthwise and pointwise
+  int64_t n, c, k, ho, wo, group;  // group: rows of about GROUP pixels
   int kb, cb;
   Padded in, z;              // the padded source; the adjoint of the depthwise output, padded
-  std::vector<Term> taps;    // of the forward convolution, relative to the source's pixel (y, x) * stride
 
   static int64_t reach(const Task& t) { return t.dilation * (t.kernel / 2); }
 
@@ -99,10 +100,10 @@ struct Half {
       terms.push_back({d, t, side() * side(), base + shift(t / side()) * in.row + shift(t % side()) * LANES});
   }
 
-  // Source pixel (qy, qx) + stride * (j, i) gets d[tap] * z[(q - shift) / stride + (j, i)] from every tap
-  // for which that is whole: one stencil for each of the stride^2 classes of pixels.
+  // Source pixel (qy, qx) + stride * (j, i) receives d[tap] * z[(q - shift) / stride + (j, i)] from every tap
+  // for which the quotient is whole. So each of the stride^2 classes of pixels has a stencil.
   void adjoint_terms(std::vector<Term>& terms, const float* d, int64_t qy, int64_t qx, ptrdiff_t base) const {
-    for (int64_t back = side() * side(); back > 0; --back) {  // backwards: by address, see `runs_tile`
+    for (int64_t back = side() * side(); back > 0; --back) {  // in the order of addresses, for `runs_tile`
       int64_t t = back - 1, dy = qy - shift(t / side()), dx = qx - shift(t % side());
       if (dy % task.stride || dx % task.stride) continue;
       terms.push_back({d, t, side() * side(), base + dy / task.stride * z.row + dx / task.stride * LANES});
@@ -110,7 +111,8 @@ struct Half {
   }
 };
 
-// A depthwise convolution that is there, and where its z stands: a task without one has d null and is there.
+// One depthwise convolution of a sum, and where its z stands. Without `there` it is left out; where d is null it is
+// the identity.
 struct Operand {
   bool there;
   const float* d;
@@ -158,7 +160,7 @@ void depthwise(const Half& half, const Stencil& st, const float* a, int64_t y, i
               st.weights + b * st.block, out + b * out_block + r * half.wo * LANES, LANES, half.wo, false);
 }
 
-// Pixels [n, c], `row` apart, into blocks of lanes; where one block is all there is, they are in lanes already.
+// Copies pixels [n, c], `row` apart, into blocks of lanes. Pixels of one block are in lanes already, and stay.
 const float* in_lanes(const float* pixels, int64_t n, int64_t c, int64_t row, float* scratch, ptrdiff_t block) {
   if (c == LANES && row == LANES) return pixels;
   for_channels(c, [&](auto lanes, int64_t i) {

@@ -1,8 +1,8 @@
 // Vectors of channels, and the memory that kernels work in.
 //
-// Every source is compiled once per processor level; LANES is what one register of that level holds. GCC's
-// and clang's vector extension is used rather than intrinsics, so that one text serves all levels. Sums are
-// never reordered by the compiler (no -ffast-math): the same library gives the same bits.
+// Every source is compiled once per processor level; a register of that level holds LANES channels. The code uses
+// GCC's and clang's vector extension, so that one text serves all levels, and intrinsics only to load the first
+// lanes of a register. The compiler never reorders sums (no -ffast-math): the same library gives the same bits.
 #pragma once
 
 #if defined(__AVX__)
@@ -20,7 +20,7 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-constexpr int TILE = 16;  // pixels a register tile: with the weights 17 of 32 registers
+constexpr int TILE = 16;  // pixels whose sums stay in registers: with the weights these are 17 of 32
 #elif defined(__AVX__)
 constexpr int LANES = 8;
 constexpr int TILE = 8;  // 9 of 16 registers; 8 sums hide the latency of two multiply-adds a cycle
@@ -45,11 +45,12 @@ INLINE V load(const float* p) {
 
 INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-// Has the cache line 4 KB ahead fetched. For what is read from end to end: the processor's own prefetching stops
-// at every page, and the mixes of a step of 8 layers took 204 ms in place of 174 (Zen 5, one thread).
+// Asks for the cache line 4 KB ahead. This is for tensors that are read from end to end: the processor's own
+// prefetching stops at every page, and the mixes of a step of 8 layers took 204 ms in place of 174 (Zen 5, one
+// thread).
 INLINE void fetch_ahead(const float* p) { __builtin_prefetch(p + 1024); }
 
-// Copies fewer than MOST bytes: a loop, or a call of memcpy, takes longer than a few branches.
+// Copies fewer than MOST bytes. (A loop, or a call of memcpy, takes longer than these few branches.)
 template <int MOST>
 INLINE void copy_some(void* to, const void* from, int bytes) {
   char* into = static_cast<char*>(to);
@@ -60,7 +61,8 @@ INLINE void copy_some(void* to, const void* from, int bytes) {
 #undef DARTS_PIECE
 }
 
-// Which lanes of a register hold channels: all, or the first ones, where there are no more channels.
+// The lanes of a register that hold channels: all of them, or the first ones, where a tensor has no more channels.
+// (Computing the last channels one by one took two to four times as long: 4 and 8 channels, both levels.)
 struct All {
   static constexpr int count = LANES;
 };
@@ -70,7 +72,7 @@ struct Some {
 
 INLINE V load(All, const float* p) { return load(p); }
 
-// The other lanes are zero.
+// The lanes behind the first ones are zero.
 INLINE V load(Some lanes, const float* p) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(__mmask16((1u << lanes.count) - 1), p);
@@ -92,12 +94,13 @@ INLINE V load_ahead(Lanes lanes, const float* p) {
 
 INLINE void store(All, float* p, V v) { store(p, v); }
 
-// Not by a mask: a load of the pixel behind would wait for it, since what a mask leaves out overlaps.
+// This is no masked store: the next pixel's load would wait for it, since the two overlap in the lanes that the
+// mask leaves out.
 INLINE void store(Some lanes, float* p, V v) {
   copy_some<sizeof(V)>(p, &v, lanes.count * int(sizeof(float)));
 }
 
-// body(lanes, channel) for every register of channels
+// Calls body(lanes, first channel) for every register of channels.
 template <class Body>
 INLINE void for_channels(int64_t c, const Body& body) {
   int64_t i = 0;
@@ -105,8 +108,8 @@ INLINE void for_channels(int64_t c, const Body& body) {
   if (i < c) body(Some{int(c - i)}, i);
 }
 
-// Past the caches, to an aligned address: for what is read again only after much else. An ordinary store reads
-// the cache line first.
+// Stores past the caches, to an aligned address, what is read again only after much else. (An ordinary store reads
+// the cache line first.)
 INLINE void stream(float* p, V v) {
 #if defined(__clang__)
   __builtin_nontemporal_store(v, reinterpret_cast<V*>(p));
@@ -121,7 +124,7 @@ INLINE void stream(float* p, V v) {
 
 INLINE bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0; }
 
-// Ends what `stream` began, before another thread reads it.
+// Completes the stores of `stream`; it has to come before another thread reads them.
 INLINE void end_of_streams() {
 #if defined(__AVX__)
   __builtin_ia32_sfence();
@@ -141,12 +144,12 @@ INLINE int lanes_of(int64_t channels, int block) {
   return left < LANES ? int(left) : LANES;
 }
 
-// Memory that is kept between calls: a fresh allocation a call costs a page fault per 4 KB.
-// One a thread; what `take` returned is valid until the next `reset` of the same arena.
+// Memory that is kept between calls, because a fresh allocation costs a page fault per 4 KB. Every thread has its
+// own. A pointer that `take` returned is valid until the next `reset` of the same arena.
 class Arena {
  public:
   void reset() {
-    if (pieces_.size() > 1) {  // it has grown: next time in one piece
+    if (pieces_.size() > 1) {  // it has grown: from now on it is one piece
       size_t total = 0;
       for (Piece& piece : pieces_) {
         total += piece.size;
@@ -200,11 +203,11 @@ class Arena {
   size_t used_ = 0;
 };
 
-thread_local Arena of_call;    // what all threads of a call share; belongs to the thread that called
-thread_local Arena of_worker;  // what one thread works in
+thread_local Arena of_call;    // of the thread that called: all threads of the call read it
+thread_local Arena of_worker;  // read and written by its thread alone
 
-// Work is cut into parts that depend on its size alone, never on the number of threads; each part has sums
-// of its own, and they are added in order of the parts. Hence the same bits for any number of threads.
+// Work is cut into parts by its size alone, never by the number of threads. Each part has sums of its own, and they
+// are added in the order of the parts. So any number of threads gives the same bits.
 constexpr int64_t PARTS = 32;
 
 struct Parts {
@@ -212,7 +215,7 @@ struct Parts {
   explicit Parts(int64_t whole) : size((whole + PARTS - 1) / PARTS), count((whole + size - 1) / size) {}
 };
 
-// The sums over parts of partial[part][width], in double and in order of the parts.
+// Adds up partial[part][width] over the parts, in double and in their order.
 INLINE double* over_parts(const float* partial, int64_t parts, int64_t width, Arena& arena) {
   double* found = arena.zeros<double>(width);
   for (int64_t part = 0; part < parts; ++part)
@@ -222,8 +225,8 @@ INLINE double* over_parts(const float* partial, int64_t parts, int64_t width, Ar
 
 constexpr double EPSILON = 1e-5;  // of every batch norm, nn.BatchNorm2d's default
 
-// Count, mean and sum of squared deviations of one channel, from parts that each summed about a shift of
-// their own: float32 sums about a value of the channel lose nothing to a large mean.
+// The count, mean and sum of squared deviations of one channel. Each part sums differences from a shift of its own,
+// which is a value of the channel: so float32 sums lose nothing to a large mean.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
 
@@ -238,13 +241,13 @@ struct Moments {
   float variance() const { return squares < 0 ? 0.f : float(squares / count); }
 };
 
-// Adds a sum to one in double, a channel at a time.
+// Adds the sum of each channel to its sum in double.
 template <class Lanes>
 INLINE void flush(Lanes lanes, double* into, V sum) {
   for (int l = 0; l < lanes.count; ++l) into[l] += double(sum[l]);
 }
 
-// The same in float32
+// The sums of the channels in float32
 template <class Lanes>
 INLINE V narrow(Lanes lanes, const double* from) {
   V v = {};

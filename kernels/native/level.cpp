@@ -1,7 +1,7 @@
-// What concerns the process, and the processor.
+// The processor's level, the digest of the sources, and the rate of multiply-adds.
 #include "lanes.h"
 
-// Of the sources, as setup.py takes it; empty: not to be compared.
+// The digest of the sources that setup.py computes; empty where they are not to be compared.
 #ifndef DARTS_SOURCES
 #define DARTS_SOURCES
 #endif
@@ -24,10 +24,10 @@ extern "C" int darts_level() {
 #endif
 }
 
-// As many multiply-adds as the processor can in that time, on one thread, a load for each as the kernels have
-// it; returns how many. Benchmarks take the peak from it.
+// Computes multiply-adds as fast as one thread can, each with a load, as in the kernels, and returns how many.
+// Benchmarks compare the kernels with this rate.
 extern "C" int64_t darts_multiply_adds(int64_t rounds) {
-  constexpr int PLACES = 8;  // where a round begins: to load the same in each is no loop to a compiler
+  constexpr int PLACES = 8;  // rounds begin at different places, else the compiler would leave out the loop
   alignas(sizeof(V)) static float numbers[(TILE + PLACES) * LANES];
   V sums[TILE] = {};
   for (int64_t round = 0; round < rounds; ++round) {

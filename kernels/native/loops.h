@@ -1,7 +1,10 @@
-// The four loops over registers that separable convolutions are made of: `stencil` (a depthwise convolution: a
-// list of offsets and weights, so that any kernel size, dilation and stride, their adjoints, and sums of two
-// convolutions are the same loop), `pointwise`, `outer` (the gradient of the pointwise weights) and `correlate`
-// (the gradient of the depthwise weights).
+// The four loops over registers of which separable convolutions consist:
+//
+//     stencil    a depthwise convolution as a list of offsets and weights, so that any kernel size, dilation and
+//                stride, their adjoints, and sums of two convolutions are the same loop
+//     pointwise  a pointwise convolution
+//     outer      the gradient of the pointwise weights
+//     correlate  the gradient of the depthwise weights
 #pragma once
 #include "lanes.h"
 #include "tables.h"
@@ -36,7 +39,7 @@ void stencil(const float* in, const ptrdiff_t* offsets, const float* weights, in
     stencil_tile<1, STEP>(in + j * STEP * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
 
-// The same where taps stand in runs of RUN, SPACING pixels apart: each pixel is loaded once a run and not once
+// The same where taps stand in runs of RUN taps, SPACING pixels apart: each pixel is loaded once a run and not once
 // a tap, which is 1.4 times as fast (3x3 and 5x5, 16 lanes).
 template <int T, int RUN, int SPACING>
 INLINE void runs_tile(const float* in, const ptrdiff_t* offsets, const float* weights, int taps, float* out,
@@ -77,7 +80,7 @@ struct Stencil {
   std::vector<ptrdiff_t> offsets;
   float* weights = nullptr;
   ptrdiff_t block = 0;
-  int run = 1, spacing = 0;  // taps stand in runs of so many, so many pixels apart
+  int run = 1, spacing = 0;  // taps stand in runs of `run` taps, `spacing` pixels apart
 
   void find_runs() {
     for (int length : {5, 3})
@@ -107,11 +110,11 @@ INLINE void stencil(int64_t step, const float* in, const Stencil& st, const floa
 #undef DARTS_CASE
   if (step == 1) return stencil<1>(in, offsets, weights, taps, out, out_step, n, add);
   if (step == 2) return stencil<2>(in, offsets, weights, taps, out, out_step, n, add);
-  for (int64_t j = 0; j < n; ++j)  // no stride of the search space
+  for (int64_t j = 0; j < n; ++j)  // any other stride, which the search space does not have
     stencil_tile<1, 1>(in + j * step * LANES, offsets, weights, taps, out + j * out_step, out_step, add);
 }
 
-// What a pointwise convolution reads: blocks of channels, `block` apart, and how many lanes of each hold some.
+// The input of a pointwise convolution: blocks of channels, `block` apart, of which the first `lanes` are not zero.
 struct Inputs {
   ptrdiff_t block;
   int blocks, lanes;
@@ -155,7 +158,8 @@ void pointwise(const float* z, Inputs inputs, const float* weights, float* out, 
   for (; j < n; ++j) pointwise_store<1>(z + j * LANES, inputs, weights, out + j * LANES, add);
 }
 
-struct Sums {  // of a block of channels, about a shift
+// Sums over pixels of a block of channels, of differences from the shift.
+struct Sums {
   V shift, sum, squares;
 };
 
@@ -247,7 +251,7 @@ void correlate(const Task& task, const float* z, ptrdiff_t z_row, const float* a
   DARTS_CASE(3, 1, 1) DARTS_CASE(3, 2, 1) DARTS_CASE(5, 1, 1) DARTS_CASE(5, 2, 1)
   DARTS_CASE(3, 1, 2) DARTS_CASE(3, 2, 2) DARTS_CASE(5, 1, 2) DARTS_CASE(5, 2, 2)
 #undef DARTS_CASE
-  for (int64_t t = 0; t < task.kernel * task.kernel; ++t) {  // no kernel of the search space
+  for (int64_t t = 0; t < task.kernel * task.kernel; ++t) {  // any other kernel, which the search space does not have
     V sum = load(found + t * LANES);
     const float* p = a + t / task.kernel * kernel_row + t % task.kernel * task.dilation * LANES;
     for (int64_t row = 0; row < rows; ++row)

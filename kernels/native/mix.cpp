@@ -1,12 +1,12 @@
-// The mix: candidates, batch-normalised on load, weighed and summed into a node; all candidates of a node in
-// one pass over memory, a chunk of pixels after the other, so that what they share stays in the first cache.
-// One candidate whose weight is 1 is a batch norm.
+// The mix: candidates are normalised on load, weighed and summed into a node. All candidates of a node are read in
+// one pass over memory, a chunk of pixels after the other, so that what they share stays in the first cache. A mix of
+// one candidate whose weight is 1 is a batch norm.
 #include "chunks.h"
 #include "reader.h"
 
 namespace {
 
-// r and mean of every candidate [count, c]; of one without a batch norm 1 and 0
+// The mean and r of every candidate, [count, c]; 0 and 1 where it has no batch norm
 struct Norms {
   float *mean, *r;
   explicit Norms(const Mix& q) : mean(of_call.zeros(q.count * q.c)), r(of_call.take(q.count * q.c)) {
@@ -21,8 +21,8 @@ struct Norms {
 
 INLINE float weight_of(const Candidate& candidate) { return candidate.weight ? *candidate.weight : 1.f; }
 
-// A chunk of the node, or of its tangent, while one thread sums it: in an output that is a whole image, if there is
-// one, else in memory of the thread. The other outputs are copied from there, while it is in the cache.
+// A chunk of the node, or of its tangent, which one thread sums: in an output that is no slice of channels, if there
+// is one, else in memory of the thread. At the end it is copied into the other outputs, from the cache.
 class Node {
  public:
   Node(const Mix& q, int64_t first, int64_t last) : q_(q), first_(first), last_(last) {
@@ -45,8 +45,8 @@ class Node {
   float* start_;
 };
 
-// The sums over pixels of g and of g h, [count, 2, c], where g is the call's adjoint: into its sums. Adds those of
-// g h to the weights' gradients.
+// Writes the sums over pixels of g and g h, where g is the call's adjoint; and the gradient of each weight, which is
+// the sum of g h over channels, too, and what it was before.
 void adjoint_sums(const Mix& q, int threads) {
   Norms norms(q);
   Chunks chunks(q);
@@ -101,12 +101,12 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     Node node(q, first, last);
-    for (int64_t k = 0; k < q.count; k += 4) {  // four at a time: a fourth of the loads and stores of the node
+    for (int64_t k = 0; k < q.count; k += 4) {  // four at a time, for a fourth of the loads and stores of the node
       int64_t n = q.count - k < 4 ? q.count - k : 4;
       for_channels(q.c, [&](auto lanes, int64_t i) {
         const float* y[4];
-        V s[4], mean[4];  // the mean is taken off first: one offset for all would cancel, and lose digits
-        for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first once more, times nothing
+        V s[4], mean[4];  // the mean is subtracted first: one offset for all would cancel, and lose digits
+        for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first one again, times 0
           y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
           s[l] = l < n ? load(lanes, scale + (k + l) * q.c + i) : V{};
           mean[l] = l < n ? load(lanes, norms.mean + (k + l) * q.c + i) : V{};
@@ -125,17 +125,17 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
   }
 }
 
-// The sums of G and G h, and dL/dp
+// The sums of G, G h, and dL/dp
 extern "C" void darts_mix_backward(const void* table, int threads) {
   of_call.reset();
   adjoint_sums(*static_cast<const Mix*>(table), threads);
 }
 
-// The sums of Gd and Gd h, and of Gd h + G hd
+// The sums of Gd, Gd h, and of Gd h + G hd
 extern "C" void darts_mix_second(const void* table, int threads) { darts_mix_backward(table, threads); }
 
-// od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd); the sums that this and the second
-// backward sweep need; and the sum of G hd.
+// od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd); the sums of yd, yd h, yd G, G; and
+// that of G hd.
 extern "C" void darts_mix_tangent(const void* table, int threads) {
   const Mix& q = *static_cast<const Mix*>(table);
   of_call.reset();
@@ -206,7 +206,8 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
         V mean = load(lanes, norms.mean + k * q.c + i), of_yd = load(lanes, yd_mean + k * q.c + i);
         V of_h = load(lanes, rt + k * q.c + i);
         for (int64_t j = first * q.c + i; j < last * q.c; j += q.c) {
-          V hd = load_ahead(lanes, candidate.tangent + j) - of_yd - (load_ahead(lanes, candidate.y + j) - mean) * of_h;  // over r
+          V yd = load_ahead(lanes, candidate.tangent + j), deviation = load_ahead(lanes, candidate.y + j) - mean;
+          V hd = yd - of_yd - deviation * of_h;  // divided by r
           store(lanes, out + j, load(lanes, out + j) + scale * hd);
         }
       });

@@ -1,4 +1,4 @@
-// 3x3 max and average pool (padding 1, over the pixels that are there) of a state, in one pass over it.
+// 3x3 max and average pool of an image (padding 1, over the pixels that are there), in one pass over it.
 #include "lanes.h"
 #include "tables.h"
 
@@ -32,7 +32,7 @@ INLINE VI load_bytes(Some lanes, const uint8_t* p) {
 #endif
 }
 
-// The pixels that a window has in one direction: from, to (exclusive)
+// The pixels of a window in one direction: those from `from` on, before `to`
 struct Window {
   int64_t from, to;
   Window(int64_t out, int64_t stride, int64_t size)
@@ -40,7 +40,7 @@ struct Window {
   int64_t count() const { return to - from; }
 };
 
-// The windows that a pixel is in, in one direction: from, to (exclusive)
+// The windows that hold a pixel, in one direction: those from `from` on, before `to`
 struct Windows {
   int64_t from, to;
   Windows(int64_t in, int64_t stride, int64_t count) : from((in - 1 + stride - 1) / stride), to((in + 1) / stride + 1) {
@@ -119,7 +119,7 @@ extern "C" void darts_pool_forward(const void* table, int threads) {
     }
 }
 
-// The adjoint of x, gathered: every pixel adds what the windows that it is in have for it.
+// The adjoint of x. Every pixel adds its part of the adjoints of all windows that hold it.
 extern "C" void darts_pool_backward(const void* table, int threads) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
@@ -138,7 +138,7 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
       }
       for (int64_t x = 0; x < q.w; ++x, into += q.c) {
         V terms = q.n_terms ? load(lanes, into) : V{};
-        if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows: half the time of the general case
+        if (inner && x >= 2 && x < q.w - 2) {  // nine whole windows, in half the time of the general case
           V of_maximum = {}, of_average = {};
           UNROLL for (int dy = -1; dy <= 1; ++dy)
             UNROLL for (int dx = -1; dx <= 1; ++dx) {
@@ -166,7 +166,7 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
   }
 }
 
-// The tangents of both pools, from that of x.
+// The tangents of both pools, from that of x
 extern "C" void darts_pool_tangent(const void* table, int threads) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;

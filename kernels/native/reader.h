@@ -1,9 +1,10 @@
-// The adjoint of a tensor y that a batch norm reads, from what its reader hands back: p B(G), and in the second
-// sweep the derivative of that along v. Both are sums of tensors with a factor for each channel:
+// The adjoint of a tensor y, computed from the adjoint G of its batch norm: p B(G), and in the second sweep its
+// derivative along v. Both are sums of tensors with a factor for each channel:
 //
-//     OF_G G + OF_Y (y - mean) + OF_ONE,    and with Gd in place of G, + OF_FIRST G + OF_TANGENT yd
+//     OF_G G + OF_Y (y - mean) + OF_ONE
+//     OF_G Gd + OF_Y (y - mean) + OF_ONE + OF_FIRST G + OF_TANGENT yd
 //
-// The mean is taken off y first: in OF_ONE it would cancel, and lose digits.
+// The mean is subtracted from y first: as a part of OF_ONE it would cancel, and lose digits.
 #pragma once
 #include "lanes.h"
 #include "tables.h"
@@ -12,7 +13,7 @@ namespace {
 
 enum { OF_G, OF_Y, OF_ONE, OF_FIRST, OF_TANGENT, FACTORS };
 
-// The rows of sums
+// The rows of sums: of G, G h; of yd, yd h, yd G, G
 enum { SUM_G, SUM_G_H };
 enum { SUM_YD, SUM_YD_H, SUM_YD_G, SUM_OF_G };
 
@@ -22,7 +23,7 @@ enum { MEAN, VARIANCE, R };
 struct Factors {
   V g, y, one, first, tangent, mean;
 
-  // Of the channels from `factors` on, whose rows are `row` apart
+  // `factors` points to the first of these channels; its rows are `row` apart.
   Factors(const float* factors, int64_t row, V mean)
       : g(load(factors + OF_G * row)), y(load(factors + OF_Y * row)),
         one(load(factors + OF_ONE * row)), first(load(factors + OF_FIRST * row)),
@@ -33,8 +34,8 @@ struct Factors {
   }
 };
 
-// The factors of c channels, each a sum over m pixels, into rows `row` apart; without statistics OF_G is p and
-// the others are 0.
+// Writes the factors of c channels, whose sums are over m pixels, into rows that are `row` apart. Without statistics
+// OF_G is p and the others are 0.
 //
 //     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y))
 //     p ( B(Gd) - r (t B(G) + s hd + u h) ),       hd = r (yd - mean(yd) - h t)

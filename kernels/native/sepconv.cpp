@@ -1,6 +1,6 @@
 // Halves of separable convolutions: [batch norm] -> ReLU -> depthwise -> pointwise, and their four sweeps.
 //
-// One part of the work is some images of one source. Its relu(h) is written once, padded with zeros, as
+// A part of the work is some images of one source. Its relu(h) is written once, padded with zeros, as
 // [block of LANES channels][row][column][lane], and stays in the second-level cache (83 KB at 32x32, 16
 // channels) while every task that reads the source walks over it, by the four loops of loops.h.
 #include "half.h"
@@ -9,11 +9,11 @@
 
 namespace {
 
-// Floats of all sources and outputs of a call, from which on what it writes goes past the caches: 4 MB, of
-// which the second cache would keep little.
+// A call whose sources and outputs have as many floats writes past the caches: of these 4 MB the second cache would
+// keep little.
 constexpr int64_t STREAMED = 1 << 20;
 
-// The adjoint of a task's output, Y = p B(G), and its derivative along v, Yd, in lanes
+// The adjoint Y = p B(G) of a task's output, and its derivative Yd along v, in lanes
 class Adjoint {
  public:
   explicit Adjoint(const Half& half, bool second = false) : half_(half), reader_(half.task.reader) {
@@ -31,7 +31,7 @@ class Adjoint {
     write_factors(reader_, half.k, double(m), true, second_, row_);
   }
 
-  // Y, or Yd, of n pixels from number `pixel` on: in `scratch`, or where it lies, if it lies there in lanes.
+  // Y, or Yd, of n pixels from number `pixel` on: in `scratch`, or in G itself, where that is Y, in lanes.
   const float* lanes(int64_t pixel, int64_t n, bool second, float* scratch, ptrdiff_t block) const {
     const Matrix& g = second ? reader_.second : reader_.adjoint;
     if (plain_) return in_lanes(g.row(pixel), n, half_.k, g.stride, scratch, block);
@@ -73,7 +73,7 @@ class Adjoint {
   float *mean_ = nullptr, *first_ = nullptr, *second_ = nullptr;
 };
 
-// The batch norm of a source, per channel and padded to whole blocks
+// The batch norm of a source, for its channels, padded to whole blocks
 struct Norm {
   bool present = false;
   float *mean = nullptr, *r = nullptr;     // h = (x - mean) r
@@ -106,7 +106,7 @@ INLINE void rectify_row(Lanes lanes, const float* x, const float* xd, int64_t n,
   }
 }
 
-// relu(h) of one image, padded; and, where it is wanted, its tangent behind it.
+// relu(h) of one image, padded; with TANGENT, its tangent behind it.
 template <bool TANGENT>
 void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image, float* a) {
   const float* x = s.x + image * s.h * s.w * s.c;
@@ -135,10 +135,10 @@ struct Call {
   std::vector<Padded> inputs;
   std::vector<Half> halves;
   std::vector<Norm> norms;
-  std::vector<std::vector<int>> tasks;  // of each source
+  std::vector<std::vector<int>> tasks;  // those of each source
   std::vector<Parts> parts;
-  std::vector<std::pair<int, int64_t>> units;  // source and part: what is computed in parallel
-  bool streamed;                               // whether what is written goes past the caches
+  std::vector<std::pair<int, int64_t>> units;  // sources and their parts, which are computed in parallel
+  bool streamed;                               // results are written past the caches
 
   explicit Call(const SepConv& call) : sources(call.sources), tasks(call.n_sources) {
     of_call.reset();
@@ -165,7 +165,7 @@ struct Call {
 
   const Parts& parts_of(int task) const { return parts[halves[task].task.source]; }
 
-  // The pixels of a source between depthwise and pointwise convolution, at most
+  // The most pixels that a depthwise convolution of a source computes before the pointwise one reads them
   int64_t most_pixels(int s) const { return GROUP > inputs[s].w ? GROUP : inputs[s].w; }
 
   // The largest padded adjoint of a depthwise output, and the most blocks of an output, of a source's tasks
@@ -179,7 +179,7 @@ struct Call {
   }
 };
 
-// Runs body(source, part, first image, last image) for every unit.
+// Calls body(source, part, first image, behind the last image) for every unit.
 template <class Body>
 void for_units(const Call& call, int threads, const Body& body) {
   int64_t count = int64_t(call.units.size());
@@ -193,7 +193,7 @@ void for_units(const Call& call, int threads, const Body& body) {
   }
 }
 
-// Runs body(first row, rows, pixels before the first) for every group of rows of one image of a task's output.
+// Calls body(first row, rows, pixels before the first) for every group of rows of one image of a task's output.
 template <class Body>
 INLINE void for_groups(const Half& half, int64_t image, const Body& body) {
   for (int64_t y = 0; y < half.ho; y += half.group) {
@@ -202,7 +202,7 @@ INLINE void for_groups(const Half& half, int64_t image, const Body& body) {
   }
 }
 
-// Sums of a part, a channel at a time: [source][part][quantity][channel], double
+// Sums of each part, in double: [source][part][quantity][channel]
 struct ChannelSums {
   const Call& call;
   std::vector<double*> of_source;
@@ -218,7 +218,7 @@ struct ChannelSums {
   double* at(int s, int64_t part, int quantity) const {
     return of_source[s] + (part * quantities + quantity) * width[s];
   }
-  // Adds the parts, into the sums of every source.
+  // Writes the sums of every source: those of its parts, added.
   void write() const {
     for (int s = 0; s < int(of_source.size()); ++s) {
       const Source& source = call.sources[s];
@@ -236,14 +236,15 @@ struct ChannelSums {
 // Z (+)= P' Y of `rows` rows from row y on, in the padded z.
 void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, ptrdiff_t y_block, int64_t y,
                   int64_t rows, float* z, bool add = false) {
-  for (int b = 0; b < half.cb; ++b)
+  Inputs inputs(y_block, half.kb, half.k);
+  for (int b = 0; b < half.cb; ++b, weights += half.kb * LANES * LANES)
     for (int64_t r = 0; r < rows; ++r)
-      pointwise(y_lanes + r * half.wo * LANES, {y_block, half.kb, half.k}, weights + ptrdiff_t(b) * half.kb * LANES * LANES,
-                z + b * half.z.block + half.z.at(y + r, 0), half.wo, add);
+      pointwise(y_lanes + r * half.wo * LANES, inputs, weights, z + b * half.z.block + half.z.at(y + r, 0), half.wo,
+                add);
 }
 
-// One image of the source's adjoint, H = [a > 0] g, g [blocks][h][w][LANES]; and, where they are wanted, the sums
-// of H and of H h, which is H a, as a = relu(h).
+// One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES]; and, where they are wanted, the sums
+// of H and of H h. As a = relu(h), H h is H a.
 void mask_image(const Source& s, const Padded& in, const float* g, const float* a, int64_t image, bool streamed,
                 double* sums, double* sums_with_h) {
   float* out = s.adjoint + image * s.h * s.w * s.c;
@@ -268,12 +269,12 @@ void mask_image(const Source& s, const Padded& in, const float* g, const float* 
 
 }  // namespace
 
-// y of every task, and its statistics.
+// y of every task, and its statistics
 extern "C" void darts_sepconv_forward(const void* table, int threads) {
   Call call(*static_cast<const SepConv*>(table));
   std::vector<Stencil> stencils;
   std::vector<const float*> p;
-  std::vector<double*> sums;  // of each task, [part][shift, sum, squares][k]
+  std::vector<double*> sums;  // one a task, [part][shift, sum, squares][k]
   for (const Half& half : call.halves) {
     stencils.push_back(forward_stencil(half, {{true, half.task.d, 0}}));
     p.push_back(packed(half.task.p, half.k, half.c, false));
@@ -338,7 +339,7 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
   std::vector<std::vector<Stencil>> backward;
   std::vector<const float*> p;
   std::vector<Adjoint> adjoints;
-  std::vector<float*> p_sums, d_sums;  // of each task and part, [kb][cb][c lanes][k lanes] and [cb][tap][lanes]
+  std::vector<float*> p_sums, d_sums;  // one a task, [part][kb][cb][c lanes][k lanes] and [part][cb][tap][lanes]
   for (const Half& half : call.halves) {
     forward.push_back(forward_stencil(half, {{true, half.task.d, 0}}));
     backward.push_back(adjoint_stencils(half, {{true, half.task.d, 0}}));
@@ -424,7 +425,8 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
       for (int64_t row = first * source.h; row < last * source.h; ++row) {
         V sum = {}, with_h = {}, with_g = {}, of_g = {};
         for (int64_t j = row * source.w; j < (row + 1) * source.w; ++j) {
-          V xd = load_ahead(lanes, source.tangent + j * c + i), h = (load_ahead(lanes, source.x + j * c + i) - mean) * r;
+          V xd = load_ahead(lanes, source.tangent + j * c + i);
+          V h = (load_ahead(lanes, source.x + j * c + i) - mean) * r;
           V g = load_ahead(lanes, source.adjoint + j * c + i);
           sum += xd, with_h += xd * h, with_g += xd * g, of_g += g;
         }

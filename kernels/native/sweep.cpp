@@ -1,11 +1,11 @@
-// Runs a sweep, and says how large the structures are that its tables are made of.
+// Runs a sweep, and exports the sizes of the structures.
 #include "tables.h"
 
 extern "C" void darts_sweep(const Record* records, int64_t count, int threads) {
   for (const Record* record = records; record < records + count; ++record) record->function(record->call, threads);
 }
 
-// For kernels/native/library.py, which compares them with the Python structures.
+// kernels/native/library.py compares these sizes with those of the Python structures.
 #define DARTS_SIZE(STRUCTURE) \
   extern "C" int64_t darts_size_of_##STRUCTURE() { return sizeof(STRUCTURE); }
 DARTS_SIZE(Matrix) DARTS_SIZE(Reader) DARTS_SIZE(Source) DARTS_SIZE(Task) DARTS_SIZE(SepConv) DARTS_SIZE(Candidate)

@@ -1,5 +1,5 @@
-// The tables that C++ reads, as kernels/native/table.py makes them: structures of addresses and whole numbers, every
-// field 8 bytes wide. Names are those of kernels/types.py. Addresses that a function does not use are null.
+// The tables that kernels/native/table.py makes: structures of addresses and whole numbers, every field 8 bytes
+// wide. Names are those of kernels/types.py. Addresses that a function does not use are null.
 #pragma once
 #include <cstdint>
 
@@ -13,31 +13,33 @@ struct Matrix {
   float* row(int64_t i) const { return data + i * stride; }
 };
 
-// A Reader, and in the second sweep a SecondReader, of the channels of y that one task writes.
+// What reads a tensor y, or the channels of it that one task writes.
 struct Reader {
-  Matrix y, statistics;                          // as of a Source
-  Matrix adjoint, sums;                          // G; the sums of G and G h
-  const float* weight;                           // p; null: 1
-  Matrix tangent, tangent_sums, second, second_sums;  // yd, like y; the sums of yd, yd h, yd G, G; Gd; of Gd, Gd h
+  Matrix y, statistics;  // without statistics y is not read
+  Matrix adjoint, sums;  // G; the sums of G, G h
+  const float* weight;   // p; null: 1
+  // Of the second backward sweep:
+  Matrix tangent, tangent_sums;  // yd, whose pixels are as far apart as those of y; the sums of yd, yd h, yd G, G
+  Matrix second, second_sums;    // Gd; the sums of Gd, Gd h
 };
 
 // Separable halves
 
 struct Source {
-  const float* x;     // [n, h, w, c]
-  Matrix statistics;  // mean, variance, r; null: x is read as it is
-  const float* tangent;
-  float* adjoint;  // H, or in the second sweep Hd
-  Matrix sums;     // that the sweep writes; null: they are not wanted
+  const float* x;        // [n, h, w, c]
+  Matrix statistics;     // mean, variance, r; null: x is read as it is
+  const float* tangent;  // xd
+  float* adjoint;        // H, or in the second backward sweep Hd
+  Matrix sums;           // the sums that the sweep writes; null: they are not wanted
   int64_t n, h, w, c;
 };
 
 struct Task {
   int64_t source, kernel, stride, dilation, offset, k;  // kernel 0: no depthwise convolution; k: channels of y
   const float *d, *p, *d_tangent, *p_tangent;           // [c, 1, kernel, kernel] and [k, c]
-  Matrix y, statistics;                                 // written: y or its tangent; null: not wanted
-  Reader reader;                                        // in both backward sweeps
-  float *p_gradient, *d_gradient;                       // [k, c] and [c, kernel, kernel]; null: not wanted
+  Matrix y, statistics;                                 // of y or its tangent; null: they are not wanted
+  Reader reader;                                        // of y, in both backward sweeps
+  float *p_gradient, *d_gradient;                       // [k, c] and [c, kernel, kernel]; null: they are not wanted
 };
 
 struct SepConv {
@@ -50,30 +52,30 @@ struct SepConv {
 // A node, or one batch norm
 
 struct Candidate {
-  const float* y;     // [m, c]
-  Matrix statistics;  // null: h is y
-  const float* weight;  // p; null: 1
-  const float* tangent;
+  const float* y;        // [m, c]
+  Matrix statistics;     // null: h is y
+  const float* weight;   // p; null: 1
+  const float* tangent;  // yd
 };
 
 struct Mix {
   const Candidate* candidates;
   int64_t count, m, c;
-  Matrix adjoint;  // G, or in the second sweep Gd
+  Matrix adjoint;  // G, or in the second backward sweep Gd
   const Matrix* outs;
   int64_t n_outs;
-  Matrix sums, tangent_sums;  // rows [count, c]: of G, G h, or of Gd, Gd h; of yd, yd h, yd G, G
-  float* weight_gradient;     // [count]; null: not wanted
-  const float* gradient_before;
+  Matrix sums, tangent_sums;     // of the adjoint, the adjoint times h; of yd, yd h, yd G, G. A row is [count, c]
+  float* weight_gradient;        // [count]; null: it is not wanted
+  const float* gradient_before;  // [count], which is added to it; null: 0
 };
 
 // Tensors that several nodes read
 
 struct Shared {
-  const float* y;     // [m, c]
+  const float* y;  // [m, c]
   const Reader* readers;
   int64_t n_readers;
-  float* out;
+  float* out;  // [m, c]: its adjoint, or the second one
 };
 
 struct FanOut {
@@ -91,9 +93,9 @@ struct Sum {
 struct Pool {
   float* x;                  // [n, h, w, c]: the image, its tangent or its adjoint
   float *maximum, *average;  // [n, ho, wo, c]
-  uint8_t* position;         // of the maximum in its window, row-major: 0 to 8
-  float* statistics;         // [2, 3, c]; null: not wanted
-  const Matrix* terms;       // which are added to the adjoint
+  uint8_t* position;         // of the maximum in its window, 0 to 8, row-major
+  float* statistics;         // [2, 3, c]; null: they are not wanted
+  const Matrix* terms;       // other adjoints of the image, which are added
   int64_t n_terms;
   int64_t n, h, w, c, stride;
 };
