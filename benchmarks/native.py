@@ -5,7 +5,7 @@ then a training step of the network of a genotype, plain and fused.
 
 The peak is the rate of a 1024^3 float32 matrix product of ATen, taken anew before every row. Times are the
 least of the repeats, interleaved. Multiply-adds are those of the equations: what a function computes again,
-and batch norm, ReLU and statistics, are not counted. tests/test_native.py holds the results right.
+and batch norm, ReLU and statistics, are not counted. tests/test_kernels.py holds the results right.
 """
 
 import argparse
@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from darts_fast import network
-from darts_fast.kernels import native, torch_backend
-from darts_fast.kernels.torch_backend import Normalizer, Task
+from darts_fast.kernels import aten, native
+from darts_fast.kernels.aten.batch_norm import statistics_of
+from darts_fast.kernels.plan import Recorder
+from darts_fast.kernels.types import Call, Reader, SecondReader, Source, Task, Weights, images
 from darts_fast.notation import NAMED
 
 TASKS = 4  # a call, all on one source
@@ -38,34 +39,69 @@ def least(functions: list[Callable[[], object]], repeats: int) -> list[float]:
     return found
 
 
-def sepconv_last(module: ModuleType, start: tuple, y: list, tangents: tuple, seconds: list) -> object:
-    """The tangent and the second backward sweep."""
-    if module is native:
-        _, left = native.sepconv_tangent_forward(*start, y, *tangents)
-        return native.sepconv_second(*start, seconds, left)
-    return torch_backend.sepconv_tangent(*start, y, *tangents), torch_backend.sepconv_backward(
-        *start, seconds, False
+def random_images(count: int, n: int, c: int, size: int) -> Tensor:
+    return images(count, (n, c, size, size), torch.float32).normal_()
+
+
+def halves(kernel: int, dilation: int, n: int, c: int, size: int) -> dict[str, list[Call]]:
+    """The calls of the four sweeps of second halves of separable convolutions, which a mix reads.
+
+    In this order each reads what the ones before it wrote.
+    """
+    (x, xd), p = random_images(2, n, c, size), torch.rand(TASKS)
+    g, gd, y, yd = (random_images(TASKS, n, c, size) for _ in range(4))
+    adjoint, second = (random_images(1, n, c, size) for _ in range(2))
+    weights, tangents = (
+        [Weights(torch.randn(c, 1, kernel, kernel), torch.randn(c, c, 1, 1)) for _ in range(TASKS)]
+        for _ in range(2)
+    )
+    sources, tasks = [Source(x, statistics_of(x))], [Task(0, w, dilation=dilation) for w in weights]
+    # What the mix wrote of the outputs
+    sums, second_sums, tangent_sums = (n * torch.randn(count, TASKS, c) for count in (2, 2, 4))
+    statistics, gradients = torch.empty(TASKS, 3, c), torch.empty(TASKS, c * (c + kernel**2))
+    own, own_tangent, own_second = (torch.empty(count, 1, c) for count in (2, 4, 2))
+    readers = [Reader(y[i], statistics[i], i, g[i], sums, p) for i in range(TASKS)]
+    seconds = [SecondReader(read, yd[i], tangent_sums, gd[i], second_sums) for i, read in enumerate(readers)]
+    sweeps = {name: Recorder() for name in ("forward", "backward", "tangent", "second")}
+    sweeps["forward"].sepconv_forward(sources, tasks, y=y, statistics=statistics)
+    sweeps["backward"].sepconv_backward(
+        sources, tasks, readers, adjoint=adjoint, sums=own, gradients=gradients
+    )
+    sweeps["tangent"].sepconv_tangent(sources, tasks, [xd], tangents, adjoint, y=yd, sums=own_tangent)
+    sweeps["second"].sepconv_second(sources, tasks, tangents, seconds, adjoint=second, sums=own_second)
+    return {name: recorder.calls for name, recorder in sweeps.items()}
+
+
+def multiply_adds(sweep: str, kernel: int, n: int, c: int, size: int) -> int:
+    """Those of a sweep of `halves`."""
+    return (
+        {"forward": 1, "backward": 2, "tangent": 2, "second": 2}[sweep]
+        * TASKS
+        * n
+        * size**2
+        * c
+        * (kernel**2 + c)
     )
 
 
-def mix_last(
-    module: ModuleType, start: tuple, g: Tensor, first: tuple, tangents: list, second: Tensor
-) -> object:
-    if module is native:
-        _, left = native.mix_tangent_forward(*start, g, first[1], tangents)
-        return native.mix_second(*start, second, left)
-    return torch_backend.mix_tangent(*start, g, *first[:2], tangents), torch_backend.mix_backward(
-        *start, second
-    )
-
-
-SEVERAL = {"sepconv_last": sepconv_last, "mix_last": mix_last}
-
-
-def run(module: ModuleType, name: str, arguments: tuple) -> object:
-    if name in SEVERAL:
-        return SEVERAL[name](module, *arguments)
-    return getattr(module, name)(*arguments)
+def nodes(n: int, c: int, size: int) -> dict[str, list[Call]]:
+    """The calls of a node's four sweeps, with 21 candidates, and of a state's pools."""
+    ys, tangents = random_images(21, n, c, size), random_images(21, n, c, size)
+    (g, gd, out, state), p = random_images(4, n, c, size), torch.rand(21)
+    candidates = [Source(y, statistics_of(y)) for y in ys]
+    sums, second_sums, tangent_sums = (torch.empty(count, 21, c) for count in (2, 2, 4))
+    of_p, before, after = torch.empty(3, 21)
+    pools, statistics = random_images(2, n, c, size), torch.empty(2, 3, c)
+    position = images(1, state.shape, torch.uint8)[0]
+    found = Recorder()
+    found.mix_forward(candidates, p, outs=[out])
+    found.mix_backward(candidates, g, sums=sums, weight_gradient=of_p)
+    written = {"outs": [out], "tangent_sums": tangent_sums, "weight_gradient": before}
+    found.mix_tangent(candidates, p, list(tangents), g, sums, **written)
+    found.mix_second(candidates, gd, before, sums=second_sums, weight_gradient=after)
+    found.pool_forward(state, 1, pools=pools, position=position, statistics=statistics)
+    found.pool_backward(position, 1, pools, [g, gd], out=out)
+    return {call.function: [call] for call in found.calls}
 
 
 def main() -> None:
@@ -79,71 +115,45 @@ def main() -> None:
     args = parser.parse_args()
     if native.level() is None:
         parser.error("the C++ kernels were not built")
-    n, c, size = args.batch_size, args.channels, args.size
-    square = torch.randn(1024, 1024)
+    shape, square = (args.batch_size, args.channels, args.size), torch.randn(1024, 1024)
     print(
         f"{native.LEVELS[native.level()]}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{vars(args)}"
     )
     print(f"{'':<34}{'native ms':>10}{'ATen ms':>10}{'ratio':>7}{'GFLOP/s':>9}{'of peak':>9}")
 
-    def image() -> Tensor:
-        return torch.randn(n, c, size, size).contiguous(memory_format=torch.channels_last)
-
-    def row(label: str, name: str, arguments: tuple, multiply_adds: float) -> None:
-        own, aten, peak = least(
-            [
-                lambda: run(native, name, arguments),
-                lambda: run(torch_backend, name, arguments),
-                lambda: square @ square,
-            ],
-            args.repeats,
-        )
-        rate = 2 * multiply_adds / own
-        share = f"{rate / (2 * 1024**3 / peak):9.0%}" if multiply_adds else ""
-        print(
-            f"{label:<34}{own * 1e3:>10.2f}{aten * 1e3:>10.2f}{aten / own:>7.1f}{rate / 1e9:>9.0f}{share}",
-            flush=True,
-        )
+    def row(label: str, calls: list[Call], counted: float = 0) -> None:
+        """`counted`: multiply-adds."""
+        functions = [native.program(calls), aten.program(calls), lambda: square @ square]
+        own, plain, peak = least(functions, args.repeats)
+        rates = ""
+        if counted:
+            rate = 2 * counted / own
+            rates = f"{rate / 1e9:>9.0f}{rate / (2 * 1024**3 / peak):9.0%}"
+        print(f"{label:<34}{own * 1e3:>10.2f}{plain * 1e3:>10.2f}{plain / own:>7.1f}{rates}", flush=True)
 
     for kernel, dilation in product((3, 5), (1, 2)):
-        x, tasks, label = image(), [Task(0, 1, dilation)] * TASKS, f"{kernel}x{kernel}, dilation {dilation}"
-        norms = [Normalizer(torch_backend.statistics_of([x])[0], True)]
-        d, dd = ([torch.randn(c, 1, kernel, kernel) for _ in tasks] for _ in range(2))
-        p, pd = ([torch.randn(c, c, 1, 1) for _ in tasks] for _ in range(2))
-        start, y = ([x], norms, tasks, d, p), [image() for _ in tasks]
-        pixels, taps = TASKS * n * size * size * c, kernel**2
-        row(f"sepconv_forward {label}", "sepconv_forward", start, pixels * (taps + c))
-        row(f"sepconv_backward {label}", "sepconv_backward", (*start, y, True), pixels * 2 * (taps + c))
-        row("  without weight gradients", "sepconv_backward", (*start, y, False), pixels * (taps + c))
-        row(
-            f"both last sweeps {label}",
-            "sepconv_last",
-            (start, y, ([image()], dd, pd), [image() for _ in tasks]),
-            pixels * 4 * (taps + c),
-        )
-    candidates = [image() for _ in range(21)]
-    norms = [Normalizer(s, True) for s in torch_backend.statistics_of(candidates)]
-    start = candidates, norms, torch.rand(21)
-    g = image()
-    first = native.mix_backward(*start, g)
-    row("mix_forward, 21 candidates", "mix_forward", start, 0)
-    row("mix_backward", "mix_backward", (*start, g), 0)
-    row("both last sweeps", "mix_last", (start, g, first, [image() for _ in candidates], image()), 0)
-    row("pool_forward", "pool_forward", (image(), 1), 0)
+        for sweep, calls in halves(kernel, dilation, *shape).items():
+            counted = multiply_adds(sweep, kernel, *shape)
+            row(f"sepconv_{sweep} {kernel}x{kernel}, dilation {dilation}", calls, counted)
+            if sweep == "backward":
+                calls = [call._replace(writes={**call.writes, "gradients": None}) for call in calls]
+                row("  without weight gradients", calls, counted // 2)
+    for label, calls in nodes(*shape).items():
+        row(f"{label}, 21 candidates" if "mix" in label else label, calls)
     derived(args.repeats)
 
 
 def derived(repeats: int) -> None:
     """Forward and backward of DARTS_V2 with auxiliary head and drop path."""
-    images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    batch, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     modules = []
     for fused in (False, False, True):
         torch.manual_seed(0)
         modules.append(network(NAMED["DARTS_V2"], 10, 16, 8, auxiliary=True, fused=fused))
         modules[-1].drop_path_prob = 0.2
     modules[1].to(memory_format=torch.channels_last)
-    inputs = [images, images.contiguous(memory_format=torch.channels_last), images]
+    inputs = [batch, batch.contiguous(memory_format=torch.channels_last), batch]
 
     def step(index: int) -> None:
         logits, auxiliary_logits = modules[index](inputs[index])

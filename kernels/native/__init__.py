@@ -79,11 +79,11 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
         for tensor in launch.tensors:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
-    records = Table([Record(address_of(launch.name), launch.call.address) for launch in launches])
-    sweep = loaded().darts_sweep
+    library = loaded()
+    records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in launches])
 
     def run() -> None:
-        sweep(records.address, records.count, torch.get_num_threads())
+        library.darts_sweep(records.address, records.count, torch.get_num_threads())
 
     run.launches = launches  # which keep their tables and tensors
     return run

@@ -71,9 +71,10 @@ def loaded() -> ctypes.CDLL:
     return library_of(level())
 
 
-def address_of(function: str) -> int:
+@cache
+def address_of(library: ctypes.CDLL, function: str) -> int:
     """The address of the C++ function `darts_...` of a launch."""
-    return ctypes.cast(getattr(loaded(), f"darts_{function}"), c_void_p).value
+    return ctypes.cast(getattr(library, f"darts_{function}"), c_void_p).value
 
 
 def multiply_adds(rounds: int) -> int:

@@ -117,7 +117,7 @@ def _mix(
     )
     written = outs, sums, tangent_sums, weight_gradient
     tensors = tensors_in([candidates, weights, tangents, adjoint, gradient_before, written])
-    return Launch(name, list(tensors), Table([call]), [of_candidates, of_outs])
+    return Launch(name, tensors, Table([call]), [of_candidates, of_outs])
 
 
 # Tensors that several nodes read
@@ -147,7 +147,7 @@ def _fan_out(
     )
     c = out.shape[2]
     call = table.FanOut(of_shared.address, of_shared.count, m=out[0].numel() // c, c=c)
-    return [Launch(name, list(tensors_in([readers, out])), Table([call]), [of_shared, *of_readers])]
+    return [Launch(name, tensors_in([readers, out]), Table([call]), [of_shared, *of_readers])]
 
 
 def add(terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:

@@ -50,4 +50,4 @@ def _pool(
         stride=stride,
     )
     tensors = tensors_in([x, pools, position, statistics, terms])
-    return [Launch(name, list(tensors), Table([call]), [of_terms])]
+    return [Launch(name, tensors, Table([call]), [of_terms])]

@@ -104,8 +104,8 @@ def _sepconv(
                 p=numbers(p),
                 d_tangent=numbers(tangents.depthwise),
                 p_tangent=numbers(tangents.pointwise),
-                y=pixels(None if y is None else y[output, :, channels]),
-                statistics=rows(None if statistics is None else statistics[output, :, channels]),
+                y=pixels(None if y is None else y[output][:, channels]),
+                statistics=rows(None if statistics is None else statistics[output][:, channels]),
                 reader=table.Reader() if readers is None else reader(readers[output], channels),
                 p_gradient=numbers(row),
                 d_gradient=numbers(None if row is None or d is None else row[p.numel() :]),
@@ -117,4 +117,4 @@ def _sepconv(
     tensors = tensors_in(
         [sources, weights, source_tangents, readers, y, statistics, adjoint, sums, gradients]
     )
-    return [Launch(name, list(tensors), Table([call]), tables)]
+    return [Launch(name, tensors, Table([call]), tables)]

@@ -5,7 +5,7 @@ compares the sizes. 0 is the null pointer.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,24 +135,26 @@ class Record(NamedTuple):
 STRUCTURES = Matrix, Reader, Source, Task, SepConv, Candidate, Mix, Shared, FanOut, Sum, Pool, Record
 
 
-def _fields(structure: tuple) -> Iterator[int]:
+def _fields(structure: tuple) -> list[int]:
+    found = []
     for field in structure:
         if isinstance(field, tuple):
-            yield from _fields(field)
+            found += _fields(field)
         else:
-            yield field
+            found.append(field)
+    return found
 
 
 def size_of(structure: type[tuple]) -> int:
     """The bytes of a structure."""
-    return 8 * len(list(_fields(structure())))
+    return 8 * len(_fields(structure()))
 
 
 class Table:
     """An array of structures of one kind, which C++ reads at `address` as long as this lives."""
 
     def __init__(self, structures: Sequence[tuple]):
-        self._fields = array("q", [field for structure in structures for field in _fields(structure)])
+        self._fields = array("q", _fields(tuple(structures)))
         self.address, self.count = self._fields.buffer_info()[0], len(structures)
 
 
@@ -164,17 +166,15 @@ class Launch(types.Launch):
     tables: Sequence[Table]  # to which the structure points
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested sequences of arguments. Of a reader without statistics, y is not read."""
+    if isinstance(tree, Tensor):
+        return [tree]
     if isinstance(tree, types.SecondReader) and tree.first.statistics is None:
         tree = tree.adjoint, tree.first.weights
     elif isinstance(tree, types.Reader) and tree.statistics is None:
         tree = tree.adjoint, tree.weights
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from tensors_in(part)
+    return [t for part in tree for t in tensors_in(part)] if isinstance(tree, (tuple, list)) else []
 
 
 # Addresses of tensors; None is null. What lies otherwise in memory than is said raises a ValueError.
@@ -187,6 +187,8 @@ def pixels(x: Tensor | None) -> Matrix:
     if x.dtype is not torch.float32:
         raise TypeError(f"the native kernels compute in float32, not {x.dtype}")
     n, c, height, width = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return Matrix(x.data_ptr(), c)
     # A dimension of one value may have any stride.
     steps = (width, 3, 1), (height, 2, width), (n, 0, height * width)
     row = next((x.stride(dim) // step for size, dim, step in steps if size > 1), c)
