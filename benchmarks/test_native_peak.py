@@ -10,26 +10,28 @@ statistics. Ratios are of CPU time, so that other work on the machine counts lit
 benchmark's extra_info and is printed (-s).
 """
 
-import copy
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from native import halves, multiply_adds
+from test_kernels import (
+    SIZE,
+    C,
+    N,
+    cell_and_state,
+    channels_last,
+    exact_and_allowed,
+    fused_cell_step,
+    plain_cell_step,
+)
 
-from darts_fast.fused import FusedCell
-from darts_fast.kernels import native, torch_backend
-from darts_fast.kernels.torch_backend import Normalizer, Task
-from darts_fast.reference import MixedCell
+from darts_fast.fused import FusedCells
+from darts_fast.kernels import aten, native
 
-N, C, SIZE, TASKS = 16, 16, 32, 4
 REPEATS = 15
 ROUNDS = 1 << 20  # of multiply-adds, some ms
-
-
-def image() -> Tensor:
-    return torch.randn(N, C, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
 
 
 def least(*functions: Callable[[], object]) -> list[float]:
@@ -52,34 +54,37 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def wide(tree):
+    """The same calls on copies of their tensors in float64."""
+    if isinstance(tree, torch.Tensor):
+        return tree.double()
+    if isinstance(tree, dict):
+        return {name: wide(part) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [wide(part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else parts
+    return tree
+
+
 # Without a compiler the install succeeds and has no C++ kernels to time.
 @pytest.mark.skipif(native.level() is None, reason="the C++ kernels were not built")
-@pytest.mark.parametrize("sweep", ["forward", "backward", "both last sweeps"])
+@pytest.mark.parametrize("sweep", ["forward", "backward", "tangent", "second"])
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 1), (3, 2), (5, 2)])
 def test_share_of_the_peak(benchmark, kernel, dilation, sweep):
-    x, tasks = image(), [Task(0, 1, dilation)] * TASKS
-    norms = [Normalizer(torch_backend.statistics_of([x])[0], True)]
-    d, dd = ([torch.randn(C, 1, kernel, kernel) for _ in tasks] for _ in range(2))
-    p, pd = ([torch.randn(C, C, 1, 1) for _ in tasks] for _ in range(2))
-    arguments = [[x], norms, tasks, d, p]
-    if sweep != "forward":
-        arguments.append([image() for _ in tasks])
-    last = [[image()], dd, pd, [image() for _ in tasks]]
-    arguments += {"forward": [], "backward": [True], "both last sweeps": last}[sweep]
-    units = {"forward": 1, "backward": 2, "both last sweeps": 4}[sweep]
-    if sweep == "both last sweeps":
-        function, oracle = native_last, oracle_last
-    else:
-        function, oracle = (getattr(module, f"sepconv_{sweep}") for module in (native, torch_backend))
-
-    for found, exact in zip(tensors(function(*arguments)), tensors(oracle(*wide(arguments))), strict=True):
-        assert (found - exact).norm() <= 1e-5 * exact.norm()
+    sweeps = halves(kernel, dilation, N, C, SIZE)
+    for name, calls in sweeps.items():  # each reads what the ones before it wrote
+        exact, function = wide(calls), native.program(calls)
+        aten.program(exact)()
+        function()
+        for written, expected in zip(calls[0].writes.items(), exact[0].writes.values(), strict=True):
+            if written[0] != "sums":  # their terms cancel
+                assert (written[1] - expected).norm() <= 1e-5 * expected.norm()
+        if name == sweep:
+            break
 
     square = torch.randn(1024, 1024)
-    own, loop, product = least(
-        lambda: function(*arguments), lambda: native.multiply_adds(ROUNDS), lambda: square @ square
-    )
-    rate = 2 * TASKS * N * SIZE**2 * C * units * (kernel**2 + C) / own
+    own, loop, product = least(function, lambda: native.multiply_adds(ROUNDS), lambda: square @ square)
+    rate = 2 * multiply_adds(sweep, kernel, N, C, SIZE) / own
     peak, of_product = 2 * native.multiply_adds(ROUNDS) / loop, 2 * 1024**3 / product
     benchmark.extra_info.update(
         gflops=rate / 1e9,
@@ -91,60 +96,20 @@ def test_share_of_the_peak(benchmark, kernel, dilation, sweep):
     label = f"sepconv_{sweep} {kernel}x{kernel} dilation {dilation}"
     shares = f"{rate / peak:.0%} of the peak, {rate / of_product:.0%} of a matrix product"
     print(f"\n{label}: {rate / 1e9:.0f} GFLOP/s, {shares}")
-    benchmark.pedantic(function, arguments, rounds=REPEATS)
-
-
-def native_last(*arguments: object) -> object:
-    """The tangent and the second backward sweep."""
-    *arguments, seconds = arguments
-    yd, left = native.sepconv_tangent_forward(*arguments)
-    return yd, native.sepconv_second(*arguments[:5], seconds, left)
-
-
-def oracle_last(*arguments: object) -> object:
-    *arguments, seconds = arguments
-    yd, gained = torch_backend.sepconv_tangent(*arguments)
-    found, *_ = torch_backend.sepconv_backward(*arguments[:5], seconds, False)
-    return yd, [f + g for f, g in zip(found, gained, strict=True)]
+    benchmark.pedantic(function, rounds=REPEATS)
 
 
 @pytest.mark.parametrize("reduction", [False, True], ids=["normal", "reduction"])
 def test_a_cell_against_aten(benchmark, reduction):
     """Forward and backward: the reference cell on channels-last images and the fused one."""
-    plain, fused = (kind(4 * C, 4 * C, C, reduction, False) for kind in (MixedCell, FusedCell))
-    fused.load_state_dict(plain.state_dict())
-    states = [torch.randn(N, 4 * C, SIZE, SIZE).to(memory_format=torch.channels_last) for _ in range(2)]
-    p = torch.randn(14, 8).softmax(1)
-    plain.to(memory_format=torch.channels_last)
+    exact, allowed = exact_and_allowed(reduction, torch.device("cpu"))
+    cell, state, p = cell_and_state(reduction, torch.device("cpu"))
+    state = channels_last(state)
+    weights = torch.cat([w.detach().flatten() for w in cell.parameters()]).requires_grad_()
+    fused = FusedCells([cell]), weights, state, p
+    assert (fused_cell_step(*fused) - exact).norm() <= allowed
 
-    def step(cell: MixedCell, states: list[Tensor] = states, p: Tensor = p) -> list[Tensor]:
-        output = cell(*states, p)
-        return [output, *torch.autograd.grad(output.square().sum(), list(cell.parameters()))]
-
-    # Kinks of ReLU and max pool move float32 gradients: the reference's own error is the measure.
-    def gradients(cell: MixedCell, states: list[Tensor] = states, p: Tensor = p) -> Tensor:
-        return torch.cat([t.double().flatten() for t in step(cell, states, p)[1:]])
-
-    exact = gradients(copy.deepcopy(plain).double(), [s.double() for s in states], p.double())
-    reference = gradients(plain, [s.contiguous() for s in states])
-    assert (gradients(fused) - exact).norm() <= 2 * (reference - exact).norm()
-
-    own, aten = least(lambda: step(fused), lambda: step(plain))
-    benchmark.extra_info.update(ratio=aten / own)
-    print(f"\nreduction {reduction}: ATen channels-last takes {aten / own:.2f} times as long")
-    benchmark.pedantic(step, [fused], rounds=REPEATS)
-
-
-def tensors(tree: object) -> list[Tensor]:
-    if isinstance(tree, (list, tuple)):
-        return [tensor for item in tree for tensor in tensors(item)]
-    return [tree]
-
-
-def wide(tree: object) -> object:
-    """The same in float64."""
-    if isinstance(tree, Tensor):
-        return tree.double()
-    if isinstance(tree, Normalizer):
-        return Normalizer(wide(tree.statistics), tree.batch)
-    return [wide(item) for item in tree] if isinstance(tree, list) and not isinstance(tree, Task) else tree
+    own, plain = least(lambda: fused_cell_step(*fused), lambda: plain_cell_step(cell, state, p))
+    benchmark.extra_info.update(ratio=plain / own)
+    print(f"\nreduction {reduction}: ATen channels-last takes {plain / own:.2f} times as long")
+    benchmark.pedantic(fused_cell_step, fused, rounds=REPEATS)
