@@ -252,7 +252,7 @@ def operation_on_kernels(module: nn.Module, x: Tensor, observed: list[Observed])
         return _batch_norm(module.bn, y, statistics, observed)
     parts = list(module) if isinstance(module, nn.Sequential) else [module]
     if isinstance(parts[0], (nn.MaxPool2d, nn.AvgPool2d)):
-        pools, statistics = kernels.pool(x, parts[0].stride)
+        *pools, statistics = kernels.pool(x, parts[0].stride)
         which = int(isinstance(parts[0], nn.AvgPool2d))
         y = pools[which]
         return _batch_norm(parts[1], y, statistics[which], observed) if parts[1:] else y

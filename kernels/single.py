@@ -51,6 +51,7 @@ class _SepConv(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, tasks: tuple[Geometry, ...], *weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         count = len(tasks)
+        weights = [w if w is None else w.contiguous() for w in weights]
         of_tasks = map(Weights, weights[:count], weights[count:])
         ctx.tasks = tuple(Task(0, w, *geometry) for geometry, w in zip(tasks, of_tasks, strict=True))
         n, _, height, width = x.shape
@@ -84,7 +85,7 @@ class _SepConv(torch.autograd.Function):
         return found[0], None, *of_depthwise, *of_pointwise
 
 
-def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """3x3 max pool and average pool (padding 1, over the pixels that are there) with their statistics.
 
     Of equal values the first in row-major order is the maximum.
@@ -94,7 +95,7 @@ def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         stride: 1 or 2.
 
     Returns:
-        maximum and average, [2, N, C, H / stride, W / stride] (rounded up), each channels-last, in x's dtype;
+        maximum and average, [N, C, H / stride, W / stride] (rounded up) each, channels-last, in x's dtype;
         and of each the mean, biased variance and 1 / sqrt(variance + 1e-5), [2, 3, C], not differentiable.
 
     Raises:
@@ -105,7 +106,7 @@ def pool(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, x: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         n, c, height, width = x.shape
         shape = n, c, -(-height // stride), -(-width // stride)
         pools = images(2, shape, x.dtype, x.device)
@@ -113,18 +114,21 @@ class _Pool(torch.autograd.Function):
         position = images(1, shape, torch.uint8, x.device)[0]
         statistics = x.new_empty(2, 3, c, dtype=accumulator(x.dtype))
         _run(x, "pool_forward", (x, stride), pools=pools, position=position, statistics=statistics)
-        ctx.stride, ctx.shape = stride, x.shape
+        ctx.stride, ctx.like = stride, (x.shape, x.dtype, x.device)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(position)
         ctx.mark_non_differentiable(statistics)
-        return pools, statistics
+        return *pools, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, adjoint: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-        (position,) = ctx.saved_tensors
-        adjoints = images(2, position.shape, adjoint.dtype, adjoint.device).copy_(adjoint)
-        (out,) = images(1, ctx.shape, adjoint.dtype, adjoint.device)
-        _run(adjoint, "pool_backward", (position, ctx.stride, adjoints, ()), out=out)
+    def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor, None]:
+        (position,), (shape, dtype, device) = ctx.saved_tensors, ctx.like
+        pools = images(2, position.shape, dtype, device)
+        for pool, adjoint in zip(pools, adjoints[:2], strict=True):
+            pool.zero_() if adjoint is None else pool.copy_(adjoint)
+        (out,) = images(1, shape, dtype, device)
+        _run(out, "pool_backward", (position, ctx.stride, pools, ()), out=out)
         return out, None
 
 
