@@ -131,8 +131,7 @@ def test_the_table_has_every_launch_of_a_step_and_of_an_evaluation(network, dtyp
 
     run = run_at_the_papers_setting(network, dtype)
     with collected() as calls, torch.device("meta"):
-        run.dry_step()
-        run.dry_evaluation()
+        run.rehearse()
     made = list(launches(triton, calls))
     assert len(made) > 500
     types = {torch.float32, getattr(torch, dtype)}  # an evaluation is in float32

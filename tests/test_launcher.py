@@ -147,9 +147,9 @@ def compiled_ahead() -> None:
     driver, and by the launch. The compiler is a script that notes its calls."""
     calls = Path(os.environ["CC"]).with_name("calls")
     calls.touch()
-    with collected() as calls, torch.device("meta"):
+    with collected() as pool, torch.device("meta"):
         kernels.pool(torch.zeros(2, 4, 8, 8), 1)
-    planned = list(launches(kernels_in_triton, calls))
+    planned = list(launches(kernels_in_triton, pool))
     errors = compilation.compile_ahead(planned, [80], 1, lambda *result: result[-1], launchers=True)
     assert list(errors) == [""]
     ahead = count(calls)
