@@ -314,7 +314,10 @@ class Search(Loop):
     def check_record(self, record: Any, name: str) -> None:
         check_keys(record, ("epoch", "top1", "genotype"), name)
         check_number(record["top1"], float, 0, 1, f"{name}.top1")
-        Genotype.from_json(record["genotype"], f"{name}.genotype")
+        try:
+            Genotype.from_json(record["genotype"], f"{name}.genotype")
+        except InputError as error:  # the whole sentence is about the checkpoint
+            raise ValueError(str(error)) from error
 
     def rehearse(self) -> None:
         network, shape = self._supernet(), self.dataset.images.shape[1:]
