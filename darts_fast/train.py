@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
