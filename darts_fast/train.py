@@ -248,7 +248,7 @@ class Training(Loop):
             {"images": images, "labels": labels},
             self.train_step.tensors,
             self.captured,
-            list(self.generators().values()),
+            [generator for generator, _ in self.generators().values()],
         )
 
     def begin_epoch(self) -> None:
