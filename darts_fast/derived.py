@@ -150,7 +150,8 @@ def _built(arguments: Any, state: Any) -> "DerivedNetwork":
     the tensors are known to be there."""
     sizes, flags = ("classes", "channels", "layers", "image_channels"), ("auxiliary", "pool_batch_norm")
     check_keys(arguments, (*sizes, *flags, "genotype", "stem"), "network")
-    check_keys(state, state if isinstance(state, dict) else (), "state_dict")
+    if not isinstance(state, dict):
+        raise ValueError("state_dict is no dictionary")
     cells = {name.split(".")[1] for name in state if isinstance(name, str) and name.startswith("cells.")}
     for name in sizes:
         check_number(arguments[name], int, 1, len(cells) if name == "layers" else 2**24, f"network.{name}")
