@@ -294,9 +294,12 @@ class Trap:
 
 
 def write_bomb(path):
+    """The same file and 64 MiB of zeros, compressed to 64 KiB."""
+    with zipfile.ZipFile(path) as old:
+        kept = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({}))
-        archive.writestr("archive/data/0", bytes(2**26))
+        for name, data in {**kept, f"{next(iter(kept)).split('/')[0]}/data/9999": bytes(2**26)}.items():
+            archive.writestr(name, data)
 
 
 def write_truncated(path):
@@ -491,7 +494,7 @@ def test_a_changed_configuration(text, a_search):
 
 @pytest.mark.parametrize("field", ["normal", "normal_concat", "reduce"])
 def test_json_nested_deep(field, in_tmp):
-    text = json.dumps({**NAMED["DARTS"].as_json(), field: "deep"}).replace('"deep"', "[" * 950 + "]" * 950)
+    text = json.dumps({**NAMED["DARTS"].as_json(), field: "deep"}).replace('"deep"', "[" * 600 + "]" * 600)
     Path("a.json").write_text(text)
     assert "'a.json'" in refused(load_genotype, "a.json")
 
