@@ -105,8 +105,8 @@ def packed(
     return {
         "network": {**module.arguments, "genotype": str(module.arguments["genotype"])},
         "state_dict": {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()},
-        "mean": mean,
-        "std": std,
+        "mean": mean.double(),
+        "std": std.double(),
         "data": data,
         "test": test,
     }
