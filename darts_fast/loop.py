@@ -293,6 +293,7 @@ class Loop(ABC):
             InputError: the checkpoint is of another data set or another network, or no run writes such a one.
         """
         own = self.state()
+        checkpoint = as_saved_now(checkpoint, own)
         for one, other in ((own, checkpoint), (checkpoint, own)):
             if "loss_scale" not in other:  # begun, or resumed, in float32
                 one.pop("loss_scale", None)
@@ -523,6 +524,18 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
+
+
+def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
+    moments before the first step; a search had no `final`."""
+    found = {"final": None, **checkpoint}
+    begins = (found.get("epoch"), found.get("step")) == (0, 0)
+    for name in own:
+        if isinstance(found.get(name), dict) and found[name].keys() == {"state", "param_groups"}:
+            moments = found[name]["state"]
+            found[name] = own[name] if begins and moments == {} else moments
+    return found
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:
