@@ -4,7 +4,8 @@ import sys
 
 from darts_fast import TrainConfig, evaluate, resume_training, train
 from darts_fast.config import argument_parser, refuse_settings
-from darts_fast.runs import run_program, say
+from darts_fast.errors import one_line, say
+from darts_fast.runs import run_program
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
         device = given.pop("device", None)
         refuse_settings("--evaluate", evaluated, given | ({"resume": resumed} if resumed else {}))
         for name, (loss, top1, top5) in evaluate(evaluated, device).items():
-            say(f"{evaluated}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}")
+            say(one_line(f"{evaluated}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"))
     elif resumed is not None:
         device = given.pop("device", None)
         refuse_settings("--resume", resumed, given)

@@ -3,9 +3,10 @@
 import sys
 
 from darts_fast.config import OneSentenceParser
+from darts_fast.errors import say
 from darts_fast.notation import NAMED, load_titled
 from darts_fast.plot import FORMATS, picture_path, save
-from darts_fast.runs import run_program, say
+from darts_fast.runs import run_program
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from darts_fast.errors import InputError
+from darts_fast.errors import InputError, say
 
 Check = tuple[Callable[[Any], bool], str]  # a test of the value, and what it has to be
 
@@ -101,18 +102,19 @@ class Config:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if type(value) is not wanted:
-                raise InputError(f"{field.name} must be {NOUNS[wanted]}, not {value!r}")
+                raise InputError(f"{field.name} must be {NOUNS[wanted]}, not {reprlib.repr(value)}")
             if wanted is int and value > LARGEST:
-                raise InputError(f"{field.name} must be at most {LARGEST}, not {value}")
+                raise InputError(f"{field.name} must be at most {LARGEST}, not {reprlib.repr(value)}")
             if wanted is float and not abs(value) <= 1e30:  # near the end of float32
                 raise InputError(f"{field.name} must be a finite number, at most 1e30, not {value!r}")
             if wanted is str and "\0" in value:
                 raise InputError(f"{field.name} must not hold a null character")
             choices, check = field.metadata["choices"], field.metadata["check"]
             if choices and value not in choices:
-                raise InputError(f"{field.name} must be {' or '.join(map(str, choices))}, not {value!r}")
+                known = " or ".join(map(str, choices))
+                raise InputError(f"{field.name} must be {known}, not {reprlib.repr(value)}")
             if check and not check[0](value):
-                raise InputError(f"{field.name} must be {check[1]}, not {value!r}")
+                raise InputError(f"{field.name} must be {check[1]}, not {reprlib.repr(value)}")
         if (self.amp or self.amp_dtype) and not self.fused:
             raise InputError("amp is for the fused cells: give --fused, too")
         if self.image_size is not None and self.dataset.lower() != "folder":
@@ -277,7 +279,7 @@ def available_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch("cpu|cuda(:[0-9]{1,4})?", name):
-        raise InputError(f"device must be cpu, cuda or cuda:N, not {name!r}")
+        raise InputError(f"device must be cpu, cuda or cuda:N, not {reprlib.repr(name)}")
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(
@@ -296,7 +298,11 @@ def refuse_settings(flag: str, directory: str, given: dict[str, Any]) -> None:
 
 
 class OneSentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence: an InputError, no usage block."""
+    """An argument parser whose errors are one sentence: an InputError, no usage block; a RunError where its
+    help cannot be written."""
+
+    def print_help(self, file: typing.TextIO | None = None) -> None:
+        say(self.format_help().removesuffix("\n"))
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(f"{message} (-h lists the options)")

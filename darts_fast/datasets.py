@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from darts_fast.config import FOLDER_IMAGE_SIZE, Config
 from darts_fast.data import Dataset, from_tensors
-from darts_fast.errors import InputError
+from darts_fast.errors import InputError, first_line
 
 
 def load(name: str, path: str | Path, image_size: int | None = None) -> Dataset:
@@ -127,25 +127,30 @@ def _mnist(reader_name: str, flip: bool, path: Path) -> Dataset:
     return Dataset(name, images, labels, test_images, test_labels, 10, crop_padding=4, flip=flip)
 
 
+LARGEST_IDX = 2**30  # bytes; the published ones have 47 million at most
+
+
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file: 0, 0, 8 (bytes), number of dimensions, their big-endian sizes, data.
 
     Raises:
         InputError: it is not that, or is longer or shorter than it says.
     """
+    start, shape, content = 4 + 4 * dimensions, [], b""
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
-            content = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file} could not be read ({error})") from error
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(shape):
+            header = stream.read(start)
+            if len(header) == start and header[:4] == bytes([0, 0, 8, dimensions]):
+                shape = np.frombuffer(header[4:], ">u4").tolist()
+                content = stream.read(min(math.prod(shape), LARGEST_IDX) + 1)  # a file may be of any length
+    except (OSError, EOFError, MemoryError, zlib.error) as error:
+        raise InputError(f"{file} could not be read ({first_line(error)})") from error
+    if not shape or len(content) != math.prod(shape):
         raise InputError(
             f"{file} is damaged (it is no IDX file of {dimensions} dimensions, or its length is not what "
             "its header says); put the published file there"
         )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8).reshape(shape).copy()
 
 
 def _svhn(path: Path) -> Dataset:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import reprlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darts_fast.errors import InputError, first_line
+from darts_fast.errors import InputError
+from darts_fast.files import Unreadable, read_tensors
 from darts_fast.fused import operation_on_kernels, update_running_statistics
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
 from darts_fast.space import INPUTS, STEM_MULTIPLIER, reduction_layers
+from darts_fast.state import check_keys, check_number, check_state
 
 # By how much each stem and the two reduction cells divide an image's sides: they have to be divisible by it.
 SIZE_MULTIPLE = {"cifar": 4, "imagenet": 32}
@@ -101,8 +105,8 @@ def packed(
     return {
         "network": {**module.arguments, "genotype": str(module.arguments["genotype"])},
         "state_dict": {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()},
-        "mean": mean,
-        "std": std,
+        "mean": mean.double(),
+        "std": std.double(),
         "data": data,
         "test": test,
     }
@@ -122,19 +126,43 @@ def load_network(path: str | Path) -> "DerivedNetwork":
 
 def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
     """The network in such a file, and all that the file holds. Raises InputError."""
+    noun = "a trained network"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        arguments = dict(content["network"])
-        module = network(parse(arguments.pop("genotype")), **arguments)
-        module.load_state_dict(content["state_dict"])
-        shapes = [content[key].shape for key in ("mean", "std")]
-        if shapes != [(module.arguments["image_channels"],)] * 2 or type(content["data"]) is not int:
-            raise ValueError("mean, std or data are not what they should be")
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except Exception as error:  # whatever a damaged file makes of torch's reader
-        raise InputError(f"{path} cannot be read as a trained network ({first_line(error)})") from error
+        content = read_tensors(Path(path), noun)
+        check_keys(content, ("network", "state_dict", "mean", "std", "data", "test"), "it")
+        module = _built(content["network"], content["state_dict"])
+        statistic = torch.empty(module.arguments["image_channels"], dtype=torch.float64, device="meta")
+        check_state(content["mean"], statistic, "mean")
+        check_state(content["std"], statistic, "std")
+        check_number(float(content["std"].min()), float, 1e-30, math.inf, "std")
+        check_number(content["data"], int, 0, 2**32 - 1, "data")
+    except Unreadable as error:
+        if not os.path.lexists(path):
+            raise InputError(f"there is no file {path}") from None
+        raise InputError(f"{path} {error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as {noun} ({error})") from error
     return module.eval(), content
+
+
+def _built(arguments: Any, state: Any) -> "DerivedNetwork":
+    """The network of a file's `network` with its `state_dict`; raises ValueError. Nothing is allocated before
+    the tensors are known to be there."""
+    sizes, flags = ("classes", "channels", "layers", "image_channels"), ("auxiliary", "pool_batch_norm")
+    check_keys(arguments, (*sizes, *flags, "genotype", "stem"), "network")
+    if not isinstance(state, dict):
+        raise ValueError("state_dict is no dictionary")
+    cells = {name.split(".")[1] for name in state if isinstance(name, str) and name.startswith("cells.")}
+    for name in sizes:
+        check_number(arguments[name], int, 1, len(cells) if name == "layers" else 2**24, f"network.{name}")
+    for name, kind in [*((flag, bool) for flag in flags), ("genotype", str), ("stem", str)]:
+        if type(arguments[name]) is not kind:
+            raise ValueError(f"network.{name} is {reprlib.repr(arguments[name])}")
+    with torch.device("meta"):
+        module = network(**{**arguments, "genotype": parse(arguments["genotype"])})
+    check_state(state, module.state_dict(), "state_dict")
+    module.load_state_dict(dict(state), assign=True)
+    return module
 
 
 class DerivedNetwork(nn.Module):

@@ -168,9 +168,11 @@ def shown(fragment: Any) -> str:
 
 
 def _plain(fragment: Any) -> Any:
-    if isinstance(fragment, Item):
-        return _plain(fragment.content)
-    return [_plain(part) for part in fragment] if type(fragment) is list else fragment
+    """The content of an item and of its parts; what is no item is somebody's own, nested to any depth."""
+    if not isinstance(fragment, Item):
+        return fragment
+    content = fragment.content
+    return [_plain(part) for part in content] if type(content) is list else content
 
 
 def derive(alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax") -> Genotype:

@@ -6,6 +6,7 @@ The position in the epoch is state: a loop that is stopped or killed anywhere go
 import dataclasses
 import gc
 import math
+import reprlib
 import shlex
 import time
 from abc import ABC, abstractmethod
@@ -26,6 +27,7 @@ from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
+from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
 
 MOVABLE = (
     "name",
@@ -71,6 +73,7 @@ class Loop(ABC):
                 f"--fused on a GPU needs {lacking}, which this machine lacks: Triton compiles with it what "
                 "launches the kernels; install it, or run without --fused and --amp"
             )
+        self.train_images = train_images
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
         # Whether a step is replayed as one CUDA graph.
         self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
@@ -82,7 +85,9 @@ class Loop(ABC):
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
         self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
-        self.best: dict[str, Any] | None = None  # the epoch of the best accuracy; its "top1" is compared
+        # What is kept of an epoch: of the best accuracy so far, and of the last one, once it has ended.
+        self.best: dict[str, Any] | None = None
+        self.final: dict[str, Any] | None = None
         self.reseeded = False  # generators were, because they were saved on another kind of device
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
@@ -104,7 +109,7 @@ class Loop(ABC):
 
     @abstractmethod
     def finish_epoch(self, means: Means) -> None:
-        """Records what `evaluate` gave, and keeps what is best so far in `self.best`."""
+        """Records what `evaluate` gave, and calls `keep`."""
 
     @abstractmethod
     def result(self) -> Any:
@@ -116,11 +121,12 @@ class Loop(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Everything that changes in a run, beside what the loop itself holds: tensors and plain values."""
+        """Every tensor that changes in a run, itself, in nested dictionaries."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave; raises Key-, Runtime-, Type- or ValueError where it does not fit."""
+    def check_record(self, record: Any, name: str) -> None:
+        """Raises ValueError where a checkpoint's `best` or `final` is not what `keep` was given, but for the
+        number of its epoch."""
 
     @property
     @abstractmethod
@@ -198,6 +204,19 @@ class Loop(ABC):
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
+    def keep(self, record: dict[str, Any]) -> None:
+        """What is remembered of this epoch if it is the best so far, or the last: plain values, among them
+        `epoch`, from 1, and `top1`, which is compared."""
+        if self.best is None or record["top1"] > self.best["top1"]:
+            self.best = record
+        if record["epoch"] == self.config.epochs:
+            self.final = record
+
+    def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
+        """All that random numbers are drawn from, by their names in a checkpoint, with the numbers that seed
+        them."""
+        return {"augmentation": (self.augmentation, self.augmentation_seed)}
+
     def batch_indices(self, order: Tensor) -> Tensor:
         """The slice of an epoch's order that belongs to this step."""
         start = self.step * self.config.batch_size
@@ -274,35 +293,35 @@ class Loop(ABC):
     # Checkpoints
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the state that `_save` wrote.
+        """Takes up the state that `_save` wrote, once all of it is found to be such a state.
 
         Raises:
-            InputError: the checkpoint is of another data set or another network.
+            InputError: the checkpoint is of another data set or another network, or no run writes such a one.
         """
-        if checkpoint.get("data") != self.fingerprint:
-            raise InputError(
-                f"{self.folder.path} began with other images than {self.dataset.name} holds now; "
-                "restore them, or start a new run"
-            )
-        began_with = checkpoint.get("settings", {})
-        for name, value in self._fixed_settings().items():
-            if began_with.get(name) != value:
-                raise InputError(
-                    f"{self.folder.path / CONFIG} says {name} = {value}, but the run began with "
-                    f"{began_with.get(name)}; put that back, or start a new run"
-                )
+        own = self.state()
+        checkpoint = as_saved_now(checkpoint, own)
+        for one, other in ((own, checkpoint), (checkpoint, own)):
+            if "loss_scale" not in other:  # begun, or resumed, in float32
+                one.pop("loss_scale", None)
         try:
-            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
-            self.load_state(checkpoint)
-            self.set_generator(self.augmentation, checkpoint["augmentation"], *self.augmentation_seed)
-            self.totals = [float(total) for total in checkpoint["totals"]]
-            self.best = checkpoint["best"]
-            if self.best is not None:
-                float(self.best["top1"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            check_keys(checkpoint, [*self._position(), *own, *self.generators(), "lengths"], "it")
+            self._check_origin(checkpoint)
+            for name, tensors in own.items():
+                check_state(checkpoint[name], tensors, name)
+            self._check_position(checkpoint)
+            for name, (generator, seed) in self.generators().items():
+                position = checkpoint["epoch"], checkpoint["step"]
+                self.reseeded |= not restored(generator, checkpoint[name], *seed, *position)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)})"
+                f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)}); "
+                "put the run's own back, or start a new run"
             ) from error
+        copy_state(own, checkpoint)
+        self.epoch, self.step, self.totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
+        self.best, self.final = checkpoint["best"], checkpoint["final"]
         self.folder.cut_back(checkpoint["lengths"])
         self.folder.log(f"Resumed after {self.steps_done} steps (epoch {self.epoch + 1}, step {self.step})")
         then, now = self.folder.environment, environment(self.config.device)
@@ -316,31 +335,72 @@ class Loop(ABC):
                 f"{self.step} alone"
             )
 
-    def set_generator(self, generator: torch.Generator, state: Tensor, *seed: int) -> None:
-        """To a saved state; to one of `seed` and the position in the run, if it was saved on another kind of
-        device. Raises what `restored` raises."""
-        self.reseeded |= not restored(generator, state, *seed, self.epoch, self.step)
-
     def _fixed_settings(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in MOVABLE}
 
+    def _position(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, generators and lengths of files."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "totals": self.totals,
+            "best": self.best,
+            "final": self.final,
+            "data": self.fingerprint,
+            "settings": self._fixed_settings(),
+        }
+
+    def _check_origin(self, checkpoint: dict[str, Any]) -> None:
+        """Raises InputError or ValueError where the run began with other images or settings."""
+        check_number(checkpoint["data"], int, 0, 2**32 - 1, "data")
+        if checkpoint["data"] != self.fingerprint:
+            raise InputError(
+                f"{self.folder.path} began with other images than {self.dataset.name} holds now; "
+                "restore them, or start a new run"
+            )
+        began_with, settings = checkpoint["settings"], self._fixed_settings()
+        check_keys(began_with, settings, "settings")
+        for name, value in settings.items():
+            if type(began_with[name]) is not type(value) or began_with[name] != value:
+                raise InputError(
+                    f"{self.folder.path / CONFIG} says {name} = {value}, but the run began with "
+                    f"{reprlib.repr(began_with[name])}; put that back, or start a new run"
+                )
+
+    def _check_position(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where no run has such generators, such a position or such records."""
+        for name in self.generators():
+            state = checkpoint[name]
+            if type(state) is not Tensor or state.dtype != torch.uint8 or state.ndim != 1:
+                raise ValueError(f"{name} is no state of a generator")
+        epoch, step, totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
+        check_number(epoch, int, 0, self.config.epochs, "epoch")
+        ended = epoch == self.config.epochs
+        check_number(step, int, 0, 0 if ended else self.steps_per_epoch, "step")
+        if type(totals) is not list or len(totals) != 4:
+            raise ValueError("totals are not four numbers")
+        images = min(step * self.config.batch_size, self.train_images)
+        check_number(totals[0], float, -math.inf, math.inf, "totals, loss")
+        check_number(totals[3], float, images, images, "totals, images")
+        check_number(totals[2], float, 0, images, "totals, top-5")
+        check_number(totals[1], float, 0, totals[2], "totals, top-1")
+        # The first epoch is the best as soon as it has ended.
+        for name, there, first in (("best", epoch > 0, 1), ("final", ended, epoch)):
+            record = checkpoint[name]
+            if (record is not None) != there:
+                raise ValueError(f"{name} is {'missing' if there else 'there'} after {epoch} epochs")
+            if there:
+                self.check_record(record, name)
+                check_number(record["epoch"], int, first, epoch, f"{name}.epoch")
+
     def _save(self) -> None:
-        """Raises RunError, and keeps the checkpoint before, where a weight or alpha is not finite."""
-        for name, tensor in self.network.state_dict().items():
+        """Raises RunError, and keeps the checkpoint before, where a tensor is not finite."""
+        state = self.state()
+        for name, tensor in named_tensors(state):
             if not torch.isfinite(tensor).all():
                 raise self._not_finite(f"{name} is not finite", self.steps_done)
-        self.folder.save_checkpoint(
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                "totals": self.totals,
-                "best": self.best,
-                **self.state(),
-                "augmentation": self.augmentation.get_state(),
-                "data": self.fingerprint,
-                "settings": self._fixed_settings(),
-            }
-        )
+        drawn = {name: generator.get_state() for name, (generator, _) in self.generators().items()}
+        self.folder.save_checkpoint({**self._position(), **state, **drawn})
 
     def _stop_if_asked(self) -> None:
         if self.stop.received is None:
@@ -470,6 +530,18 @@ def evaluated(
     network.train(training)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
+
+
+def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
+    moments before the first step; a search had no `final`."""
+    found = {"final": None, **checkpoint}
+    begins = (found.get("epoch"), found.get("step")) == (0, 0)
+    for name in own:
+        if isinstance(found.get(name), dict) and found[name].keys() == {"state", "param_groups"}:
+            moments = found[name]["state"]
+            found[name] = own[name] if begins and moments == {} else moments
+    return found
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:

@@ -1,17 +1,16 @@
 """How a person names a genotype: written out, by the name of a published one, or by a file that holds one."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from darts_fast.errors import InputError
+from darts_fast.files import Unreadable, read_file, read_json
 from darts_fast.genotype import Genotype, Item, assemble, shown, suggestion
 
 LONGEST_TEXT = 100_000  # characters; a genotype of four nodes has some 600
-LARGEST_JSON = 2**20  # bytes
-LARGEST_LOG = 2**26
+LARGEST_LOG = 2**26  # bytes
 
 TOKEN = re.compile(
     r"""(?P<word>[A-Za-z_][A-Za-z_0-9]*) | (?P<number>-?[0-9]{1,9}(?![0-9])) | (?P<mark>[\[\](),=])
@@ -259,25 +258,15 @@ def _read_folder(path: Path) -> Genotype:
 
 def _read_file(path: Path) -> Genotype:
     quoted = repr(str(path))
-    is_json = path.suffix.lower() == ".json"
-    largest = LARGEST_JSON if is_json else LARGEST_LOG
-    if not os.path.isfile(path):
-        raise InputError(f"{quoted} is not a regular file")
     try:
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {quoted}: {error.strerror or error}") from error
-    if len(content) > largest:
-        raise InputError(f"{quoted} has more than {largest >> 20} MiB, too much for a genotype")
-    return _from_json(content, quoted) if is_json else _last_in_log(content, quoted)
+        if path.suffix.lower() == ".json":
+            return _from_json(read_json(path), quoted)
+        return _last_in_log(read_file(path, LARGEST_LOG), quoted)
+    except Unreadable as error:
+        raise InputError(f"{quoted} {error}") from error
 
 
-def _from_json(content: bytes, place: str) -> Genotype:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:  # no JSON, no Unicode, nested without end
-        raise InputError(f"{place} cannot be read as JSON ({error})") from error
+def _from_json(value: Any, place: str) -> Genotype:
     if isinstance(value, dict) and "best" in value:
         best = value["best"]
         if not isinstance(best, dict) or "genotype" not in best:

@@ -7,6 +7,7 @@ cuts them back to that length, so that a step which is computed again is written
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
 from darts_fast.config import Config
-from darts_fast.errors import InputError, RunError, first_line
+from darts_fast.errors import InputError, RunError, one_line
+from darts_fast.files import Unreadable, read_json, read_tensors
+from darts_fast.state import check_keys, check_number
 
 try:
     import fcntl
@@ -48,7 +51,7 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the step was finished and the run saved. The message says how to resume."""
 
     def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.exit_code = 128 + signal_number
 
 
@@ -118,13 +121,15 @@ class RunFolder:
         """
         path = Path(path)
         config, environment_then = read_config(path, kind)
-        if not (path / CHECKPOINT).exists():
+        if not os.path.lexists(path / CHECKPOINT):
             raise InputError(
                 f"{path} has no {CHECKPOINT}: it stopped before its first step; delete it and start again"
             )
         for file in appended(config.name):
             if not (path / file).is_file():
                 raise InputError(f"{path / file} is missing; put it back, or start a new run")
+            if (path / file).is_symlink():  # it would be cut to a length that the folder says
+                raise InputError(f"{path / file} is a symbolic link; put the file itself there")
         folder = cls(path, config.name)  # locked from here on: nobody else writes a newer checkpoint
         folder.environment = environment_then
         try:
@@ -142,11 +147,15 @@ class RunFolder:
     def _read_checkpoint(self) -> dict[str, Any]:
         path = self.path / CHECKPOINT
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            lengths = {name: int(checkpoint["lengths"][name]) for name in self._files}
-        except Exception as error:  # whatever a damaged file makes of torch's reader
-            raise InputError(f"{path} cannot be read as a checkpoint ({first_line(error)})") from error
-        for name, length in lengths.items():
+            checkpoint = read_tensors(path, "a checkpoint")
+            check_keys(checkpoint.get("lengths"), self._files, "lengths")
+            for name, length in checkpoint["lengths"].items():
+                check_number(length, int, 0, math.inf, f"lengths.{name}")
+        except Unreadable as error:
+            raise InputError(f"{path} {error}; put the run's own back, or start a new run") from error
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read as a checkpoint ({error})") from error
+        for name, length in checkpoint["lengths"].items():
             size = os.path.getsize(self.path / name)
             if size < length:
                 raise InputError(
@@ -186,6 +195,7 @@ class RunFolder:
 
     def log(self, line: str, stamp: bool = True) -> None:
         """A line to the log and to the console, with the time before it."""
+        line = one_line(line)
         text = _stamped(line) if stamp else line
         with writing(self.path):
             self._log.write(text.encode() + b"\n")
@@ -213,7 +223,7 @@ class RunFolder:
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
         self._event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
         with writing(self.path):
-            (self.path / "plots" / file_name).write_bytes(png)
+            write_atomically(self.path / "plots" / file_name, png)
 
     def text(self, tag: str, step: int, markdown: str) -> None:
         """A text for TensorBoard."""
@@ -272,19 +282,22 @@ def read_config(path: Path, kind: type[Config]) -> tuple[Config, dict[str, str]]
     if not os.path.isdir(path):  # unlike Path's, false of a path that is too long or forbidden
         raise InputError(f"{path} is not a folder; name the folder of a run, such as {kind.FOLDER}/digits")
     try:
-        content = json.loads((path / CONFIG).read_text())
+        content = read_json(path / CONFIG)
+        if not isinstance(content, dict):
+            raise Unreadable(f"is not a {kind.WORD}'s")
         then = content.pop("environment", {})
-        config = kind(**content)
-    except TypeError:  # settings of another kind of run
-        raise InputError(
-            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} is not a {kind.WORD}'s"
-        ) from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not the folder of a {kind.WORD}: its {CONFIG} cannot be read ({first_line(error)})"
-        ) from error
-    if not config.name or not is_folder_name(config.name) or not isinstance(then, dict):
-        raise InputError(f"{path} is not the folder of a {kind.WORD}: its {CONFIG} holds no name of a run")
+        if not isinstance(then, dict) or not all(isinstance(value, str) for value in then.values()):
+            raise Unreadable("holds no environment of a run")
+        try:
+            config = kind(**content)
+        except TypeError:  # settings of another kind of run
+            raise Unreadable(f"is not a {kind.WORD}'s") from None
+        except InputError as error:
+            raise Unreadable(f"cannot be read ({error})") from error
+        if not config.name or not is_folder_name(config.name):
+            raise Unreadable("holds no name of a run")
+    except Unreadable as error:
+        raise InputError(f"{path} is not the folder of a {kind.WORD}: its {CONFIG} {error}") from error
     return config, then
 
 
@@ -303,8 +316,9 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a temporary file beside `path`, forces it to the disk, then renames it over `path`."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # never through a link or into a pipe that lies there
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -374,19 +388,6 @@ class StopSignal:
         self.__exit__()
 
 
-def say(text: str) -> None:
-    """Prints a line that the program was asked for.
-
-    Raises:
-        RunError: it cannot be written, as when the disk is full or `| head` has gone.
-    """
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python shall not try again at exit
-        raise RunError(f"cannot write to the standard output: {error.strerror}") from error
-
-
 def run_program(name: str, main: Callable[[], None]) -> int:
     """Runs a program and returns its exit code; what a user caused is one line on stderr, no traceback.
 
@@ -402,14 +403,13 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         main()
         return 0
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        code, why = 2, str(error)
     except RunError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
+        code, why = 1, str(error)
     except Stopped as stop:
-        print(f"{name}: {stop}", file=sys.stderr)
-        return stop.exit_code
+        code, why = stop.exit_code, str(stop)
     except KeyboardInterrupt:
-        print(f"{name}: stopped at once; what was saved before is intact", file=sys.stderr)
-        return 130
+        code, why = 130, "stopped at once; what was saved before is intact"
+    with suppress(OSError):  # a full disk; the exit code still says it
+        print(f"{name}: {why}", file=sys.stderr)
+    return code

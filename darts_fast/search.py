@@ -22,6 +22,7 @@ from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment
 from darts_fast.space import CANDIDATES, EDGES
+from darts_fast.state import check_keys, check_number, copy_state
 from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
@@ -150,25 +151,20 @@ class SearchStep:
         return [self.network.flat_weights, *self.alphas.values(), *self.network.buffers(), *moments, *scale]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, alphas, both optimizers, and float16's loss scale."""
+        """Weights, running statistics, alphas, the moments of both optimizers, and float16's loss scale: the
+        tensors themselves, no copies."""
         state = {
             "network": self.network.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict()["state"],
+            "alpha_optimizer": self.alpha_optimizer.state_dict()["state"],
         }
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.value
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit. Before
-        the first step: both optimizers' tensors are replaced."""
-        self.network.load_state_dict(state["network"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.weight_optimizer.param_groups[0]["lr"] = self.lr
-        if self.loss_scale is not None and "loss_scale" in state:  # not of a run that began in float32
-            self.loss_scale.value.copy_(state["loss_scale"])
+        """Copies what `state_dict` gave in its place."""
+        copy_state(self.state_dict(), state)
 
     def loss(self, images: Tensor, labels: Tensor) -> architect.Loss:
         """Of a batch, as a function of weights and alphas, for the architecture step."""
@@ -299,8 +295,7 @@ class Search(Loop):
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
         final = {"epoch": epoch, "top1": means[1], "genotype": genotype.as_json()}
-        if self.best is None or final["top1"] > self.best["top1"]:
-            self.best = final
+        self.keep(final)
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
 
     def result(self) -> SearchResult:
@@ -316,10 +311,13 @@ class Search(Loop):
     def state(self) -> dict[str, Any]:
         return self.search_step.state_dict()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.search_step.load_state_dict(state)
-        if state["best"] is not None:
-            Genotype.from_json(state["best"]["genotype"])
+    def check_record(self, record: Any, name: str) -> None:
+        check_keys(record, ("epoch", "top1", "genotype"), name)
+        check_number(record["top1"], float, 0, 1, f"{name}.top1")
+        try:
+            Genotype.from_json(record["genotype"], f"{name}.genotype")
+        except InputError as error:  # the whole sentence is about the checkpoint
+            raise ValueError(str(error)) from error
 
     @property
     def activations(self) -> torch.dtype | None:

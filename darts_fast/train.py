@@ -1,6 +1,8 @@
 """Trains the network of a genotype on the whole training set (arXiv 1806.09055, section 3.2)."""
 
 import dataclasses
+import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,7 @@ from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment, read_config
+from darts_fast.state import check_keys, check_number, copy_state
 
 # Streams of random numbers, told apart by the second number of a seed.
 TRAIN_ORDER, AUGMENTATION, DROP_PATH = range(3)
@@ -107,7 +110,7 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     """
     path = Path(path)
     config, _ = read_config(path, TrainConfig)
-    files = [name for name in (FINAL, BEST) if (path / name).exists()]
+    files = [name for name in (FINAL, BEST) if os.path.lexists(path / name)]
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
@@ -187,20 +190,15 @@ class TrainStep:
         return [*self.parameters, *self.network.buffers(), *momenta, *scale]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, momenta, and float16's loss scale."""
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Weights, running statistics, momenta, float16's loss scale: the tensors themselves, no copies."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.value
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave; raises RuntimeError or ValueError where it does not fit. Before
-        the first step: the momenta are replaced."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        if self.loss_scale is not None and "loss_scale" in state:  # not of a run that began in float32
-            self.loss_scale.value.copy_(state["loss_scale"])
+        """Copies what `state_dict` gave in its place."""
+        copy_state(self.state_dict(), state)
 
 
 class Training(Loop):
@@ -223,7 +221,6 @@ class Training(Loop):
             )
         config = config.resolved(dataset.name)
         super().__init__(config, dataset, len(dataset.labels), config.seed, AUGMENTATION)
-        self.final: dict[str, Any] | None = None  # what the last epoch's network reached
         self.test_batches = self._batches(dataset.test_images, dataset.test_labels)
         self.genotype = load_genotype(config.genotype)
         self.height, self.width = dataset.images.shape[2:]
@@ -251,7 +248,7 @@ class Training(Loop):
             {"images": images, "labels": labels},
             self.train_step.tensors,
             self.captured,
-            [self.augmentation, self.network.drop_path_generator],
+            [generator for generator, _ in self.generators().values()],
         )
 
     def begin_epoch(self) -> None:
@@ -280,11 +277,10 @@ class Training(Loop):
         self.record_evaluation("test", means)
         loss, top1, top5 = means
         this = {"epoch": self.epoch + 1, "loss": loss, "top1": top1, "top5": top5}
-        if self.best is None or top1 > self.best["top1"]:
-            self.best = this
+        self.keep(this)
+        if self.best is this:
             self._save_network(BEST, this)
-        if self.epoch + 1 == self.config.epochs:
-            self.final = this
+        if self.final is this:
             self._save_network(FINAL, this)
 
     def result(self) -> TrainResult:
@@ -306,16 +302,17 @@ class Training(Loop):
         return cosine(self.config.lr, 0.0, self.epoch, self.config.epochs)
 
     def state(self) -> dict[str, Any]:
-        return {
-            **self.train_step.state_dict(),
-            "drop_path": self.network.drop_path_generator.get_state(),
-            "final": self.final,
-        }
+        return self.train_step.state_dict()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.train_step.load_state_dict(state)
-        self.set_generator(self.network.drop_path_generator, state["drop_path"], self.config.seed, DROP_PATH)
-        self.final = state["final"]
+    def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
+        drop_path = self.network.drop_path_generator, (self.config.seed, DROP_PATH)
+        return {**super().generators(), "drop_path": drop_path}
+
+    def check_record(self, record: Any, name: str) -> None:
+        check_keys(record, ("epoch", "loss", "top1", "top5"), name)
+        check_number(record["loss"], float, -math.inf, math.inf, f"{name}.loss")
+        check_number(record["top5"], float, 0, 1, f"{name}.top5")
+        check_number(record["top1"], float, 0, record["top5"], f"{name}.top1")
 
     @property
     def activations(self) -> torch.dtype | None:

@@ -178,7 +178,7 @@ def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeyp
 
     closed = []
 
-    def compile_ahead(planned, archs, count, then):
+    def compile_ahead(planned, archs, count, then, launchers):
         try:
             for kernel in planned:
                 bench.end -= 40

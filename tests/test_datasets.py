@@ -237,6 +237,13 @@ def test_damaged_extracted_files_are_named(damage, tmp_path, monkeypatch):
     assert f"{victim} is damaged (it is no IDX file" in refusal("fashionmnist", tmp_path)
 
 
+def test_a_file_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    raw, _ = write_mnist("FashionMNIST", tmp_path, monkeypatch, suffix="")
+    victim = raw / "train-images-idx3-ubyte"
+    os.truncate(victim, 2**40)  # it takes no space
+    assert f"{victim} is damaged (it is no IDX file" in refusal("fashionmnist", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "array"),
     [

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from darts_fast import Genotype, InputError, load_genotype
+from darts_fast.files import LARGEST_JSON
 from darts_fast.genotype import OPERATIONS, derive
-from darts_fast.notation import LARGEST_JSON, LARGEST_LOG, LONGEST_TEXT, NAMED, parse
+from darts_fast.notation import LARGEST_LOG, LONGEST_TEXT, NAMED, parse
 
 V2 = NAMED["DARTS_V2"]
 FLAT = V2.flat()

@@ -112,7 +112,7 @@ def test_what_overflows_changes_neither_weights_nor_alphas_and_halves_the_scale(
     state = step.state_dict()
     assert float(step.loss_scale.value) == 2.0**38  # both were not finite
     for optimizer in ("weight_optimizer", "alpha_optimizer"):
-        for moments in state[optimizer]["state"].values():
+        for moments in state[optimizer].values():
             assert all(not tensor.any() for tensor in moments.values()), optimizer
     fresh, _ = step_and_batches(1.0, amp_dtype="float16")
     for name, tensor in {**step.network.weights(), **step.alphas}.items():

@@ -113,6 +113,20 @@ def test_a_signal_in_an_evaluation_saves_too(name, data, undisturbed, in_tmp, mo
     assert_same_run(whole.path, resume_search("searchs/tensors", data).path)
 
 
+def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
+    """In which the optimizers' states stood with their settings, and no `final`."""
+    signal_at(Search, 3, signal.SIGINT)
+    with pytest.raises(Stopped):
+        search(CONFIGS["first order"], data)
+    path = in_tmp / "searchs/tensors/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert state.pop("final") is None
+    for name in ("weight_optimizer", "alpha_optimizer"):
+        state[name] = {"state": state[name], "param_groups": [{"lr": 0.025, "params": [0]}]}
+    torch.save(state, path)
+    assert_same_run(undisturbed("first order").path, resume_search("searchs/tensors", data).path)
+
+
 def test_resuming_a_finished_search_changes_nothing(data, undisturbed, finished):
     before = log_lines(finished)
     again = resume_search(finished, data)
