@@ -130,8 +130,8 @@ def derived_launches(dtype: torch.dtype) -> list[Launch]:
                 for kernel, dilation in ((3, 1), (5, 1), (3, 2), (5, 2)):
                     _trained(dtype, c, stride * size, [single.Geometry(stride, dilation)], kernel, c)
                 x = _image(dtype, c, stride * size)
-                pools, _ = single.pool(x, stride)
-                torch.autograd.grad(pools.sum(), x)
+                maximum, average, _ = single.pool(x, stride)
+                torch.autograd.grad((maximum + average).sum(), x)
             for channels in wide:
                 _trained(dtype, channels, size, plain, None, c)
             if c > 36:
