@@ -91,7 +91,11 @@ ELEMENTS: dict[str, Rows] = {
         (lambda q: q.bytes == 8, 1024),
         (otherwise, 2048),
     ),
-    "norm_fwd_kernel": ((otherwise, 2048),),
+    "norm_fwd_kernel": (
+        # With 2,048, tangents of 64 channels spilled twice (sm_100).
+        (lambda q: q.bytes == 4 and q.c > 32, 1024),
+        (otherwise, 2048),
+    ),
 }
 
 # Warps of a program; of kernels that are not here 4.
@@ -109,15 +113,13 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.bytes == 2 and q.weights and q.depthwise and 64 < q.k <= 128, 4),
         # With 4, 144 outputs of float32 spilled up to 287 times (sm_90).
         (lambda q: q.k > 64, 8),
-        # 1x1 weight gradients: with 8, 32 outputs spilled 3 times (sm_90, sm_100); with 4, others 9 (sm_90).
-        (lambda q: q.bytes == 8 and q.direct and q.weights and 16 < q.k <= 32, 4),
+        # 1x1 weight gradients: with 4, of two sources to 32 outputs 13 spills (sm_100).
         (lambda q: q.bytes == 8, 8),
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
         (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
-        # The same of 64 to 16: of float16 9 (sm_80), of float32 5 (sm_90). With 8, of 48 to 16 of bfloat16 8
-        # (sm_100).
-        (lambda q: q.bytes <= 4 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
+        # The same of 64 to 16 of float16: 9 (sm_80). With 8, of 48 to 16 of bfloat16 8 (sm_100).
+        (lambda q: q.bytes == 2 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
         # Of 3x3 and 5x5 of 36: 8 (sm_100); with 8, of 5x5 of bfloat16.
         (lambda q: q.dtype == torch.float16 and q.weights and 32 < q.k < 64, 8),
         # Of second halves of 16: 3 (sm_90).

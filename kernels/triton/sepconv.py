@@ -194,7 +194,7 @@ def sepconv_bwd_pointwise_kernel(
     p_counters,
     positions,  # N * HO * WO
     tasks,
-    gradients_row,
+    gradients_row,  # K * C + C * TAPS, or K * C if no task has a depthwise part
     NORMS: tl.constexpr,
     KERNELS: tl.constexpr,
     DILATIONS: tl.constexpr,
@@ -209,7 +209,7 @@ def sepconv_bwd_pointwise_kernel(
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `_Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
     NORMALIZE: tl.constexpr,
-    TAPS: tl.constexpr,  # of the largest depthwise kernel; 0: no task has one
+    TAPS: tl.constexpr,  # of the largest depthwise kernel; 1 if no task has one, whose dD is not stored
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -321,23 +321,19 @@ def sepconv_bwd_pointwise_kernel(
                 b_a = tl.where(m & ~(b_a < 0.0), b_a, 0.0)  # [BLOCK_P, BLOCK_C]
                 b_d = tl.load(p_d + o_c * (kernel * kernel) + i_tap, mask=m_d, other=1.0).to(ACC)
                 b_forward += b_a * b_d[None, :]
-                if TAPS > 0:
-                    b_sum = tl.sum(b_z * b_a, axis=0)  # [BLOCK_C]
-                    b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
+                b_sum = tl.sum(b_z * b_a, axis=0)  # [BLOCK_C]
+                b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
             b_dp += dot(tl.trans(b_y.to(element)), b_forward.to(element), ACC)
     if WEIGHTS:
         taps = kernel * kernel
-        if TAPS == 0:
-            taps = 0
         row: tl.constexpr = (K + TAPS) * BLOCK_C
         i_block = i_task * tl.num_programs(2) + i_c
         p_rows = p_partials + tl.cast(i_block * splits, tl.int64) * row
         p_row = p_rows + tl.cast(i_split, tl.int64) * row
         o_b = tl.arange(0, BLOCK_C)
         tl.store(p_row + o_k[:, None] * BLOCK_C + o_b[None, :], b_dp, mask=m_weight)
-        if TAPS > 0:
-            o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
-            tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
+        o_dd = (K + o_tap)[:, None] * BLOCK_C + o_b[None, :]
+        tl.store(p_row + o_dd, b_dd, mask=(o_tap < taps)[:, None] & m_c[None, :])
         if last_program(p_counters + i_block, splits):
             p_task = p_gradients + tl.cast(i_task, tl.int64) * gradients_row
             for i_column in range(0, (K + taps) * BLOCK_C, COLUMNS):
@@ -347,7 +343,7 @@ def sepconv_bwd_pointwise_kernel(
                 b_sum = sum_of_rows(p_rows, splits, row, o_column, m_column, COLUMNS, ACC)
                 o_d = K * C + o_channel * taps + o_row - K
                 o_gradient = tl.where(o_row < K, o_row * C + o_channel, o_d)
-                tl.store(p_task + o_gradient, b_sum, mask=m_column)
+                tl.store(p_task + o_gradient, b_sum, mask=m_column & (o_gradient < gradients_row))
 
 
 @triton.jit
@@ -682,7 +678,7 @@ def _pointwise(
     or the sources' adjoints, see `_Call.direct`."""
     x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
     c, dtype = x.shape[1], accumulator(x.dtype)
-    taps = max(size * size * has for size, has in zip(call.kernels(), call.has_depthwise, strict=True))
+    taps = max(call.kernels()) ** 2
     block_c = dot_channel_block(c, x.dtype)
     case = call.case()._replace(weights=gradients is not None, tangent=seconds is not None)
     block_p = positions("sepconv_bwd_pointwise_kernel", case)
@@ -726,7 +722,7 @@ def _pointwise(
         **call.sizes(),
         "BLOCK_P": block_p,
         "BLOCK_K": max(16, power_of_two(k)),
-        "BLOCK_TAPS": power_of_two(max(1, taps)),
+        "BLOCK_TAPS": power_of_two(taps),
     }
     grid, used = (splits, count, blocks), warps("sepconv_bwd_pointwise_kernel", case)
     return Launch(sepconv_bwd_pointwise_kernel, grid, arguments, constants, used)
