@@ -168,7 +168,7 @@ def test_what_was_broken_off_or_failed_is_compiled_next_time(monkeypatch, tmp_pa
     for exception in (KeyboardInterrupt, RunError):  # a stop, and one that cannot be saved
 
         def stop(exception=exception):
-            raise exception
+            raise exception("stop")
 
         with pytest.raises(exception):
             machine.start(stop)
