@@ -176,6 +176,7 @@ def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeyp
     """In the order in which the kernels are launched; what is left is compiled then."""
     from darts_fast.kernels.triton import compilation
 
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))  # which it takes away
     closed = []
 
     def compile_ahead(planned, archs, count, then, launchers):
