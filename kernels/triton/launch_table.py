@@ -23,6 +23,7 @@ class Case(NamedTuple):
     direct: bool = False  # 1x1 convolutions of a source each
     weights: bool = False  # with weight gradients
     tangent: bool = False  # of the last two sweeps
+    statistics: bool = False  # with the statistics of a convolution's output
     ahead: int = 0  # bytes a channel of all that a program loads, where it is unrolled over tensors
 
     @property
@@ -43,6 +44,8 @@ POSITIONS: dict[str, Rows] = {
     "sepconv_fwd_kernel": (
         # With 64 up to 8 spills (sm_90).
         (lambda q: q.bytes == 8, 32),
+        # An evaluation: with 64 up to 12 spills (sm_100).
+        (lambda q: q.bytes == 4 and q.k > 32 and not q.tangent and not q.statistics, 32),
         (otherwise, 64),
     ),
     "sepconv_bwd_pointwise_kernel": (

@@ -599,7 +599,7 @@ class _Tangents(NamedTuple):
 
 def _forward(call: _Call, y: Tensor, statistics: Tensor | None, tangents: _Tangents | None = None) -> Launch:
     x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
-    case = call.case()._replace(tangent=tangents is not None)
+    case = call.case()._replace(tangent=tangents is not None, statistics=statistics is not None)
     block_p = positions("sepconv_fwd_kernel", case)
     tiles = triton.cdiv(call.positions(), block_p)
     partials = counts = None
