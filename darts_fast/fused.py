@@ -1,5 +1,5 @@
-"""The mixed cell on `darts_fast.kernels`, the same sums as `reference.MixedCell`, shared and fused; and the
-operations of a derived cell.
+"""The cells of a supernet, its stem and the operations of a derived cell on `darts_fast.kernels`: the same
+sums as the modules' own of `reference`, shared and fused; their launches counted, and compiled ahead.
 
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
@@ -57,7 +57,7 @@ def compile_kernels(
         rehearse: run on PyTorch's meta device.
         device: of CUDA, for which they are compiled.
         say: is told, in a line, what is about to happen; or that it was given up, and why.
-        each: called after each kernel, to break off.
+        each: called after each kernel; it may raise, to break off.
     """
     from darts_fast.kernels import triton
     from darts_fast.kernels.triton import compilation
@@ -176,6 +176,8 @@ class FusedCells:
 
     def _half(self, layers: list[nn.Module]) -> Half:
         _, *convolutions, norm = layers  # ReLU first
+        if convolutions[-1].kernel_size != (1, 1):
+            raise TypeError(f"the kernels have no such convolution: {convolutions[-1]}")
         if len(convolutions) == 1:
             return Half(None, self._parameter(convolutions[0].weight), self._norm(norm))
         d, p = convolutions

@@ -63,7 +63,7 @@ class Supernet(nn.Module):
         """Moves the weights into one new tensor."""
         weights = self.weights()
         self._like = {name: torch.empty_like(w, device="meta") for name, w in weights.items()}
-        # The same with the weights of all cells, which are neighbours, as one.
+        # Shapes as in `_like`, with the weights of all cells, which are neighbours, as one entry.
         numbers = sum(w.numel() for name, w in weights.items() if name.startswith(CELLS))
         self._pieces: dict[str, Tensor] = {}
         for name, like in self._like.items():

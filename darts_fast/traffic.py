@@ -1,7 +1,7 @@
-"""Counts launches, and the bytes that they read and write, while they happen.
+"""Counts launches of ATen's operations, and the bytes that they read and write, while they happen.
 
-A launch is one ATen operation that is no view, one of a Triton kernel as its launcher makes it, or one call
-of the C++ kernels; its bytes are those of the distinct elements of its tensor arguments and results.
+A launch is one ATen operation that is no view; its bytes are those of the distinct elements of its tensor
+arguments and results.
 """
 
 import weakref

@@ -78,8 +78,8 @@ def collected() -> Iterator[list[Call]]:
 
 
 def program(chosen: Backend, calls: Sequence[Call]) -> Callable[[], None]:
-    """Runs the calls, as often as it is called. On meta tensors there is nothing to compute."""
-    meta = any(t.is_meta for t in tensors(calls[0].writes))
+    """Returns a function that runs the calls. On meta tensors it computes nothing."""
+    meta = any(t.is_meta for call in calls for t in tensors(call.writes))
     compute = (lambda: None) if meta else chosen.program(calls)
 
     def run() -> None:

@@ -100,7 +100,7 @@ class Cell(NamedTuple):
     preprocessing: tuple[Convolution | FactorizedReduce, Convolution | FactorizedReduce]
     edges: tuple[Edge, ...]
     nodes: int
-    kind: int  # which of the network's vectors p weighs it, 0 (normal) or 1 (reduction)
+    kind: int  # 0 (normal) or 1 (reduction): cells of a kind are weighed by one vector p
 
     def stride(self, state: int) -> int:
         """That of the edges which leave the state: they share what they compute of it."""
@@ -138,7 +138,7 @@ class Sweeps:
         self.training, self.dtype, self.wide = training, dtype, accumulator(dtype)
         self.calls: dict[str, list[Call]] = {}
         self.batch_statistics: dict[int, Tensor] = {}  # [3, C] by number of the batch norm, of this pass
-        self.values: dict[int, int] = {}  # values a channel that these are of
+        self.values: dict[int, int] = {}  # images times pixels that these are of
         self._gradient_parts: list[tuple[int, Parameter]] = []  # where a gradient lies in `gradients`
         self._gradient_size = 0
         lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in cells}
@@ -299,7 +299,8 @@ def tasks_of(part: Half | FactorizedReduce, source: int) -> list[HalfTask]:
 
 
 class Halves:
-    """One call of halves of separable convolutions, 1x1 convolutions or factorized reduces, all of one kind.
+    """One call of halves of separable convolutions, 1x1 convolutions or factorized reduces, all of one stride
+    and one number of output channels.
 
     y = P (D * relu(h)) of each; h is an input, or its batch norm.
     """
@@ -433,7 +434,7 @@ class Norms:
 
 
 class Mix:
-    """A node: o = sum over the candidates k of all its edges of p_k h_k (equations 1 and 2)."""
+    """A node: o = sum over the candidates k of all its edges of p_k h_k (the paper's equations 1 and 2)."""
 
     def __init__(
         self, s: Sweeps, candidates: Sequence[Image], slot: Tensor, own: bool, p: Tensor, *gradients: Tensor
@@ -612,7 +613,7 @@ class LoweredCell:
         self.states = states
 
     def _preprocess(self) -> None:
-        """Where both inputs are alike, as are their convolutions, in one call each."""
+        """In one call for both inputs where they have one shape and 1x1 convolutions preprocess them."""
         s, parts = self.s, self.cell.preprocessing
         alike = self.inputs[0].y.shape == self.inputs[1].y.shape and all(
             isinstance(part, Convolution) for part in parts

@@ -35,7 +35,7 @@ def wanted(next_functions: Sequence[tuple[Node | None, int]]) -> bool:
 
 def refuse_second_derivative(what: str) -> None:
     raise RuntimeError(
-        f"the fused cell has no second derivative with respect to {what}: it can be differentiated once with "
-        "respect to its weights and alphas, and the weight gradients once more with respect to its inputs "
-        "and alphas"
+        f"a fused network has no second derivative with respect to {what}: it can be differentiated once "
+        "with respect to its weights and alphas, and the weight gradients once more with respect to its "
+        "inputs and alphas"
     )

@@ -143,7 +143,8 @@ class Pass:
     def backward(
         self, adjoint: Tensor, gradients: bool, exact: bool
     ) -> tuple[dict[str, Lease], Tensor, Tensor | None, list[Tensor]]:
-        """With `exact`, its leases keep what the tangent sweep reads."""
+        """Returns the leases that the tangent sweep needs (with `exact`), the adjoint of x, the gradient of
+        the weights if it is wanted, and those of p."""
         plan, s = self.plan, self.plan.sweeps
         layout = "exact" if exact else "first order"
         kept = {"backward kept": plan.lease(layout, "backward kept")} if exact else {}
@@ -167,13 +168,14 @@ class Pass:
         self.pending = torch._C._current_graph_task_id(), leases
         return bound.at(s.output_tangent)
 
-    def second(self, adjoint: Tensor, of_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """The second adjoints of x, if it is wanted, and of p."""
+    def second(self, adjoint: Tensor | None, of_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The second adjoints of x, if it is wanted, and of p, from that of the output (None: zero)."""
         plan, s, (_, leases) = self.plan, self.plan.sweeps, self.pending
         self.pending = None
         scratch = {"second scratch": plan.lease("exact", "second scratch")}
         bound = plan.bound("second", "exact", leases | scratch, of_x=of_x)
-        bound.at(s.second).copy_(adjoint)
+        slot = bound.at(s.second)
+        slot.zero_() if adjoint is None else slot.copy_(adjoint)
         bound.run()
         return self._like_x(bound.at(s.x_second)) if of_x else None, _summed(bound, s.p_seconds)
 
@@ -203,7 +205,7 @@ def cells(
 
     Returns:
         [N, nodes * C, H, W], channels-last, valid as long as its graph; and in training the mean and the
-        biased variance of the batch, [C] for each batch norm, valid until then, too.
+        biased variance of the batch, [C] for each batch norm, valid as long.
 
     Raises:
         RuntimeError: when another derivative is asked for.
@@ -220,7 +222,8 @@ def cells(
 
 class _Cells(torch.autograd.Function):
     """Returns beside the output an empty tensor, which `_CellsBackward` takes and for which its backward, the
-    tangent sweep, returns a gradient: so autograd calls `backward` here after it, in every pass with one."""
+    tangent sweep, returns a gradient. It is there for the order alone: autograd calls `backward` here behind
+    the tangent sweep, in every pass that runs one."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,12 @@
 """Sweeps as lists of calls on buffers with static addresses.
 
-The calls of a network's sweeps (cell.py) are on meta tensors, whose storages stand for buffers. `Plan` knows
+The calls of a network's sweeps (cell.py) are on meta tensors, whose storages stand for buffers. `place` finds
 from the calls when each buffer is written first and read last, and places it:
 
     kept by a sweep     what a later sweep reads: one behind the other in that sweep's block
     within a sweep      in the scratch block of the sweep, over what is no longer read
 
-Blocks are made once and used again, so a step allocates nothing and its addresses do not change: the calls of
+Blocks are made once and used again, so a sweep allocates no buffer and addresses do not change: the calls of
 a sweep are bound to them once and replayed.
 """
 
@@ -93,7 +93,7 @@ class _Life(NamedTuple):
 
     size: int
     first: tuple[int, int]  # when it is written
-    last: tuple[int, int]  # when it is read last
+    last: tuple[int, int]  # when it is read or written last
 
 
 def _storage(t: Tensor) -> int:
@@ -204,8 +204,8 @@ def place(
 
 
 class Blocks:
-    """Memory of a device for the blocks of one or several plans. A block is kept when it is given back: a new
-    one costs page faults on a CPU, and other addresses everywhere."""
+    """Memory of a device for the blocks of plans whose sweeps run one after the other. A block is kept when
+    it is given back: a new one costs page faults on a CPU, and other addresses everywhere."""
 
     def __init__(self, device: torch.device):
         self.device = device

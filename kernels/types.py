@@ -106,10 +106,10 @@ class Backend(Protocol):
     """
 
     def program(self, calls: Sequence[Call]) -> Callable[[], None]:
-        """Runs the calls one after the other, as often as it is called, on the tensors that they name."""
+        """Returns a function that runs the calls one after the other, on the tensors that they name."""
 
-    # Separable halves, 1x1 convolutions and the pairs of a factorized reduce. All sources of a call are
-    # alike in shape; so are all outputs, in stride, too. `len(tasks) // len(y)` neighbouring tasks write
+    # Separable halves, 1x1 convolutions and the pairs of a factorized reduce. In a call all sources have one
+    # shape, all outputs one shape, and all tasks one stride. `len(tasks) // len(y)` neighbouring tasks write
     # their channels side by side into one output.
 
     def sepconv_forward(

@@ -55,6 +55,23 @@ def test_numerical_derivatives(setting):
     assert relative_error(torch.cat(found), difference) < 1e-6
 
 
+def test_a_loss_that_is_linear_in_the_output(setting):
+    """Its second adjoint of the output is zero; the product is not."""
+    plan, x, weights, p = setting
+    v = torch.randn_like(weights)
+
+    def loss(w):
+        output = cells(plan, x, w, p)[0]
+        return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
+
+    found = product(loss(weights), weights, p, v)
+    step, difference = 1e-6, 0.0
+    for sign in (1, -1):
+        gradients = torch.autograd.grad(loss((weights + sign * step * v).detach()), list(p.values()))
+        difference = difference + sign * torch.cat(gradients) / (2 * step)
+    assert relative_error(torch.cat(found), difference) < 1e-6
+
+
 def test_two_passes_at_once_do_not_touch_each_other(setting):
     """The validation pass runs between the training batch's backward and its product."""
     plan, x, weights, p = setting
