@@ -200,13 +200,12 @@ def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
     assert max(errors) < 1e-9, errors
 
 
-def test_what_is_read_was_written():
-    """Of a network with every operation: each buffer is written before it is read, in every sweep."""
+def test_every_weight_has_one_gradient():
+    """In a network with every operation, no two weights are given the same place among the gradients."""
     book, data = network(3, everything, True)
     sweeps = Sweeps(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True)
     order = sweeps.gradient_order()
-    assert order.unique().numel() == book.size  # every weight has a gradient of its own
-    assert list(sweeps.calls) == ["forward", "backward", "tangent", "second"]
+    assert order.shape == (book.size,) and order.unique().numel() == book.size
 
 
 def test_sizes_that_cannot_be_halved():
