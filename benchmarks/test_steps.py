@@ -43,7 +43,7 @@ def runner(name, setting, device):
         pytest.skip("compiling its cells takes minutes on a CPU")
     try:
         return Runner(name, setting, device, compile_seconds=120)
-    except TimeoutError as late:  # of torch.compile, whose code is not ours
+    except TimeoutError as late:  # of torch.compile, which is a peer here; the error says what took how long
         pytest.skip(str(late))
 
 

@@ -421,7 +421,8 @@ def test_whole_steps_captured_and_uncaptured_give_the_same_bits(kind, settings):
     assert same(*({**f.state(), "augmentation": f.augmentation.get_state()} for f in found))
 
 
-# The driver's other devices.
+# On a machine with one device there is no second one whose current stream and allocator could be confused
+# with the first one's.
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_step_is_captured_on_a_device_that_is_not_the_current_one():
     plain, captured = loop("search", "cuda:1", no_graph=True), loop("search", "cuda:1")

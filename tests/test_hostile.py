@@ -439,6 +439,7 @@ def test_what_is_no_regular_file_is_not_waited_for(make, a_search, a_training, t
             assert "is not a regular file" in text or "it has no genotype.json" in text or "no file" in text
 
 
+# The test itself makes a symbolic link, which on Windows an ordinary user may not.
 @pytest.mark.skipif(sys.platform == "win32", reason="makes links, for which Windows asks for a privilege")
 def test_nothing_is_written_through_a_link(a_run, tmp_path):
     """Neither into what somebody's log is a link to, which would be cut, nor into what lies in the way."""

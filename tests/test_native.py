@@ -16,9 +16,7 @@ from darts_fast.kernels.native import library, table
 from darts_fast.kernels.types import Call, Reader, Source, Task, Weights
 
 # The C++ kernels are optional: without a compiler the install succeeds and ATen computes instead.
-pytestmark = pytest.mark.skipif(
-    native.level() is None, reason="the C++ kernels were not built: no compiler when this was installed"
-)
+pytestmark = pytest.mark.skipif(native.level() is None, reason=f"the C++ library {native.absence()}")
 
 HALVES = sweeps.Kind(3), sweeps.Kind(5, 2)
 # Of 4 MB, from which on what is written goes past the caches (STREAMED in sepconv.cpp); with 20 channels,
@@ -79,6 +77,7 @@ def test_every_library_that_this_processor_runs(level, monkeypatch):
 
 def test_structures_are_those_of_the_header():
     header = Path(native.__file__).with_name("tables.h")
+    # Tests of an installed wheel: the header is a source, of which a wheel has none.
     if not header.exists():
         pytest.skip("a wheel, which has no sources")
     text = re.sub(r"//.*", "", header.read_text())
