@@ -43,9 +43,8 @@ import traffic  # noqa: E402
 from darts_fast import profiling  # noqa: E402
 from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
 from darts_fast.data import Dataset  # noqa: E402
-from darts_fast.kernels import plan  # noqa: E402
 from darts_fast.kernels.backends import collected, using  # noqa: E402
-from darts_fast.kernels.types import Call  # noqa: E402
+from darts_fast.kernels.types import Call, launches  # noqa: E402
 from darts_fast.precision import FIRST_LOSS_SCALE, TYPES, strict_float32  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
 
@@ -185,14 +184,14 @@ def launches_to_compile(bench: Bench, kind: str) -> list:
     from darts_fast.kernels.triton.compilation import unique
 
     if kind.startswith("training"):
-        launches = launches_of_a_training(kind.split()[1])
+        found = launches_of_a_training(kind.split()[1])
     else:
         settings = [bench.setting]
         if not bench.quick:
             one = bench.setting
             settings.append(one._replace(batch_size=16, layers=3))
-        launches = [planned for setting in settings for planned in launches_of_a_step(setting, kind)]
-    return unique(launches)[: 2 if bench.quick else None]
+        found = [planned for setting in settings for planned in launches_of_a_step(setting, kind)]
+    return unique(found)[: 2 if bench.quick else None]
 
 
 def launches_of_a_training(dtype: str) -> Iterator[Any]:
@@ -219,7 +218,7 @@ def launches_of_a_step(setting: race.Setting, dtype: str) -> Iterator[Any]:
 def _launches(calls: list[Call]) -> Iterator[Any]:
     from darts_fast.kernels import triton
 
-    return plan.launches(triton, calls)
+    return launches(triton, calls)
 
 
 def agreement(bench: Bench) -> None:

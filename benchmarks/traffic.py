@@ -27,8 +27,7 @@ from textbook import TextbookStep  # noqa: E402
 
 from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.kernels.backends import collected, using  # noqa: E402
-from darts_fast.kernels.plan import launches, tensors  # noqa: E402
-from darts_fast.kernels.types import Call, Launch  # noqa: E402
+from darts_fast.kernels.types import Call, Launch, launches, tensors  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.profiling import observed_phases  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402

@@ -19,8 +19,8 @@ from darts_fast.kernels import aten, cell
 from darts_fast.kernels.aten.batch_norm import statistics_of
 from darts_fast.kernels.backends import collected
 from darts_fast.kernels.cell import Cell, Convolution, Edge, Half, Identity, Operation, Parameter, Pool
-from darts_fast.kernels.plan import launches
 from darts_fast.kernels.single import Geometry
+from darts_fast.kernels.types import launches
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
 from darts_fast.traffic import Count, Traffic
@@ -132,7 +132,7 @@ class FusedCells:
             return kernels.cells(plan, x, weights, p, self._constants())[0]
         output, statistics = kernels.cells(plan, x, weights, p)
         if self._norms[0].track_running_stats:
-            self._update(plan, statistics)
+            _update(*self._running, *statistics, plan.unbiased, self._norms[0].momentum)
         return output
 
     def plan(
@@ -206,14 +206,6 @@ class FusedCells:
         norms = self._norms
         found = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
         return found, [norm.num_batches_tracked for norm in norms]
-
-    @torch.no_grad()
-    def _update(self, plan: kernels.Plan, statistics: tuple[list[Tensor], list[Tensor]]) -> None:
-        """As `nn.BatchNorm2d`: the variance that runs is unbiased."""
-        (running, batches), (means, variances) = self._running, statistics
-        unbiased = torch._foreach_mul(variances, plan.unbiased)
-        torch._foreach_lerp_(running, means + list(unbiased), self._norms[0].momentum)
-        torch._foreach_add_(batches, 1)
 
 
 def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
@@ -291,12 +283,26 @@ def _batch_norm(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor, observed: l
     return kernels.normalize(y, statistics, norm.weight, norm.bias)
 
 
-@torch.no_grad()
 def update_running_statistics(observed: list[Observed]) -> None:
-    """As `nn.BatchNorm2d`: each by the statistics of its batch; the variance that runs is unbiased."""
+    """As `nn.BatchNorm2d`: each by the statistics of its batch."""
     norms, statistics, counts = zip(*observed, strict=True)
-    means = [s[0] for s in statistics]
-    variances = list(torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts]))
     running = [n.running_mean for n in norms] + [n.running_var for n in norms]
-    torch._foreach_lerp_(running, means + variances, norms[0].momentum)
-    torch._foreach_add_([n.num_batches_tracked for n in norms], 1)
+    batches = [n.num_batches_tracked for n in norms]
+    means, variances = [s[0] for s in statistics], [s[1] for s in statistics]
+    _update(running, batches, means, variances, [m / (m - 1) for m in counts], norms[0].momentum)
+
+
+@torch.no_grad()
+def _update(
+    running: list[Tensor],
+    batches: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    unbiased: list[float],
+    momentum: float,
+) -> None:
+    """Of batch norms of one momentum. `running` are their means, then their variances; the variance that runs
+    is unbiased: `unbiased` times the batch's."""
+    found = torch._foreach_mul(variances, unbiased)
+    torch._foreach_lerp_(running, means + list(found), momentum)
+    torch._foreach_add_(batches, 1)

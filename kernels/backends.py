@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from darts_fast.kernels import aten, native
-from darts_fast.kernels.plan import tensors
-from darts_fast.kernels.types import Backend, Call
+from darts_fast.kernels.types import Backend, Call, tensors
 
 _chosen: list[Backend] = []
 

@@ -31,6 +31,8 @@ from darts_fast.kernels.types import (
     Weights,
     accumulator,
     images,
+    refuse_odd_size,
+    refuse_single_value,
 )
 
 # A cell as data
@@ -224,8 +226,7 @@ class Sweeps:
         """What a batch norm normalises by, [3, C]; `values` is how many values a channel has."""
         if not self.training:
             return self.constants[:, self._norms[norm]]
-        if values == 1:
-            raise ValueError("batch norm in training needs more than one value a channel, not a single one")
+        refuse_single_value(values)
         self.batch_statistics[norm], self.values[norm] = of_batch, values
         return of_batch
 
@@ -316,8 +317,8 @@ class Halves:
         flat = [spec for of_part in specs for spec in of_part]
         n, _, height, width = inputs[0].y.shape
         stride = flat[0].stride
-        if flat[0].depthwise is None and (height % stride or width % stride):
-            raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
+        if flat[0].depthwise is None:
+            refuse_odd_size(height, width, stride)
         shape = n, len(specs[0]) * flat[0].pointwise.shape[0], -(-height // stride), -(-width // stride)
         self.specs = flat
         self.sources = tuple(image.source() for image in inputs)

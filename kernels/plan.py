@@ -13,14 +13,14 @@ a sweep are bound to them once and replayed.
 import inspect
 import weakref
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from darts_fast.kernels.types import Backend, Call, Launch
+from darts_fast.kernels.types import Backend, Call, tensors
 
 ALIGNMENT = 256  # bytes, of a buffer: what CUDA's allocator gives, and more than a cache line
 
@@ -48,17 +48,6 @@ class Recorder:
             self.calls.append(Call(function, dict(zip(reads, arguments, strict=True)), written))
 
         return record
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in nested tuples, lists and dictionaries."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from tensors(part)
-    elif isinstance(tree, Mapping):
-        yield from tensors(tuple(tree.values()))
 
 
 def needed(calls: Sequence[Call], results: Iterable[Tensor]) -> list[Call]:
@@ -271,9 +260,3 @@ class Binding:
         if typed is None:
             typed = self._typed[block, t.dtype] = self._blocks[block].view(t.dtype)
         return typed.as_strided(t.shape, t.stride(), offset // t.element_size() + t.storage_offset())
-
-
-def launches(backend: Backend, calls: Sequence[Call]) -> Iterator[Launch]:
-    """The launches of calls on the tensors that they name, which may be meta tensors: nothing is run."""
-    for call in calls:
-        yield from getattr(backend, call.function)(*call.reads.values(), **call.writes)

@@ -9,7 +9,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from darts_fast.kernels.backends import backend, program
 from darts_fast.kernels.plan import Recorder
-from darts_fast.kernels.types import Reader, Source, Task, Weights, accumulator, images
+from darts_fast.kernels.types import (
+    Reader,
+    Source,
+    Task,
+    Weights,
+    accumulator,
+    images,
+    refuse_odd_size,
+    refuse_single_value,
+)
 
 
 class Geometry(NamedTuple):
@@ -39,8 +48,8 @@ def sepconv(
     """
     height, width = x.shape[2:]
     for task, d in zip(tasks, depthwise, strict=True):
-        if d is None and (height % task.stride or width % task.stride):
-            raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")
+        if d is None:
+            refuse_odd_size(height, width, task.stride)
     x = x.contiguous(memory_format=torch.channels_last)
     return _SepConv.apply(x, tuple(tasks), *depthwise, *pointwise)
 
@@ -57,7 +66,7 @@ class _SepConv(torch.autograd.Function):
         n, _, height, width = x.shape
         stride, channels = tasks[0].stride, count * weights[count].shape[0]
         (y,) = found = images(1, (n, channels, -(-height // stride), -(-width // stride)), x.dtype, x.device)
-        refuse_single_value(y)
+        refuse_single_value(y.numel() // channels)
         statistics = x.new_empty(1, 3, channels, dtype=accumulator(x.dtype))
         _run(x, "sepconv_forward", ((Source(x),), ctx.tasks), y=found, statistics=statistics)
         ctx.save_for_backward(x, y)
@@ -110,7 +119,7 @@ class _Pool(torch.autograd.Function):
         n, c, height, width = x.shape
         shape = n, c, -(-height // stride), -(-width // stride)
         pools = images(2, shape, x.dtype, x.device)
-        refuse_single_value(pools[0])
+        refuse_single_value(pools[0].numel() // c)
         position = images(1, shape, torch.uint8, x.device)[0]
         statistics = x.new_empty(2, 3, c, dtype=accumulator(x.dtype))
         _run(x, "pool_forward", (x, stride), pools=pools, position=position, statistics=statistics)
@@ -130,11 +139,6 @@ class _Pool(torch.autograd.Function):
         (out,) = images(1, shape, dtype, device)
         _run(out, "pool_backward", (position, ctx.stride, pools, ()), out=out)
         return out, None
-
-
-def refuse_single_value(y: Tensor) -> None:
-    if y.numel() == y.shape[1]:
-        raise ValueError("batch norm in training needs more than one value a channel, not a single one")
 
 
 def _run(like: Tensor, function: str, reads: tuple, **writes: Tensor | None) -> None:

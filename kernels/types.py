@@ -6,7 +6,7 @@ float32, bfloat16 or float16; where it is said, they may be a slice of the chann
 statistics, sums and p are float64 for float64 activations, else float32 (`accumulator`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -280,3 +280,32 @@ def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: Any =
     """Uninitialised [entries, N, C, H, W], each entry channels-last, one behind the other."""
     n, c, height, width = shape
     return torch.empty(entries, n, height, width, c, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Those in nested tuples, lists and dictionaries, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from tensors(part)
+    elif isinstance(tree, Mapping):
+        yield from tensors(tuple(tree.values()))
+
+
+def launches(backend: Backend, calls: Sequence[Call]) -> Iterator[Launch]:
+    """The launches of calls on the tensors that they name, which may be meta tensors: nothing is run."""
+    for call in calls:
+        yield from getattr(backend, call.function)(**call.reads, **call.writes)
+
+
+def refuse_single_value(values: int) -> None:
+    """Raises a ValueError where a channel has a single value, whose variance in training would be zero."""
+    if values == 1:
+        raise ValueError("batch norm in training needs more than one value a channel, not a single one")
+
+
+def refuse_odd_size(height: int, width: int, stride: int) -> None:
+    """Raises a ValueError where an image's sizes do not divide by the stride of a 1x1 convolution."""
+    if height % stride or width % stride:
+        raise ValueError(f"a {height}x{width} image cannot be halved: its sizes must be even")

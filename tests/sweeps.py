@@ -128,12 +128,6 @@ def mapped(tree, change):
     return tree
 
 
-def tensors_in(tree):
-    tensors = []
-    mapped(tree, tensors.append)
-    return tensors
-
-
 def on_meta(tree):
     """Returns the same with tensors without contents; tensors in the same place become one tensor."""
     copies = {}
@@ -224,9 +218,9 @@ class Runner:
         call = Call(function, dict(zip(names, reads, strict=False)), writes)
         assert [*call.reads, *writes] == names
         self._assert_same_launches(call)
-        before = [t.clone() for t in tensors_in(reads)]
+        before = [t.clone() for t in types.tensors(reads)]
         # Where the call writes a slice, the whole tensor is watched.
-        targets = [t if t._base is None else t._base for t in tensors_in(writes)]
+        targets = [t if t._base is None else t._base for t in types.tensors(writes)]
         program, results = self.backend.program([call]), []
         for _ in range(2):
             for t in targets:
@@ -234,15 +228,15 @@ class Runner:
             program()
             results.append([t.clone() for t in targets])
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True)), f"{function}: another result"
-        assert all(same_bits(a, b) for a, b in zip(tensors_in(reads), before, strict=True)), (
+        assert all(same_bits(a, b) for a, b in zip(types.tensors(reads), before, strict=True)), (
             f"{function} changed what it reads"
         )
-        for t, whole in zip(tensors_in(writes), targets, strict=True):
+        for t, whole in zip(types.tensors(writes), targets, strict=True):
             if whole.dim() == 4 and whole.shape[1] != t.shape[1]:
                 assert whole[:, :3].isnan().all() and whole[:, 3 + t.shape[1] :].isnan().all(), (
                     f"{function} wrote beside its slice"
                 )
-        self.written += [t.clone() for t in tensors_in(writes)]
+        self.written += [t.clone() for t in types.tensors(writes)]
 
     def _assert_same_launches(self, call):
         """A plan counts launches on tensors without contents: they must be those on real tensors."""

@@ -13,7 +13,7 @@ import torch
 from darts_fast.config import SearchConfig, TrainConfig
 from darts_fast.datasets import read_data
 from darts_fast.kernels.backends import collected
-from darts_fast.kernels.plan import launches
+from darts_fast.kernels.types import launches
 from darts_fast.search import Search
 from darts_fast.train import Training
 

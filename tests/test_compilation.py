@@ -19,8 +19,8 @@ pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 from darts_fast.kernels import triton  # noqa: E402
 from darts_fast.kernels.backends import collected  # noqa: E402
-from darts_fast.kernels.plan import launches  # noqa: E402
 from darts_fast.kernels.triton import compilation  # noqa: E402
+from darts_fast.kernels.types import launches  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 

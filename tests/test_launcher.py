@@ -28,11 +28,12 @@ import triton.compiler  # noqa: E402
 
 from darts_fast.kernels import triton as kernels_in_triton  # noqa: E402
 from darts_fast.kernels.backends import collected, using  # noqa: E402
-from darts_fast.kernels.plan import launches  # noqa: E402
 from darts_fast.kernels.triton import compilation  # noqa: E402
 from darts_fast.kernels.triton.launch import Launch  # noqa: E402
+from darts_fast.kernels.types import launches  # noqa: E402
 
 LACKING = compilation.missing_for_launches()
+# Triton compiles its launcher with the host's compiler and Python's headers, here as on a GPU.
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"Triton's launcher needs {LACKING}")
 
 MOST = 4096  # bytes of parameters that a kernel may have

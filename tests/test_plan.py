@@ -10,7 +10,8 @@ from test_cell import everything, network
 from darts_fast.kernels import aten
 from darts_fast.kernels.cell import Sweeps
 from darts_fast.kernels.network import Plan
-from darts_fast.kernels.plan import Binding, Blocks, Lease, Place, Recorder, launches, place, tensors
+from darts_fast.kernels.plan import Binding, Blocks, Lease, Place, Recorder, place
+from darts_fast.kernels.types import launches, tensors
 
 
 def sum_of(recorder, *terms):

@@ -171,15 +171,6 @@ def test_a_launch_touches_the_bytes_that_are_counted(name, monkeypatch):
         assert found <= counted <= 1.1 * found, (launched.name, counted, found)
 
 
-def test_a_single_value_a_channel_is_refused():
-    x = torch.zeros(1, 3, 1, 1)
-    position = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="single value"):
-        triton.pool_forward(
-            x, 1, pools=torch.zeros(2, 1, 3, 1, 1), position=position, statistics=torch.zeros(2, 3, 3)
-        )
-
-
 def test_tensors_of_other_layouts_are_refused():
     contiguous = torch.zeros(2, 3, 4, 4)
     out = contiguous.contiguous(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@
 wider.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,37 +23,16 @@ from darts_fast.kernels.aten.mix import (
 )
 from darts_fast.kernels.aten.pool import pool_backward, pool_forward, pool_tangent
 from darts_fast.kernels.aten.sepconv import sepconv_backward, sepconv_forward, sepconv_second, sepconv_tangent
-from darts_fast.kernels.types import Call
-
-__all__ = [
-    "add",
-    "fan_out_backward",
-    "fan_out_second",
-    "mix_backward",
-    "mix_forward",
-    "mix_second",
-    "mix_tangent",
-    "norm_backward",
-    "norm_forward",
-    "norm_tangent",
-    "pool_backward",
-    "pool_forward",
-    "pool_tangent",
-    "program",
-    "sepconv_backward",
-    "sepconv_forward",
-    "sepconv_second",
-    "sepconv_tangent",
-]
+from darts_fast.kernels.types import Call, launches
 
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
     """Returns a function that runs the calls one after the other, without recording them for autograd."""
-    launches = [launch for call in calls for launch in globals()[call.function](**call.reads, **call.writes)]
+    found = list(launches(sys.modules[__name__], calls))
 
     @torch.no_grad()
     def run() -> None:
-        for launch in launches:
+        for launch in found:
             launch.run()
 
     return run

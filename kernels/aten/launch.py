@@ -1,13 +1,11 @@
 """A launch of this backend: a function of ATen operations, and the arguments that it will be called with."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from darts_fast.kernels.types import Launch
+from darts_fast.kernels.types import Launch, tensors
 
 
 @dataclass
@@ -17,21 +15,12 @@ class AtenLaunch(Launch):
     run: Callable[[], None]
 
 
-def tensors_in(arguments: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and structures, in order."""
-    if isinstance(arguments, Tensor):
-        yield arguments
-    elif isinstance(arguments, (tuple, list)):
-        for argument in arguments:
-            yield from tensors_in(argument)
-
-
 def as_launch(function: Callable[..., None]) -> Callable[..., list[Launch]]:
     """Turns a function that computes at once into one that returns the launch which will compute."""
 
     @functools.wraps(function)
     def launch(*reads: Any, **named: Any) -> list[Launch]:
-        tensors = list(tensors_in([*reads, *named.values()]))
-        return [AtenLaunch(function.__name__, tensors, functools.partial(function, *reads, **named))]
+        found = list(tensors([reads, named]))
+        return [AtenLaunch(function.__name__, found, functools.partial(function, *reads, **named))]
 
     return launch

@@ -6,6 +6,7 @@ many.
 Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 """
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,33 +40,7 @@ from darts_fast.kernels.native.sepconv import (
     sepconv_tangent,
 )
 from darts_fast.kernels.native.table import Record, Table
-from darts_fast.kernels.types import Call
-
-__all__ = [
-    "LEVELS",
-    "absence",
-    "add",
-    "fan_out_backward",
-    "fan_out_second",
-    "level",
-    "library_of",
-    "mix_backward",
-    "mix_forward",
-    "mix_second",
-    "mix_tangent",
-    "multiply_adds",
-    "norm_backward",
-    "norm_forward",
-    "norm_tangent",
-    "pool_backward",
-    "pool_forward",
-    "pool_tangent",
-    "program",
-    "sepconv_backward",
-    "sepconv_forward",
-    "sepconv_second",
-    "sepconv_tangent",
-]
+from darts_fast.kernels.types import Call, launches
 
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
@@ -74,16 +49,16 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     Raises:
         TypeError: a tensor is not on the CPU.
     """
-    launches = [launch for call in calls for launch in globals()[call.function](**call.reads, **call.writes)]
-    for launch in launches:
+    found = list(launches(sys.modules[__name__], calls))
+    for launch in found:
         for tensor in launch.tensors:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
     library = loaded()
-    records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in launches])
+    records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in found])
 
     def run() -> None:
         library.darts_sweep(records.address, records.count, torch.get_num_threads())
 
-    run.launches = launches  # which keep their tables and tensors
+    run.launches = found  # which keep their tables and tensors
     return run

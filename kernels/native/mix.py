@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, reader, rows, tensors_in
-from darts_fast.kernels.types import Reader, SecondReader, Source
+from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, read_of, reader, rows
+from darts_fast.kernels.types import Reader, SecondReader, Source, tensors
 
 # A node
 
@@ -116,8 +116,8 @@ def _mix(
         gradient_before=numbers(gradient_before),
     )
     written = outs, sums, tangent_sums, weight_gradient
-    tensors = tensors_in([candidates, weights, tangents, adjoint, gradient_before, written])
-    return Launch(name, tensors, Table([call]), [of_candidates, of_outs])
+    found = list(tensors([candidates, weights, tangents, adjoint, gradient_before, written]))
+    return Launch(name, found, Table([call]), [of_candidates, of_outs])
 
 
 # Tensors that several nodes read
@@ -147,7 +147,8 @@ def _fan_out(
     )
     c = out.shape[2]
     call = table.FanOut(of_shared.address, of_shared.count, m=out[0].numel() // c, c=c)
-    return [Launch(name, tensors_in([readers, out]), Table([call]), [of_shared, *of_readers])]
+    read = [read_of(read) for of_source in readers for read in of_source]
+    return [Launch(name, list(tensors([read, out])), Table([call]), [of_shared, *of_readers])]
 
 
 def add(terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:

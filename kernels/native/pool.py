@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, tensors_in
+from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels
+from darts_fast.kernels.types import tensors
 
 
 def pool_forward(
@@ -49,5 +50,5 @@ def _pool(
         c=c,
         stride=stride,
     )
-    tensors = tensors_in([x, pools, position, statistics, terms])
-    return [Launch(name, tensors, Table([call]), [of_terms])]
+    found = list(tensors([x, pools, position, statistics, terms]))
+    return [Launch(name, found, Table([call]), [of_terms])]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, reader, rows, tensors_in
-from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights
+from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, read_of, reader, rows
+from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, tensors
 
 
 def sepconv_forward(
@@ -113,8 +113,8 @@ def _sepconv(
         )
     tables = Table(of_sources), Table(of_tasks)
     call = table.SepConv(tables[0].address, tables[0].count, tables[1].address, tables[1].count)
-    weights = [task.weights for task in tasks], weight_tangents
-    tensors = tensors_in(
-        [sources, weights, source_tangents, readers, y, statistics, adjoint, sums, gradients]
+    weights, read = [task.weights for task in tasks], [read_of(of_one) for of_one in readers or ()]
+    found = tensors(
+        [sources, weights, weight_tangents, source_tangents, read, y, statistics, adjoint, sums, gradients]
     )
-    return [Launch(name, tensors, Table([call]), tables)]
+    return [Launch(name, list(found), Table([call]), tables)]

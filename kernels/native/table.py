@@ -7,7 +7,7 @@ compares the sizes. 0 is the null pointer.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,15 +166,10 @@ class Launch(types.Launch):
     tables: Sequence[Table]  # to which the structure points
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in nested sequences of arguments. Of a reader without statistics, y is not read."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, types.SecondReader) and tree.first.statistics is None:
-        tree = tree.adjoint, tree.first.weights
-    elif isinstance(tree, types.Reader) and tree.statistics is None:
-        tree = tree.adjoint, tree.weights
-    return [t for part in tree for t in tensors_in(part)] if isinstance(tree, (tuple, list)) else []
+def read_of(reader: types.Reader | types.SecondReader) -> tuple:
+    """What is read of a reader: of one without statistics not y, nor what belongs to its batch norm."""
+    first = reader.first if isinstance(reader, types.SecondReader) else reader
+    return reader if first.statistics is not None else (reader.adjoint, first.weights)
 
 
 # Addresses of tensors; None is null. What lies otherwise in memory than is said raises a ValueError.

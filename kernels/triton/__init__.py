@@ -7,6 +7,7 @@ result depends on the order in which programs run: sums over positions are parti
 a fixed order.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 
 from darts_fast.kernels.triton.mix import (
@@ -28,28 +29,7 @@ from darts_fast.kernels.triton.sepconv import (
     sepconv_second,
     sepconv_tangent,
 )
-from darts_fast.kernels.types import Call
-
-__all__ = [
-    "add",
-    "fan_out_backward",
-    "fan_out_second",
-    "mix_backward",
-    "mix_forward",
-    "mix_second",
-    "mix_tangent",
-    "norm_backward",
-    "norm_forward",
-    "norm_tangent",
-    "pool_backward",
-    "pool_forward",
-    "pool_tangent",
-    "program",
-    "sepconv_backward",
-    "sepconv_forward",
-    "sepconv_second",
-    "sepconv_tangent",
-]
+from darts_fast.kernels.types import Call, launches
 
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
@@ -57,8 +37,7 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     only one call needs, are allocated when it is launched, and freed behind it."""
 
     def run() -> None:
-        for call in calls:
-            for launch in globals()[call.function](**call.reads, **call.writes):
-                launch.run()
+        for launch in launches(sys.modules[__name__], calls):
+            launch.run()
 
     return run

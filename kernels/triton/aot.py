@@ -43,11 +43,10 @@ from darts_fast.kernels.cell import (
     Pool,
     Sweeps,
 )
-from darts_fast.kernels.plan import launches
 from darts_fast.kernels.triton import compilation
 from darts_fast.kernels.triton.compilation import source, unique
 from darts_fast.kernels.triton.launch import Launch
-from darts_fast.kernels.types import accumulator, images
+from darts_fast.kernels.types import accumulator, images, launches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block takes 1 KiB besides its own

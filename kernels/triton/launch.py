@@ -114,11 +114,6 @@ def counters(like: Tensor, count: int) -> Tensor:
     return _counters(like.device)[row, :count]
 
 
-def refuse_single_value(positions: int) -> None:
-    if positions < 2:
-        raise ValueError("a single value a channel has no variance: batch norm needs two or more")
-
-
 # Device functions
 
 EPS = tl.constexpr(EPSILON)

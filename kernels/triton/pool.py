@@ -12,7 +12,6 @@ from darts_fast.kernels.triton.launch import (
     counters,
     last_program,
     merge_statistics,
-    refuse_single_value,
     row_stride,
     store_statistics,
 )
@@ -172,7 +171,6 @@ def _forward(
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(c, block_c)
     partials = counts = None
     if statistics is not None:
-        refuse_single_value(positions)
         partials, counts = x.new_empty(2, tiles, 2, c, dtype=statistics.dtype), counters(x, blocks)
     arguments = {
         "p_x": x,

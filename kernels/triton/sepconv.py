@@ -24,7 +24,6 @@ from darts_fast.kernels.triton.launch import (
     merge_statistics,
     norms_of,
     pick,
-    refuse_single_value,
     row_stride,
     store_statistics,
     sum_of_rows,
@@ -604,7 +603,6 @@ def _forward(call: _Call, y: Tensor, statistics: Tensor | None, tangents: _Tange
     tiles = triton.cdiv(call.positions(), block_p)
     partials = counts = None
     if statistics is not None:
-        refuse_single_value(call.positions())
         partials = x.new_empty(count, tiles, 2, k, dtype=statistics.dtype)
         counts = counters(x, count)
     depthwise, pointwise = call.weights()

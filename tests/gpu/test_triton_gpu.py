@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is installed on Linux only")
 from darts_fast import architect  # noqa: E402
 from darts_fast.kernels import aten, triton  # noqa: E402
 from darts_fast.kernels.backends import using  # noqa: E402
-from darts_fast.kernels.types import Call, Reader, Source, Task, Weights, images  # noqa: E402
+from darts_fast.kernels.types import Call, Reader, Source, Task, Weights, images, tensors  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 DEVICE = "cuda"
@@ -128,7 +128,7 @@ def copies(calls, copy):
 
 
 def written(calls):
-    return sweeps.tensors_in([call.writes for call in calls])
+    return list(tensors([call.writes for call in calls]))
 
 
 def assert_same(one, other):
