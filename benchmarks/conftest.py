@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from step import commit, environment
+from race import commit, environment
 
 from darts_fast import kernels
 from darts_fast.precision import strict_float32

@@ -8,7 +8,7 @@ The sizes take a CPU seconds; benchmarks/step.py races the search step at the pa
 import pytest
 import torch
 import torch.nn.functional as F
-from step import VARIANTS, Runner, Setting, batches, check, check_on, missing, summary
+from race import VARIANTS, Runner, Setting, batches, check, check_on, missing, summary
 
 from darts_fast import load_genotype, network
 from darts_fast.data import Batches

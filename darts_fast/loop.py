@@ -26,6 +26,7 @@ from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
+from darts_fast.report import write_report
 from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
 from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
 
@@ -267,7 +268,7 @@ class Loop(ABC):
             return
         path = self.folder.path / FOLDER
         with writing(path):
-            sentence = profiler.write(path, dataclasses.asdict(self.config), self.captured)
+            sentence = write_report(profiler, path, dataclasses.asdict(self.config), self.captured)
         self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
     def _finish_epoch(self, means: Means) -> None:

@@ -16,7 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import baseline  # noqa: E402
+import gpu_bench  # noqa: E402
+import gpu_kernels  # noqa: E402
 import gpu_report  # noqa: E402
+import race  # noqa: E402
+import race_tables  # noqa: E402
 import step  # noqa: E402
 import traffic  # noqa: E402
 
@@ -70,12 +74,12 @@ def test_traffic_counts_distinct_elements_and_no_views():
 
 
 def test_the_race_checks_its_results_first(monkeypatch):
-    step.check()
-    monkeypatch.setattr(step, "error", lambda found, expected: float("nan"))
-    monkeypatch.setattr(step.TextbookStep, "__call__", lambda *_: None)  # their results are not looked at
-    monkeypatch.setattr(step.SearchStep, "take", lambda *_: None)
+    race.check()
+    monkeypatch.setattr(race, "error", lambda found, expected: float("nan"))
+    monkeypatch.setattr(race.TextbookStep, "__call__", lambda *_: None)  # their results are not looked at
+    monkeypatch.setattr(race.SearchStep, "take", lambda *_: None)
     with pytest.raises(AssertionError, match="after two steps"):
-        step.check()
+        race.check()
 
 
 def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
@@ -189,9 +193,9 @@ def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeyp
             closed.append(planned)
 
     monkeypatch.setattr(compilation, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(gpu_report, "launches_to_compile", lambda bench, kind: [kind] * 2)
-    bench = gpu_report.Bench(argparse.Namespace(device="cpu", quick=False), tmp_path / "part.json", 130)
-    gpu_report.compilation(bench)
+    monkeypatch.setattr(gpu_kernels, "launches_to_compile", lambda bench, kind: [kind] * 2)
+    bench = gpu_bench.Bench(argparse.Namespace(device="cpu", quick=False), tmp_path / "part.json", 130)
+    gpu_kernels.compilation(bench)
     facts = json.loads(bench.path.read_text())["facts"]
     assert closed == [["float16"] * 2, ["float32"] * 2]
     assert facts["kernels compiled"] == 3 and facts["failed"] == []
@@ -242,11 +246,11 @@ def test_a_launch_does_the_operations_of_its_equations():
 
 
 def test_the_time_outside_kernels_is_what_programs_leave():
-    runner = step.Runner("fused, ATen", step.Setting(2, 2, 3, 8), torch.device("cpu"))
+    runner = race.Runner("fused, ATen", race.Setting(2, 2, 3, 8), torch.device("cpu"))
     found = runner.take()
-    assert 0 < found[step.OUTSIDE] < found["step"]
+    assert 0 < found[race.OUTSIDE] < found["step"]
     phases = ["virtual step", "validation pass", "hessian-vector product", "architecture update"]
-    assert list(found) == [*phases, "weight update", "step", step.OUTSIDE]
+    assert list(found) == [*phases, "weight update", "step", race.OUTSIDE]
 
 
 def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
@@ -281,6 +285,6 @@ def test_the_fit_of_a_sweep():
             "bytes": 7e6 + 4e6 * images,
         }
 
-    assert step.fits([record(n) for n in (8, 16, 64)]) == [
+    assert race_tables.fits([record(n) for n in (8, 16, 64)]) == [
         "a: 340 ms + 2.0 ms an image, within 0%; 10.0 us for each of 34,000 launches, 2.0 GB/s"
     ]
