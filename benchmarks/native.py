@@ -56,10 +56,10 @@ def halves(kernel: int, dilation: int, n: int, c: int, size: int) -> dict[str, l
         for _ in range(2)
     )
     sources, tasks = [Source(x, statistics_of(x))], [Task(0, w, dilation=dilation) for w in weights]
-    # What the mix wrote of the outputs
-    sums, second_sums, tangent_sums = (n * torch.randn(count, TASKS, c) for count in (2, 2, 4))
+    # Of the outputs, as the mix would write them; the tangent sweep writes `tangent_sums`.
+    sums, second_sums, tangent_sums = (n * torch.randn(count, TASKS, c) for count in (2, 2, 3))
     statistics, gradients = torch.empty(TASKS, 3, c), torch.empty(TASKS, c * (c + kernel**2))
-    own, own_tangent, own_second = (torch.empty(count, 1, c) for count in (2, 4, 2))
+    (own, own_second), source_sums = torch.empty(2, 2, 1, c), n * torch.randn(3, 1, c)
     readers = [Reader(y[i], statistics[i], i, g[i], sums, p) for i in range(TASKS)]
     seconds = [SecondReader(read, yd[i], tangent_sums, gd[i], second_sums) for i, read in enumerate(readers)]
     sweeps = {name: Recorder() for name in ("forward", "backward", "tangent", "second")}
@@ -67,7 +67,8 @@ def halves(kernel: int, dilation: int, n: int, c: int, size: int) -> dict[str, l
     sweeps["backward"].sepconv_backward(
         sources, tasks, readers, adjoint=adjoint, sums=own, gradients=gradients
     )
-    sweeps["tangent"].sepconv_tangent(sources, tasks, [xd], tangents, adjoint, y=yd, sums=own_tangent)
+    reads = sources, tasks, [xd], source_sums, tangents, readers
+    sweeps["tangent"].sepconv_tangent(*reads, y=yd, sums=list(tangent_sums.unbind(1)))
     sweeps["second"].sepconv_second(sources, tasks, tangents, seconds, adjoint=second, sums=own_second)
     return {name: recorder.calls for name, recorder in sweeps.items()}
 
@@ -89,18 +90,23 @@ def nodes(n: int, c: int, size: int) -> dict[str, list[Call]]:
     ys, tangents = random_images(21, n, c, size), random_images(21, n, c, size)
     (g, gd, out, state), p = random_images(4, n, c, size), torch.rand(21)
     candidates = [Source(y, statistics_of(y)) for y in ys]
-    sums, second_sums, tangent_sums = (torch.empty(count, 21, c) for count in (2, 2, 4))
-    of_p, before, after = torch.empty(3, 21)
+    (sums, second_sums), tangent_sums = torch.empty(2, 2, 21, c), torch.randn(3, 21, c)
+    (of_p, of_p_second), products = torch.empty(2, 21), torch.empty(21, c)
     pools, statistics = random_images(2, n, c, size), torch.empty(2, 3, c)
     position = images(1, state.shape, torch.uint8)[0]
+    readers = [
+        [Reader(y, s, 0, g, None, None) for g in random_images(4, n, c, size)] for y, s in candidates[:2]
+    ]
+    of_readers = [list(torch.empty(4, 3, c)) for _ in readers]
     found = Recorder()
     found.mix_forward(candidates, p, outs=[out])
     found.mix_backward(candidates, g, sums=sums, weight_gradient=of_p)
-    written = {"outs": [out], "tangent_sums": tangent_sums, "weight_gradient": before}
-    found.mix_tangent(candidates, p, list(tangents), g, sums, **written)
-    found.mix_second(candidates, gd, before, sums=second_sums, weight_gradient=after)
+    found.mix_tangent(candidates, p, list(tangents), tangent_sums, g, outs=[out], products=products)
+    reads = candidates, gd, sums, tangent_sums, products
+    found.mix_second(*reads, sums=second_sums, weight_gradient=of_p_second)
     found.pool_forward(state, 1, pools=pools, position=position, statistics=statistics)
     found.pool_backward(position, 1, pools, [g, gd], out=out)
+    found.pool_tangent(state, position, 1, readers, pools=pools, sums=of_readers)
     return {call.function: [call] for call in found.calls}
 
 

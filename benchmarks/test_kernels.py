@@ -5,8 +5,9 @@
 `forward` computes the outputs; `backward` the first derivatives from given adjoints; `second` what the exact
 Hessian-vector product makes of these: the derivatives of <first derivatives, v>, for which the kernels have
 the tangent and the second sweep. Batch 16, 16 channels, 32x32, float32, channels-last. The fused sepconv and
-pool give the statistics of their outputs besides, and the fused mix is given them, as in a cell; PyTorch's
-batch norm takes its own. Results are held against float64 before anything is timed.
+pool give the statistics of their outputs, and the sepconv the sums of their tangents, besides, and the fused
+mix is given both, as in a cell; PyTorch's batch norm takes its own. Results are held against float64 before
+anything is timed.
 """
 
 import copy
@@ -96,7 +97,8 @@ def fused_sepconv(tensors, adjoints, v):
     call["backward"].sepconv_backward(
         sources, tasks, readers, adjoint=adjoint, sums=None, gradients=gradients
     )
-    call["second"].sepconv_tangent(sources, tasks, [xd], directions, None, y=yd, sums=None)
+    sums = list(x.new_empty(4, 3, C))
+    call["second"].sepconv_tangent(sources, tasks, [xd], None, directions, readers, y=yd, sums=sums)
     call["second"].sepconv_second(sources, tasks, directions, seconds, adjoint=second, sums=None)
     of_depthwise = [g[C * C :][: d.numel()].view_as(d) for g, d in zip(gradients, weights[:4], strict=True)]
     of_pointwise = [g[: C * C].view_as(p) for g, p in zip(gradients, weights[4:], strict=True)]
@@ -111,7 +113,7 @@ def fused_pool(tensors, adjoints, v):
     out, given = empty(1, x)[0], empty(2, x).copy_(torch.stack(adjoints))
     call["forward"].pool_forward(x, 1, pools=pools, position=position, statistics=statistics)
     call["backward"].pool_backward(position, 1, given, [], out=out)
-    call["second"].pool_tangent(v[0], position, 1, pools=tangents)
+    call["second"].pool_tangent(v[0], position, 1, [[], []], pools=tangents, sums=[[], []])
     found = [*pools], [out], [*tangents]
     return {name: (r.calls, f) for (name, r), f in zip(call.items(), found, strict=True)}
 
@@ -122,8 +124,9 @@ def fused_mix(tensors, adjoints, v):
     call = {name: Recorder() for name in ("forward", "backward", "second")}
     candidates = [Source(y, statistics_of(y)) for y in ys]
     outs, tangents, zero = empty(1, g), empty(1, g), torch.zeros_like(g)
-    sums, sums_d, tangent_sums = (g.new_empty(rows, count, C) for rows in (2, 2, 4))
-    of_p, before, after = (torch.empty_like(p) for _ in range(3))
+    sums, sums_d, products = (g.new_empty(*rows, count, C) for rows in ((2,), (2,), ()))
+    of_p, of_p_second = torch.empty_like(p), torch.empty_like(p)
+    tangent_sums = torch.stack([tangent_sums_of(yd, y, g) for yd, y in zip(v, ys, strict=True)], dim=1)
     adjoint, second = empty(count, g), empty(count, g)
     readers = [Reader(y, s, i, g, sums, p) for i, (y, s) in enumerate(candidates)]
     seconds = [
@@ -132,12 +135,18 @@ def fused_mix(tensors, adjoints, v):
     call["forward"].mix_forward(candidates, p, outs=[outs[0]])
     call["backward"].mix_backward(candidates, g, sums=sums, weight_gradient=of_p)
     call["backward"].fan_out_backward(candidates, [[reader] for reader in readers], out=adjoint)
-    written = {"outs": [tangents[0]], "tangent_sums": tangent_sums, "weight_gradient": before}
-    call["second"].mix_tangent(candidates, p, v, g, sums, **written)
-    call["second"].mix_second(candidates, zero, before, sums=sums_d, weight_gradient=after)
+    call["second"].mix_tangent(candidates, p, v, tangent_sums, g, outs=[tangents[0]], products=products)
+    reads = candidates, zero, sums, tangent_sums, products
+    call["second"].mix_second(*reads, sums=sums_d, weight_gradient=of_p_second)
     call["second"].fan_out_second(candidates, [[reader] for reader in seconds], out=second)
-    found = [outs[0]], [of_p, *adjoint], [after, *second, tangents[0]]
+    found = [outs[0]], [of_p, *adjoint], [of_p_second, *second, tangents[0]]
     return {name: (r.calls, f) for (name, r), f in zip(call.items(), found, strict=True)}
+
+
+def tangent_sums_of(yd, y, g):
+    """Those of yd, yd h and yd G, which what writes yd takes."""
+    h = F.batch_norm(y, None, None, training=True)
+    return torch.stack([yd.sum((0, 2, 3)), (yd * h).sum((0, 2, 3)), (yd * g).sum((0, 2, 3))])
 
 
 def image():

@@ -6,7 +6,6 @@ Parameters, buffers and names are the reference's, so a checkpoint of one is rea
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ def compile_kernels(
     rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
 ) -> None:
     """Compiles the Triton kernels that `rehearse` launches, and their launchers, on all processors; once for
-    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 400
+    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 442
     different ones of the paper's search in minutes.
 
     Args:
@@ -93,23 +92,25 @@ class FusedCells:
     """The cells of a supernet, `reference.MixedCell`s, computed by `darts_fast.kernels`: the same sums,
     shared and fused. Parameters, buffers and names are the modules' own.
 
-    Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass in training, where the modules
-    track them.
+    Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass in training.
     """
 
     def __init__(self, modules: Sequence[MixedCell]):
         self._norms: list[nn.BatchNorm2d] = []
         self._size = 0  # numbers in all weights
         self.cells = [self._cell(module) for module in modules]
+        self._running, self._batches = self._joined_statistics()
+        self.tracking = True  # whether a forward pass in training updates the running statistics
         self._plans: dict[tuple, kernels.Plan] = {}
         self._blocks: dict[torch.device, kernels.Blocks] = {}  # which all plans of a device share
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without plans, which hold memory and are made again, and without what is cached of the modules."""
-        return {name: value for name, value in self.__dict__.items() if name != "_running"} | {
-            "_plans": {},
-            "_blocks": {},
-        }
+        """Without plans, which hold memory and are made again."""
+        return self.__dict__ | {"_plans": {}, "_blocks": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._running, self._batches = self._joined_statistics()  # a copy's may be copied one by one
 
     def __call__(
         self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
@@ -126,13 +127,14 @@ class FusedCells:
         """
         training = self._norms[0].training
         # `none`, the first column, adds nothing. Its alpha has its gradient through the softmax.
-        p = {kind: of_kind[:, 1:].reshape(-1) for kind, of_kind in enumerate(probabilities)}
+        p = {kind: of_kind[:, 1:] for kind, of_kind in enumerate(probabilities)}
         plan = self.plan(x.shape, dtype, x.device, training)
         if not training:
             return kernels.cells(plan, x, weights, p, self._constants())[0]
         output, statistics = kernels.cells(plan, x, weights, p)
-        if self._norms[0].track_running_stats:
-            _update(*self._running, *statistics, plan.unbiased, self._norms[0].momentum)
+        if self.tracking:
+            self._running.lerp_(statistics(), self._norms[0].momentum)
+            self._batches += 1
         return output
 
     def plan(
@@ -194,18 +196,24 @@ class FusedCells:
 
     # Statistics
 
+    def _joined_statistics(self) -> tuple[Tensor, Tensor]:
+        """The running means and variances [2, channels of all batch norms], and the numbers of batches, of
+        which the modules' own are views from here on: an update is a few operations, and not hundreds."""
+        norms = self._norms
+        means, variances = [n.running_mean for n in norms], [n.running_var for n in norms]
+        running = torch.stack([torch.cat(means), torch.cat(variances)])
+        batches = torch.stack([norm.num_batches_tracked for norm in norms])
+        sizes = [norm.num_features for norm in norms]
+        for norm, mean, variance, count in zip(
+            norms, *(row.split(sizes) for row in running), batches, strict=True
+        ):
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, count
+        return running, batches
+
     def _constants(self) -> Tensor:
         """What the batch norms normalise by in evaluation, [3, all their channels]."""
-        mean = torch.cat([norm.running_mean for norm in self._norms])
-        variance = torch.cat([norm.running_var for norm in self._norms])
+        mean, variance = self._running
         return torch.stack([mean, variance, (variance + self._norms[0].eps).rsqrt()])
-
-    @cached_property
-    def _running(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The running means, then the variances; and the numbers of batches."""
-        norms = self._norms
-        found = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        return found, [norm.num_batches_tracked for norm in norms]
 
 
 def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
@@ -287,22 +295,8 @@ def update_running_statistics(observed: list[Observed]) -> None:
     """As `nn.BatchNorm2d`: each by the statistics of its batch."""
     norms, statistics, counts = zip(*observed, strict=True)
     running = [n.running_mean for n in norms] + [n.running_var for n in norms]
-    batches = [n.num_batches_tracked for n in norms]
-    means, variances = [s[0] for s in statistics], [s[1] for s in statistics]
-    _update(running, batches, means, variances, [m / (m - 1) for m in counts], norms[0].momentum)
-
-
-@torch.no_grad()
-def _update(
-    running: list[Tensor],
-    batches: list[Tensor],
-    means: list[Tensor],
-    variances: list[Tensor],
-    unbiased: list[float],
-    momentum: float,
-) -> None:
-    """Of batch norms of one momentum. `running` are their means, then their variances; the variance that runs
-    is unbiased: `unbiased` times the batch's."""
-    found = torch._foreach_mul(variances, unbiased)
-    torch._foreach_lerp_(running, means + list(found), momentum)
-    torch._foreach_add_(batches, 1)
+    means = [s[0] for s in statistics]
+    with torch.no_grad():
+        variances = torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts])
+        torch._foreach_lerp_(running, means + list(variances), norms[0].momentum)
+        torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

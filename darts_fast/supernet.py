@@ -56,7 +56,9 @@ class Supernet(nn.Module):
         for name in ALPHAS:
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES))))
         self._fused_cells = FusedCells(self.cells) if fused else None
-        self._batch_norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        # Those that are computed as modules. To set the flag of all was a thirtieth of a step on the digits.
+        computed = self.stem if fused else self
+        self._batch_norms = [module for module in computed.modules() if isinstance(module, nn.BatchNorm2d)]
         self._flatten()
 
     def _flatten(self) -> None:
@@ -202,8 +204,9 @@ class Supernet(nn.Module):
 
     def _track_running_statistics(self, track: bool) -> None:
         for module in self._batch_norms:
-            # What an assignment does, which nn.Module makes long: a thirtieth of a step on the digits.
-            module.__dict__["track_running_stats"] = track
+            module.track_running_stats = track
+        if self._fused_cells:
+            self._fused_cells.tracking = track
 
 
 class _Split(torch.autograd.Function):

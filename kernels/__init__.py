@@ -5,6 +5,7 @@ plan.py       the buffers of these calls, placed in memory
 network.py    the autograd function through which a network calls its sweeps
 single.py     single calls as autograd functions, for derived networks
 normalize.py  batch norm with affine parameters, of stems and of derived networks
+first_derivative.py    which derivatives a pass asks for, and the refusal of those that there are not
 types.py      what a backend is: its functions and their arguments
 aten/  native/  triton/    the backends, a package each with the same functions in the same files
 backends.py   which of them computes what

@@ -153,7 +153,6 @@ class Sweeps:
             self._norms = [slice(sum(norms[:i]), sum(norms[: i + 1])) for i in range(len(norms))]
             cells_of = {kind: sum(cell.kind == kind for cell in cells) for kind in lengths}
             self.p_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
-            self.p_tangent_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             self.p_seconds = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             rows = dict.fromkeys(lengths, 0)
             outputs = [Image(self.x)] * 2
@@ -275,6 +274,10 @@ class Image:
             for part, i in self.readers
         )
 
+    def tangent_sums(self) -> tuple[Tensor, ...]:
+        """Of each reader, [3, C]: the sums of the tangent that it needs, and that its writer takes."""
+        return tuple(part.tangent_sums[:, i] for part, i in self.readers)
+
     def second(self) -> tuple[SecondReader, ...]:
         return tuple(
             SecondReader(first, self.tangent, part.tangent_sums, part.seconds[i], part.second_sums)
@@ -347,14 +350,17 @@ class Halves:
                 image.readers.append((self, i))
 
     def _adjoint_and_sums(self) -> tuple[Tensor, Tensor | None]:
-        count, x = len(self.inputs), self.inputs[0].y
-        sums = self.s.numbers(2, count, x.shape[1]) if self.normalised else None
-        return self.s.images(count, x.shape), sums
+        return self.s.images(len(self.inputs), self.inputs[0].y.shape), self._sums(2)
+
+    def _sums(self, rows: int) -> Tensor | None:
+        c = self.inputs[0].y.shape[1]
+        return self.s.numbers(rows, len(self.inputs), c) if self.normalised else None
 
     def backward(self) -> Tensor:
         """H of each input, [inputs, N, C, H, W]."""
         s, (start, shape) = self.s, self.gradients_at
         self.adjoints, self.sums = self._adjoint_and_sums()
+        self.tangent_sums = self._sums(3)
         s.k.sepconv_backward(
             self.sources,
             self.tasks,
@@ -366,7 +372,7 @@ class Halves:
         return self.adjoints
 
     def tangent(self) -> None:
-        s, count = self.s, len(self.inputs)
+        s = self.s
         self.weight_tangents = tuple(
             Weights(
                 s.parameter(spec.depthwise, s.weight_tangents), s.parameter(spec.pointwise, s.weight_tangents)
@@ -374,16 +380,15 @@ class Halves:
             for spec in self.specs
         )
         y = s.images(len(self.outputs), self.outputs[0].y.shape)
-        c = self.inputs[0].y.shape[1]
-        self.tangent_sums = s.numbers(4, count, c) if self.normalised else None
         s.k.sepconv_tangent(
             self.sources,
             self.tasks,
             tuple(image.tangent for image in self.inputs),
+            self.tangent_sums,
             self.weight_tangents,
-            self.adjoints if self.normalised else None,
+            tuple(image.first()[0] for image in self.outputs),
             y=y,
-            sums=self.tangent_sums,
+            sums=tuple(image.tangent_sums()[0] for image in self.outputs),
         )
         for image, tangent in zip(self.outputs, y, strict=True):
             image.tangent = tangent
@@ -418,14 +423,14 @@ class Norms:
             image.readers.append((self, i))
 
     def backward(self, adjoints: Sequence[Tensor]) -> None:
-        self.adjoints, self.sums = tuple(adjoints), self.s.numbers(2, len(self.inputs), self.shape[1])
+        self.adjoints = tuple(adjoints)
+        self.sums, self.tangent_sums = (self.s.numbers(n, len(self.inputs), self.shape[1]) for n in (2, 3))
         self.s.k.norm_backward(self.sources, self.adjoints, sums=self.sums)
 
     def tangent(self) -> None:
-        s, count = self.s, len(self.inputs)
-        out, self.tangent_sums = s.images(count, self.shape), s.numbers(4, count, self.shape[1])
+        out = self.s.images(len(self.inputs), self.shape)
         tangents = tuple(image.tangent for image in self.inputs)
-        s.k.norm_tangent(self.sources, tangents, self.adjoints, out=out, sums=self.tangent_sums)
+        self.s.k.norm_tangent(self.sources, tangents, self.tangent_sums, out=out)
         for image, tangent in zip(self.outputs, out, strict=True):
             image.tangent = tangent
 
@@ -442,7 +447,7 @@ class Mix:
     ):
         """`slot` is the node's slice of the cell's output; `own`: it is read by other nodes, and is written
         by itself, too. (A stencil on slices of 16 channels of 2 bytes in rows of 64 would touch 16 cache
-        lines a load of a warp, in place of 4.) `gradients`: those of p of the three sweeps that have one."""
+        lines a load of a warp, in place of 4.) `gradients`: those of p in both backward sweeps."""
         self.s, self.candidates, self.p, self.gradients = s, candidates, p, gradients
         self.sources = tuple(image.source() for image in candidates)
         self.own = own
@@ -453,23 +458,23 @@ class Mix:
             image.readers.append((self, i))
 
     def backward(self, adjoint: Tensor) -> None:
-        count = len(self.candidates)
-        self.adjoints, self.sums = (adjoint,) * count, self.s.numbers(2, count, adjoint.shape[1])
+        count, c = len(self.candidates), adjoint.shape[1]
+        self.adjoints = (adjoint,) * count
+        self.sums, self.tangent_sums = self.s.numbers(2, count, c), self.s.numbers(3, count, c)
         self.s.k.mix_backward(self.sources, adjoint, sums=self.sums, weight_gradient=self.gradients[0])
 
     def tangent(self, slot: Tensor) -> None:
-        s, count = self.s, len(self.candidates)
+        s = self.s
         outs = (s.like(slot), slot) if self.own else (slot,)
-        self.tangent_sums = s.numbers(4, count, slot.shape[1])
+        self.products = s.numbers(len(self.candidates), slot.shape[1])
         s.k.mix_tangent(
             self.sources,
             self.p,
             tuple(image.tangent for image in self.candidates),
+            self.tangent_sums,
             self.adjoints[0],
-            self.sums,
             outs=outs,
-            tangent_sums=self.tangent_sums,
-            weight_gradient=self.gradients[1],
+            products=self.products,
         )
         self.output.tangent = outs[0]
 
@@ -479,9 +484,11 @@ class Mix:
         self.s.k.mix_second(
             self.sources,
             second,
-            self.gradients[1],
+            self.sums,
+            self.tangent_sums,
+            self.products,
             sums=self.second_sums,
-            weight_gradient=self.gradients[2],
+            weight_gradient=self.gradients[1],
         )
 
 
@@ -563,9 +570,16 @@ class Stage:
     def tangent(self) -> None:
         s = self.s
         if self.position is not None:
-            pools = s.images(2, self.pooled)
-            s.k.pool_tangent(self.state.tangent, self.position, self.stride, pools=pools)
-            for image, tangent in zip(self.fanned, pools, strict=False):
+            pools, images = s.images(2, self.pooled), self.fanned[:2]
+            s.k.pool_tangent(
+                self.state.tangent,
+                self.position,
+                self.stride,
+                tuple(image.first() for image in images),
+                pools=pools,
+                sums=tuple(image.tangent_sums() for image in images),
+            )
+            for image, tangent in zip(images, pools, strict=True):
                 image.tangent = tangent
         if self.identity:
             self.identity.tangent = self.state.tangent
@@ -598,7 +612,6 @@ class LoweredCell:
                     for of_p in (
                         s.p[cell.kind],
                         s.p_gradients[cell.kind][row],
-                        s.p_tangent_gradients[cell.kind][row],
                         s.p_seconds[cell.kind][row],
                     )
                 )

@@ -8,7 +8,7 @@
 So `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` is the exact Hessian-vector product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ class Plan:
         self.backend, self.blocks = backend, blocks
         self._bound: dict[tuple, Bound] = {}
         self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
-        # Of each batch norm, unbiased variance / biased variance
-        self.unbiased = [s.values[norm] / (s.values[norm] - 1) for norm in sorted(s.values)]
         given = [[s.x, s.weights, *s.p.values(), *([] if training else [s.constants])]]
         results = [[s.output, *s.batch_statistics.values()]]
         if not training:
@@ -72,6 +70,23 @@ class Plan:
             for layout in self.layouts.values():
                 layout.sizes.update(dict.fromkeys(group, most))
         self.gradient_order = s.gradient_order().to(blocks.device)
+        self._find_statistics()
+
+    def _find_statistics(self) -> None:
+        s, order, unbiased, end = self.sweeps, [], [], 0
+        for norm, of_batch in sorted(s.batch_statistics.items()):
+            block, start = self.layouts["exact"].number(of_batch)
+            if block != "forward kept":
+                raise RuntimeError(f"the statistics of batch norm {norm} are not kept for the later sweeps")
+            c, values = of_batch.shape[1], s.values[norm]
+            end = max(end, start + 2 * c)
+            order.append(torch.arange(start, start + 2 * c).view(2, c))
+            unbiased.append(torch.full((c,), values / (values - 1), dtype=s.wide))
+        # int64 [2, channels of all batch norms]: which of the first numbers that the forward sweep keeps are
+        # their means, and biased variances; how many these are; unbiased variance / biased variance of each
+        self.statistics_order = torch.cat(order, dim=1).to(self.blocks.device)
+        self.statistics_end = end
+        self.unbiased = torch.cat(unbiased).to(self.blocks.device)
 
     def lease(self, layout: str, block: str) -> Lease:
         return Lease(self.blocks, self.layouts[layout].sizes[block])
@@ -94,27 +109,16 @@ class Plan:
                 ]
             if not of_x:
                 calls = needed(calls, self.sweeps.p_seconds.values())
-            statistics = self.sweeps.batch_statistics if sweep == "forward" else {}
-            self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls, statistics)
+            self._bound[key] = Bound(self.backend, self.layouts[layout], blocks, calls)
         return self._bound[key]
 
 
 class Bound:
     """A sweep on blocks: `run()` computes it, `at(t)` is the real tensor in the place of meta tensor `t`."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        layout: Layout,
-        blocks: dict[str, Tensor],
-        calls: Sequence[Call],
-        statistics: dict[int, Tensor],
-    ):
+    def __init__(self, backend: Backend, layout: Layout, blocks: dict[str, Tensor], calls: Sequence[Call]):
         self.at = Binding(layout, blocks)
         self.run = program(backend, [Call(*map(self.at, call)) for call in calls])
-        # The mean and the biased variance of each batch norm, by its number
-        statistics = [self.at(statistics[norm]) for norm in sorted(statistics)]
-        self.statistics = [of_norm[0] for of_norm in statistics], [of_norm[1] for of_norm in statistics]
 
 
 class Pass:
@@ -130,15 +134,23 @@ class Pass:
         s, scratch = self.plan.sweeps, self.plan.lease("exact", "forward scratch")
         bound = self.plan.bound("forward", "exact", self.leases | {"forward scratch": scratch})
         self._x = x.shape, x.stride(), x.dtype
+        self._p = [of_kind.shape for of_kind in p.values()]
         bound.at(s.x).copy_(x)
         bound.at(s.weights).copy_(weights)
         for kind, of_kind in p.items():
-            bound.at(s.p[kind]).copy_(of_kind)
+            bound.at(s.p[kind]).view(of_kind.shape).copy_(of_kind)
         if constants is not None:
             bound.at(s.constants).copy_(constants)
         bound.run()
-        self.statistics = bound.statistics
         return bound.at(s.output).detach()  # a tensor of its own: autograd hangs the graph on it
+
+    def statistics(self) -> Tensor:
+        """The means and the unbiased variances of the batch, [2, channels of all batch norms]."""
+        kept = self.leases["forward kept"].block
+        kept, order = kept.view(self.plan.sweeps.wide), self.plan.statistics_order
+        found = kept[: self.plan.statistics_end].index_select(0, order.flatten()).view(order.shape)
+        found[1].mul_(self.plan.unbiased)
+        return found
 
     def backward(
         self, adjoint: Tensor, gradients: bool, exact: bool
@@ -153,8 +165,8 @@ class Pass:
         bound = plan.bound("backward", layout, leases | scratch, gradients)
         bound.at(s.adjoint).copy_(adjoint)
         bound.run()
-        of_weights = bound.at(s.gradients)[plan.gradient_order] if gradients else None
-        return leases, self._like_x(bound.at(s.x_adjoint)), of_weights, _summed(bound, s.p_gradients)
+        of_weights = bound.at(s.gradients).index_select(0, plan.gradient_order) if gradients else None
+        return leases, self._like_x(bound.at(s.x_adjoint)), of_weights, self._like_p(bound, s.p_gradients)
 
     def tangent(self, leases: dict[str, Lease], x: Tensor | None, weights: Tensor | None) -> Tensor:
         """The tangent of the output, from those of x and the weights (None: zero)."""
@@ -177,20 +189,23 @@ class Pass:
         slot = bound.at(s.second)
         slot.zero_() if adjoint is None else slot.copy_(adjoint)
         bound.run()
-        return self._like_x(bound.at(s.x_second)) if of_x else None, _summed(bound, s.p_seconds)
+        return self._like_x(bound.at(s.x_second)) if of_x else None, self._like_p(bound, s.p_seconds)
 
     def _like_x(self, adjoint: Tensor) -> Tensor:
         shape, stride, dtype = self._x
         return torch.empty_strided(shape, stride, dtype=dtype, device=adjoint.device).copy_(adjoint)
 
-
-def _summed(bound: Bound, by_cell: dict[int, Tensor]) -> list[Tensor]:
-    return [bound.at(of_cells).sum(0) for of_cells in by_cell.values()]
+    def _like_p(self, bound: Bound, by_kind: dict[int, Tensor]) -> list[Tensor]:
+        """What the cells of each kind give, summed."""
+        return [
+            bound.at(of_cells).sum(0).view(shape)
+            for of_cells, shape in zip(by_kind.values(), self._p, strict=True)
+        ]
 
 
 def cells(
     plan: Plan, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None = None
-) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+) -> tuple[Tensor, Callable[[], Tensor] | None]:
     """The output of the last cell.
 
     Differentiable once with respect to x, weights and p; and the gradients of x and weights once more with
@@ -199,13 +214,13 @@ def cells(
     Args:
         x: [N, C, H, W] in the plan's dtype; the first cell reads it twice.
         weights: all weights of the cells, in a row: float64 for float64 x, else float32.
-        p: by kind of cell, the probabilities of its candidates, of the weights' type.
+        p: by kind of cell, the probabilities of its candidates, of the weights' type; in any shape.
         constants: in evaluation, what the batch norms normalise by: [3, channels of all batch norms]. Then
             nothing is differentiated.
 
     Returns:
-        [N, nodes * C, H, W], channels-last, valid as long as its graph; and in training the mean and the
-        biased variance of the batch, [C] for each batch norm, valid as long.
+        [N, nodes * C, H, W], channels-last, valid as long as its graph; and in training a function that gives
+        the means and the unbiased variances of the batch, [2, channels of all batch norms], as long.
 
     Raises:
         RuntimeError: when another derivative is asked for.
@@ -214,7 +229,7 @@ def cells(
     if not plan.sweeps.training:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *p.values())):
             raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
-        return current.forward(x, weights, p, constants).clone(), ([], [])
+        return current.forward(x, weights, p, constants).clone(), None
     x, weights = with_node(x), with_node(weights)
     output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
     return output, current.statistics

@@ -3,7 +3,7 @@
 The calls of a network's sweeps (cell.py) are on meta tensors, whose storages stand for buffers. `place` finds
 from the calls when each buffer is written first and read last, and places it:
 
-    kept by a sweep     what a later sweep reads: one behind the other in that sweep's block
+    kept by a sweep     what a later sweep reads: one behind the other in that sweep's block, small ones first
     within a sweep      in the scratch block of the sweep, over what is no longer read
 
 Blocks are made once and used again, so a sweep allocates no buffer and addresses do not change: the calls of
@@ -75,6 +75,11 @@ class Layout(NamedTuple):
 
     places: dict[int, Place]
     sizes: dict[str, int]
+
+    def number(self, t: Tensor) -> tuple[str, int]:
+        """The block of a tensor, and how many numbers of its type lie there before its first."""
+        block, offset = self.places[_storage(t)]
+        return block, offset // t.element_size() + t.storage_offset()
 
 
 class _Life(NamedTuple):
@@ -167,7 +172,7 @@ def place(
     sizes = {f"{name} {what}": 0 for name in names for what in ("kept", "scratch")}
     by_birth: dict[tuple[int, int], list[int]] = {}
     by_death: dict[tuple[int, int], list[int]] = {}
-    for key, life in lives.items():
+    for key, life in sorted(lives.items(), key=lambda item: item[1].size):
         if key in places:
             continue
         sweep = life.first[0]
@@ -255,8 +260,8 @@ class Binding:
         return tree
 
     def _tensor(self, t: Tensor) -> Tensor:
-        block, offset = self._layout.places[_storage(t)]
+        block, start = self._layout.number(t)
         typed = self._typed.get((block, t.dtype))
         if typed is None:
             typed = self._typed[block, t.dtype] = self._blocks[block].view(t.dtype)
-        return typed.as_strided(t.shape, t.stride(), offset // t.element_size() + t.storage_offset())
+        return typed.as_strided(t.shape, t.stride(), start)

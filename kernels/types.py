@@ -71,7 +71,7 @@ class SecondReader(NamedTuple):
 
     first: Reader
     tangent: Tensor  # yd
-    tangent_sums: Tensor | None  # [4, entries, C]: of yd, yd h, yd G, G
+    tangent_sums: Tensor | None  # [3, entries, C]: of yd, yd h, yd G
     adjoint: Tensor  # Gd, as `first.adjoint`
     sums: Tensor | None  # [2, entries, C]: of Gd, Gd h
 
@@ -139,11 +139,13 @@ class Backend(Protocol):
         sources: Sequence[Source],
         tasks: Sequence[Task],
         source_tangents: Sequence[Tensor],  # xd of each source
+        # [3, sources, C]: of xd, xd h, xd H; None: no source is normalised
+        source_sums: Tensor | None,
         weight_tangents: Sequence[Weights],  # Dd, Pd of each task
-        adjoints: Tensor | None,  # [sources, N, C, H, W]: H; None: no source is normalised
+        readers: Sequence[Reader],  # one an output
         *,
         y: Tensor,  # [outputs, N, K, H', W']: yd = P (D * ad + Dd * a) + Pd (D * a)
-        sums: Tensor | None,  # [4, sources, C]: of xd, xd h, xd H, H; None: no source is normalised
+        sums: Sequence[Tensor],  # [3, K] of each reader: of yd, yd h, yd G
     ) -> list[Launch]: ...
 
     def sepconv_second(
@@ -181,22 +183,23 @@ class Backend(Protocol):
         candidates: Sequence[Source],
         weights: Tensor,
         tangents: Sequence[Tensor],  # yd of each candidate
+        tangent_sums: Tensor,  # [3, candidates, C]: of yd, yd h, yd G, where a candidate has statistics
         adjoint: Tensor,  # G
-        sums: Tensor,  # what `mix_backward` wrote
         *,
         outs: Sequence[Tensor],  # od = sum over k of p_k hd_k
-        tangent_sums: Tensor,  # [4, candidates, C]: of yd, yd h, yd G, G
-        weight_gradient: Tensor,  # [candidates]: the sum of G hd_k
+        products: Tensor,  # [candidates, C]: of yd G; written where a candidate has no statistics
     ) -> list[Launch]: ...
 
     def mix_second(
         self,
         candidates: Sequence[Source],
         adjoint: Tensor,  # Gd
-        gradient_before: Tensor,  # what `mix_tangent` wrote as `weight_gradient`
+        first_sums: Tensor,  # what `mix_backward` wrote
+        tangent_sums: Tensor,  # as in `mix_tangent`
+        products: Tensor,  # what it wrote
         *,
         sums: Tensor,  # [2, candidates, C]: of Gd, Gd h
-        weight_gradient: Tensor,  # [candidates]: the sum of Gd h_k + G hd_k
+        weight_gradient: Tensor,  # [candidates]: Q_p, the sum of Gd h_k + G hd_k
     ) -> list[Launch]: ...
 
     # Batch norm of several tensors alike, each by itself: preprocessing.
@@ -216,10 +219,9 @@ class Backend(Protocol):
         self,
         sources: Sequence[Source],
         tangents: Sequence[Tensor],  # yd of each
-        adjoints: Sequence[Tensor],  # G of each
+        sums: Tensor,  # [3, sources, C]: of yd, yd h, yd G
         *,
         out: Tensor,  # [sources, N, C, H, W]: hd of each
-        sums: Tensor,  # [4, sources, C]: of yd, yd h, yd G, G
     ) -> list[Launch]: ...
 
     # Tensors that several nodes read: a state's pools, and with stride 1 the state itself.
@@ -264,8 +266,16 @@ class Backend(Protocol):
         out: Tensor,  # [N, C, H, W]: the adjoint of x
     ) -> list[Launch]: ...
 
-    def pool_tangent(self, tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
-        """The tangents of both pools, [2, N, C, H', W']: they are linear once the positions are held."""
+    def pool_tangent(
+        self,
+        tangent: Tensor,  # of x
+        position: Tensor,
+        stride: int,
+        readers: Sequence[Sequence[Reader]],  # of each pool; may be none
+        *,
+        pools: Tensor,  # [2, N, C, H', W']: the tangents of both, linear once the positions are held
+        sums: Sequence[Sequence[Tensor]],  # [3, C] of each reader: of yd, yd h, yd G
+    ) -> list[Launch]: ...
 
     def add(self, terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
         """The sum of two or more tensors, which may be slices of channels."""

@@ -51,6 +51,11 @@ def sums(*products):
     return torch.stack([product.sum((0, 2, 3)) for product in products])
 
 
+def of_tangent(y, h, g):
+    """Returns yd, yd h and yd G."""
+    return y.tangent, y.tangent * h, y.tangent * g
+
+
 # Automatic differentiation
 
 
@@ -207,6 +212,10 @@ class Runner:
     def empty_slice(self, shape):
         return self._between_others(shape)
 
+    def empty_entry(self, rows, c):
+        """Returns [rows, C] that lies among those of other entries."""
+        return self.empty(rows, 3, c)[:, 1]
+
     def empty(self, *shape):
         return poison(torch.empty(shape, dtype=self.wide, device=self.device))
 
@@ -256,6 +265,14 @@ class Runner:
             assert error <= BOUNDS[self.dtype], (what, error)
         else:
             assert not result.any(), what
+
+    def compare_sums(self, what, results, products):
+        """Bounds the error of each sum over images and pixels, relative to that of the absolute values: what
+        is summed has been rounded, and may cancel."""
+        for result, product in zip(results, products, strict=True):
+            error = (result.cpu().double() - product.sum((0, 2, 3)).cpu()).norm()
+            size = product.abs().sum((0, 2, 3)).norm().cpu()
+            assert error <= BOUNDS[self.dtype] * size, (f"sums of {what}", error / size)
 
     def compare_each(self, what, results, expected):
         """Compares each row of sums or statistics by itself: the rows differ in size."""
@@ -376,21 +393,18 @@ class Sepconv(NamedTuple):
             if d is not None:
                 r.compare(f"dD {i}", gradients[i, k * c : k * c + d.numel()], d.flatten())
 
-        out, out_sums = r.empty_images(count, y[0].value.shape), None
-        adjoints = None
+        out, source_sums = r.empty_images(count, y[0].value.shape), None
         if self.norm:
-            out_sums, adjoints = r.empty(4, len(x), c), r.images([t.adjoint for t in h])
-        moved = [r.weights(t) for t in tangents]
-        r("sepconv_tangent", sources, tasks, list(r.images([t.tangent for t in x])), moved, adjoints,
-          y=out, sums=out_sums)  # fmt: skip
+            products = [sums(*of_tangent(t, i.value, i.adjoint)) for t, i in zip(x, h, strict=True)]
+            source_sums = r.numbers(torch.stack(products, dim=1))
+        moved, of_readers = [r.weights(t) for t in tangents], [second.first for second in readers]
+        out_sums = [r.empty_entry(3, out.shape[2]) for _ in readers]
+        r("sepconv_tangent", sources, tasks, list(r.images([t.tangent for t in x])), source_sums, moved,
+          of_readers, y=out, sums=out_sums)  # fmt: skip
         r.compare("yd", out, torch.stack([t.tangent for t in y]))
-        if self.norm:
-            products = [
-                (t.tangent, t.tangent * i.value, t.tangent * i.adjoint, i.adjoint)
-                for t, i in zip(x, h, strict=True)
-            ]
-            expected = torch.stack([sums(*terms) for terms in products], dim=1)
-            r.compare_each("sums of xd, xd h, xd H, H", out_sums, expected)
+        for i, found in enumerate(out_sums):
+            read = y[i] if self.read_as_it_is else of[f"m{i}"]
+            r.compare_sums(f"yd, yd h, yd G {i}", found, of_tangent(y[i], read.value, of[f"g{i}"].value))
 
         adjoint = r.empty_images(len(x), self.shape)
         out_sums = r.empty(2, len(x), c) if self.norm else None
@@ -428,14 +442,14 @@ def readers(r, candidates, normalised, p, sliced):
         entry = {i: count + 1 - i for i in of_mix}
         first, tangent, second = {}, {}, {}
         for i in of_mix:
-            (y, h, g), nothing = candidates[i], torch.full((4, candidates[i][0].value.shape[1]), float("nan"))
+            (y, h, g), nothing = candidates[i], torch.full((3, candidates[i][0].value.shape[1]), float("nan"))
             if normalised[i]:
                 first[entry[i]] = sums(g.value, g.value * h.value)
-                tangent[entry[i]] = sums(y.tangent, y.tangent * h.value, y.tangent * g.value, g.value)
+                tangent[entry[i]] = sums(*of_tangent(y, h.value, g.value))
                 second[entry[i]] = sums(g.tangent, g.tangent * h.value)
             else:  # they are not read
                 first[entry[i]], tangent[entry[i]], second[entry[i]] = nothing[:2], nothing, nothing[:2]
-        of_first, of_tangent, of_second = (r.entries(s, entries) for s in (first, tangent, second))
+        first, tangent, second = (r.entries(s, entries) for s in (first, tangent, second))
         weights = None
         if p is not None:
             weights = torch.full((entries,), float("nan"), dtype=torch.float64)
@@ -447,14 +461,14 @@ def readers(r, candidates, normalised, p, sliced):
             without = not normalised[i] and mix == 0
             statistics = r.numbers(statistics_of(y.value)) if normalised[i] else None
             reader = Reader(
-                shared[i], statistics, entry[i], as_read(g.value), None if without else of_first, weights
+                shared[i], statistics, entry[i], as_read(g.value), None if without else first, weights
             )
             result[i] = SecondReader(
                 reader,
                 r.image(y.tangent),
-                None if without else of_tangent,
+                None if without else tangent,
                 as_read(g.tangent),
-                None if without else of_second,
+                None if without else second,
             )
     return result
 
@@ -516,29 +530,26 @@ class Mix(NamedTuple):
         r.compare_each("sums of G, G h", out_sums, first)
         r.compare("dL/dp", gradient, p.adjoint)
 
-        outs, out_sums, gradient = empty_outs(), r.empty(4, count, c), r.empty(count)
-        tangents = list(r.images([t.tangent for t in y]))
-        r("mix_tangent", candidates, weights, tangents, as_read(g.value), r.numbers(first),
-          outs=outs, tangent_sums=out_sums, weight_gradient=gradient)  # fmt: skip
+        outs, products, tangents = empty_outs(), r.empty(count, c), list(r.images([t.tangent for t in y]))
+        of_y = {
+            k: sums(*of_tangent(t, i.value, g.value))
+            for k, (t, i, normed) in enumerate(zip(y, h, self.normalised, strict=True))
+            if normed
+        }
+        of_y = r.entries(of_y, count)
+        r("mix_tangent", candidates, weights, tangents, of_y, as_read(g.value),
+          outs=outs, products=products)  # fmt: skip
         for out in outs:
             r.compare("od", out, o.tangent)
-        expected = [
-            sums(t.tangent, t.tangent * i.value, t.tangent * g.value, g.value)
-            for t, i in zip(y, h, strict=True)
-        ]
-        r.compare_each("sums of yd, yd h, yd G, G", out_sums, torch.stack(expected, dim=1))
-        before = torch.stack([(g.value * t.tangent).sum() for t in h])
-        r.compare("sum of G hd", gradient, before)
+        for k, normed in enumerate(self.normalised):
+            if normed:
+                assert products[k].isnan().all(), "a product was written that nobody reads"
+            else:
+                r.compare_sums(f"yd G {k}", products[k : k + 1], [y[k].tangent * g.value])
 
         out_sums, gradient = r.empty(2, count, c), r.empty(count)
-        r(
-            "mix_second",
-            candidates,
-            as_read(g.tangent),
-            r.numbers(before),
-            sums=out_sums,
-            weight_gradient=gradient,
-        )
+        r("mix_second", candidates, as_read(g.tangent), r.numbers(first), of_y, products,
+          sums=out_sums, weight_gradient=gradient)  # fmt: skip
         expected = torch.stack([sums(g.tangent, g.tangent * t.value) for t in h], dim=1)
         r.compare_each("sums of Gd, Gd h", out_sums, expected)
         r.compare("second adjoint of p", gradient, p.second)
@@ -580,17 +591,10 @@ class Norm(NamedTuple):
             r("norm_backward", sources, [r.image(t) for t in adjoints], sums=out_sums)
             expected = [sums(a, a * t.value) for a, t in zip(adjoints, h, strict=True)]
             r.compare_each("sums of G, G h", out_sums, torch.stack(expected, dim=1))
-        out, out_sums = r.empty_images(self.sources, self.shape), r.empty(4, self.sources, self.shape[1])
-        tangents, adjoints = (
-            [r.image(t) for t in ts] for ts in ([t.tangent for t in x], [t.value for t in g])
-        )
-        r("norm_tangent", sources, tangents, adjoints, out=out, sums=out_sums)
+        of_x = [sums(*of_tangent(t, i.value, a.value)) for t, i, a in zip(x, h, g, strict=True)]
+        out, of_x = r.empty_images(self.sources, self.shape), r.numbers(torch.stack(of_x, dim=1))
+        r("norm_tangent", sources, [r.image(t.tangent) for t in x], of_x, out=out)
         r.compare("hd", out, torch.stack([t.tangent for t in h]))
-        expected = [
-            sums(t.tangent, t.tangent * i.value, t.tangent * a.value, a.value)
-            for t, i, a in zip(x, h, g, strict=True)
-        ]
-        r.compare_each("sums of yd, yd h, yd G, G", out_sums, torch.stack(expected, dim=1))
 
 
 class FanOut(NamedTuple):
@@ -650,6 +654,8 @@ class Pool(NamedTuple):
     shape: tuple[int, int, int, int]
     stride: int
     terms: int = 0
+    readers: tuple[int, int] = (2, 2)  # of each pool, in the tangent sweep
+    read_as_it_is: bool = False  # they do not normalise it
 
     def graph(self, device):
         g = Graph(5, device)
@@ -699,13 +705,32 @@ class Pool(NamedTuple):
             out = r.empty_image(self.shape)
             r("pool_backward", position, self.stride, adjoints, terms, out=out)
             r.compare(f"the adjoint of x, from each {field}", out, result)
-        out = r.empty_images(2, shape)
-        r("pool_tangent", r.image(x.tangent), position, self.stride, pools=out)
-        r.compare("tangents", out, torch.stack([t.tangent for t in pools]))
+        self.check_tangent(r, r.image(x.tangent), position, pools)
         # Evaluation
         out, position = r.empty_images(2, shape), types.images(1, shape, torch.uint8, r.device)[0]
         r("pool_forward", r.image(x.value), self.stride, pools=out, position=position, statistics=None)
         r.compare("pools without statistics", out, torch.stack([t.value for t in pools]))
+
+    def check_tangent(self, r, tangent, position, pools):
+        """Also for what reads the pools, of which some hand back slices of channels."""
+        shape, generator = pools[0].value.shape, torch.Generator().manual_seed(7)
+        random = lambda: torch.randn(shape, generator=generator).bfloat16().double().to(r.device)  # noqa: E731
+        adjoints = [[random() for _ in range(count)] for count in self.readers]
+        of_readers, read = [], r.images([t.value for t in pools])
+        for pool, y, of_pool in zip(pools, read, adjoints, strict=True):
+            statistics = None if self.read_as_it_is else r.numbers(statistics_of(pool.value))
+            given = [r.slice(g) if i % 2 else r.image(g) for i, g in enumerate(of_pool)]
+            of_readers.append([Reader(y, statistics, i, g, None, None) for i, g in enumerate(given)])
+        out, out_sums = (
+            r.empty_images(2, shape),
+            [[r.empty_entry(3, shape[1]) for _ in of] for of in adjoints],
+        )
+        r("pool_tangent", tangent, position, self.stride, of_readers, pools=out, sums=out_sums)
+        r.compare("tangents", out, torch.stack([t.tangent for t in pools]))
+        for pool, of_pool, found in zip(pools, adjoints, out_sums, strict=True):
+            for g, of_reader in zip(of_pool, found, strict=True):
+                h = pool.value if self.read_as_it_is else normalised(pool.value)
+                r.compare_sums("yd, yd h, yd G", of_reader, of_tangent(pool, h, g))
 
 
 class Add(NamedTuple):
@@ -758,8 +783,10 @@ CASES = {
     "fan out, some unread": FanOut((1, 20, 5, 3), (2, 0), (True, True), sliced=True),
     "fan out, not weighed": FanOut((1, 3, 4, 4), (2, 1), (True, False), weighed=False),
     "pools": Pool((2, 3, 5, 7), 1, terms=2),
-    "pools, stride 2, odd": Pool((1, 5, 7, 5), 2, terms=3),
-    "pools, stride 2": Pool((2, 20, 4, 6), 2),
+    "pools, stride 2, odd": Pool((1, 5, 7, 5), 2, terms=3, readers=(4, 1)),
+    "pools, stride 2": Pool((2, 20, 4, 6), 2, readers=(0, 3)),
+    "pools that nobody reads": Pool((1, 3, 4, 5), 1, readers=(0, 0)),
+    "pools, read as they are": Pool((1, 3, 4, 5), 2, readers=(1, 2), read_as_it_is=True),
     "add": Add((2, 5, 3, 4), 3),
     "add two": Add((1, 20, 4, 4), 2),
 }

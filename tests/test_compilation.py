@@ -91,12 +91,14 @@ def test_a_slice_of_a_vector_may_begin_anywhere():
     from darts_fast.kernels.types import Source, images
 
     x, vector = images(2, (2, 4, 8, 8), torch.float32, "meta"), torch.empty(8, device="meta")
-    adjoint, sums = images(1, x[0].shape, x.dtype, "meta")[0], torch.empty(2, 2, 4, device="meta")
+    adjoint = images(1, x[0].shape, x.dtype, "meta")[0]
+    sums, tangent_sums, products = (torch.empty(*rows, 2, 4, device="meta") for rows in ((2,), (3,), ()))
 
     def keys(start):
         p = vector[start : start + 2]
         forward = triton.mix_forward([Source(y) for y in x], p, outs=[adjoint])
-        second = triton.mix_second([Source(y) for y in x], adjoint, p, sums=sums, weight_gradient=p)
+        reads = [Source(y) for y in x], adjoint, sums, tangent_sums, products
+        second = triton.mix_second(*reads, sums=sums, weight_gradient=p)
         return list(map(compilation.key, forward + second))
 
     assert keys(0) == keys(1)

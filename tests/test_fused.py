@@ -1,6 +1,7 @@
 """The fused cell against the reference cell and the official code's numbers."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -84,6 +85,19 @@ def test_every_gradient_is_the_references():
     expected = dict(networks[0].named_parameters())
     for name, parameter in networks[1].named_parameters():
         assert relative_error(parameter.grad, expected[name].grad) < 1e-9, name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_the_running_statistics_of_a_copy_are_its_own(copied):
+    """They are views of one tensor, which a copy must have anew."""
+    reference, network = pair()
+    before, other = copy.deepcopy(network.state_dict()), copied(network)
+    images, _ = batch()
+    with torch.no_grad():
+        reference(images)
+        other(images)
+    assert_same_state(other.state_dict(), reference.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
 
 
 def test_running_statistics_and_evaluation_are_the_references():

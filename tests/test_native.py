@@ -182,18 +182,20 @@ def test_a_dimension_of_one_value_may_have_any_stride():
         assert torch.equal(out, 2 * part)
 
 
+def counted(launches):
+    return [launch.bytes for launch in launches]
+
+
+def size(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def test_the_bytes_that_are_counted():
     """Each tensor once that is read or written; a y that is not normalised is not read."""
     x, g, out = (images(2, 16, 8, 8) for _ in range(3))
     (y,), statistics = types.images(1, (2, 16, 4, 4), torch.float32), torch.empty(1, 3, 16)
     adjoint, sums = images(2, 16, 4, 4), torch.empty(2, 1, 16)
     task = Task(0, Weights(torch.empty(16, 1, 3, 3), torch.empty(16, 16, 1, 1)), 2)
-
-    def counted(launches):
-        return [launch.bytes for launch in launches]
-
-    def size(*tensors):
-        return sum(t.numel() * t.element_size() for t in tensors)
 
     found = native.sepconv_forward([Source(x)], [task, task], y=torch.stack([y, y]), statistics=None)
     assert counted(found) == [size(x, y, y, *task.weights)]
@@ -212,6 +214,24 @@ def test_the_bytes_that_are_counted():
     assert counted(found) == [size(x, g) + 2 * 16 * 4] * 2
 
 
+def test_the_bytes_that_are_counted_in_the_tangent_sweep():
+    """Sums of a tangent read y, normalised or not; a mix reads y where it is, and its adjoint where not."""
+    x, xd = types.images(2, (2, 16, 8, 8), torch.float32)
+    y, g, out, *yd = tangents = types.images(5, (2, 16, 4, 4), torch.float32)
+    statistics, sums, products, p = (torch.empty(*shape) for shape in ((3, 16), (3, 2, 16), (2, 16), (2,)))
+    weights, reader = Weights(None, torch.empty(16, 16, 1, 1)), Reader(y, None, 0, g, None, p)
+    reads = [Source(x)], [Task(0, weights, 2)], [xd], None, [weights], [reader]
+    found = native.sepconv_tangent(*reads, y=out[None], sums=[sums[:, 0]])
+    assert counted(found) == [size(x, xd, weights.pointwise, y, g, out, sums[:, 0])]
+    position = types.images(1, y.shape, torch.uint8)[0]
+    readers = [], [reader._replace(statistics=statistics)] * 2
+    found = native.pool_tangent(xd, position, 2, readers, pools=tangents[3:], sums=([], sums.unbind(1)))
+    assert counted(found) == [size(xd, position, y, statistics, g, *yd, sums)]
+    for source, read in ((Source(y), (g, products)), (Source(y, statistics), (y, statistics))):
+        found = native.mix_tangent([source, source], p, yd, sums, g, outs=[out], products=products)
+        assert counted(found) == [size(*yd, sums, p, out, *read)]
+
+
 # Which backend computes
 
 
@@ -223,6 +243,27 @@ def test_float32_on_the_cpu_is_native_and_nothing_else_is():
         assert kernels.backend(cpu, dtype) is aten
 
 
+@pytest.fixture
+def uncached(monkeypatch):
+    """What the machine has is found anew."""
+    for function in (library.absence, library.level):
+        for module in (native, library):
+            monkeypatch.setattr(module, function.__name__, function.__wrapped__)
+
+
+@pytest.mark.parametrize("key", sorted(native.LEVELS))
+def test_the_environment_names_the_highest_level(key, uncached, monkeypatch):
+    if library._path(key) is None:
+        pytest.skip(f"{native.LEVELS[key]} was not built")
+    before = native.level()
+    monkeypatch.setenv("DARTS_NATIVE_LEVEL", native.LEVELS[key])
+    assert native.level() == min(key, before)
+    monkeypatch.setenv("DARTS_NATIVE_LEVEL", "v3")
+    assert native.level() is None
+    expected = "DARTS_NATIVE_LEVEL is 'v3', which is none of x86-64-v4, x86-64-v3, portable"
+    assert expected in kernels.used(torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize(
     "replaced, expected",
     [
@@ -231,13 +272,10 @@ def test_float32_on_the_cpu_is_native_and_nothing_else_is():
     ],
     ids=["no library", "of other sources"],
 )
-def test_where_it_cannot_be_used_the_other_says_so(replaced, expected, monkeypatch):
+def test_where_it_cannot_be_used_the_other_says_so(replaced, expected, uncached, monkeypatch):
     # sanitize.sh compiles without setup.py, which alone builds the digest in.
     if os.environ.get("DARTS_NATIVE_FOLDER") and replaced[0] == "_digest":
         pytest.skip("a build for the sanitizers, which is not compared with the sources")
-    for function in (library.absence, library.level):
-        for module in (native, library):
-            monkeypatch.setattr(module, function.__name__, function.__wrapped__)
     monkeypatch.setattr(library, *replaced)
     where = torch.device("cpu"), torch.float32
     assert kernels.backend(*where) is aten

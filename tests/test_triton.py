@@ -24,7 +24,13 @@ import triton as language  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from darts_fast.kernels import triton  # noqa: E402
-from darts_fast.kernels.triton import launch, mix, sepconv  # noqa: E402
+from darts_fast.kernels.triton import (  # noqa: E402
+    launch,
+    mix,
+    sepconv_depthwise,
+    sepconv_forward,
+    sepconv_pointwise,
+)
 
 # A kernel is interpreted or compiled from its decoration on: one process cannot have both.
 pytestmark = pytest.mark.skipif(
@@ -183,7 +189,7 @@ def test_hessian_vector_product_of_a_supernet(monkeypatch):
     # Most of the interpreter's time goes to checks of integer overflow and to the selects of `pick`, which
     # the tests above have.
     monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
-    for module in (mix, sepconv):
+    for module in (mix, sepconv_forward, sepconv_pointwise, sepconv_depthwise):
         monkeypatch.setattr(module, "pick", lambda values, i: values[int(i.handle.data.item())])
     torch.manual_seed(0)
     reference = Supernet(2, 3, 3).double()

@@ -39,32 +39,33 @@ def normalise(source: Source) -> Tensor:
     return F.batch_norm(x, source.statistics[0], source.statistics[1], training=False, eps=EPSILON)
 
 
-def _norm_backward(g: Tensor, source: Source, output_mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns B(g), and the sums of g h and of g per channel; None where `output_mask` is False.
-
-    The batch norm has a weight of ones: on CUDA, ATen returns no gradient of a weight that is None.
-    """
-    x = wide(source.x)
-    one = x.new_ones(x.shape[1])
-    mean, r = (torch.zeros_like(one), one) if source.statistics is None else source.statistics[::2]
-    return aten.native_batch_norm_backward(g, x, one, mean, r, mean, r, True, EPSILON, output_mask)
-
-
 def sums_with(g: Tensor, source: Source) -> Tensor:
-    """Returns the sums of g and of g h per channel, [2, C], without writing the product g h."""
-    _, products, sums = _norm_backward(g, source, [False, True, True])
+    """Returns the sums of g and of g h per channel, [2, C], without writing the product g h: the gradients of
+    a bias and of a weight of the batch norm."""
+    x = wide(source.x)
+    one = x.new_ones(x.shape[1])  # the weight: on CUDA, ATen returns no gradient of one that is None
+    mean, r = (torch.zeros_like(one), one) if source.statistics is None else source.statistics[::2]
+    wanted = [False, True, True]
+    _, products, sums = aten.native_batch_norm_backward(g, x, one, mean, r, mean, r, True, EPSILON, wanted)
     return torch.stack([sums, products])
 
 
-def normalise_tangent(tangent: Tensor, source: Source) -> tuple[Tensor, Tensor]:
-    """Returns hd = B(yd) of a source whose tangent is yd, and the sums of yd and of yd h per channel, [2, C].
+def write_tangent_sums(tangent: Tensor, reader: Reader, sums: Tensor) -> None:
+    """Writes the sums of yd, yd h and yd G per channel, [3, C], for what reads y."""
+    yd = wide(tangent)
+    sums[:2] = sums_with(yd, Source(reader.y, reader.statistics))
+    sums[2] = sums_with(yd, Source(reader.adjoint))[1]
 
-    B is its own transpose, so ATen's backward pass of batch norm computes it.
-    """
+
+def normalise_tangent(tangent: Tensor, source: Source, sums: Tensor | None) -> Tensor:
+    """Returns hd = r (yd - mean(yd) - h mean(yd h)) of a source whose tangent is yd; `sums` [3, C] are those
+    of yd, yd h and yd G. It may be `tangent` itself."""
+    yd = wide(tangent)
     if source.statistics is None:
-        return wide(tangent), sums_with(wide(tangent), source)
-    hd, products, sums = _norm_backward(wide(tangent), source, [True, True, True])
-    return hd, torch.stack([sums, products])
+        return yd
+    mean, _, r = source.statistics
+    yd_mean, t, _ = sums / (yd.numel() / yd.shape[1])
+    return evaluate(source.x, [_with_h([(yd, r)], -r * yd_mean, -r * t, mean, r)])
 
 
 class Terms(NamedTuple):
@@ -95,8 +96,8 @@ def second_terms(reader: SecondReader) -> Terms:
         return Terms([(gd, p.expand(gd.shape[1]))])
     mean, _, r = first.statistics
     m = gd.numel() / gd.shape[1]
-    s = first.sums[1, index] / m
-    yd_mean, t, g_yd, g_mean = reader.tangent_sums[:, index] / m
+    g_mean, s = first.sums[:, index] / m
+    yd_mean, t, g_yd = reader.tangent_sums[:, index] / m
     gd_mean, gd_h = reader.sums[:, index] / m
     u = r * (g_yd - g_mean * yd_mean - s * t)
     others = [

@@ -53,24 +53,18 @@ def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
     tangents: Sequence[Tensor],
+    tangent_sums: Tensor,
     adjoint: Tensor,
-    sums: Tensor,
     *,
     outs: Sequence[Tensor],
-    tangent_sums: Tensor,
-    weight_gradient: Tensor,
+    products: Tensor,
 ) -> None:
-    g, total = wide(adjoint), None
-    m = g.numel() / g.shape[1]
+    total = None
     for k, (candidate, p, yd) in enumerate(zip(candidates, weights, tangents, strict=True)):
-        hd, tangent_sums[:2, k] = normalise_tangent(yd, candidate)
-        tangent_sums[2:, k] = sums_with(g, Source(yd)).flip(0)
+        hd = normalise_tangent(yd, candidate, tangent_sums[:, k])
         total = hd * p if total is None else total.addcmul_(hd, p)
-        g_hd = tangent_sums[2, k]
-        if candidate.statistics is not None:
-            correction = sums[0, k] * tangent_sums[0, k] + sums[1, k] * tangent_sums[1, k]
-            g_hd = candidate.statistics[2] * (g_hd - correction / m)
-        weight_gradient[k] = g_hd.sum()
+        if candidate.statistics is None:
+            products[k] = sums_with(hd, Source(adjoint))[1]
     for out in outs:
         out.copy_(total)
 
@@ -79,15 +73,22 @@ def mix_tangent(
 def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
-    gradient_before: Tensor,
+    first_sums: Tensor,
+    tangent_sums: Tensor,
+    products: Tensor,
     *,
     sums: Tensor,
     weight_gradient: Tensor,
 ) -> None:
     gd = wide(adjoint)
+    m = gd.numel() / gd.shape[1]
     for k, candidate in enumerate(candidates):
         sums[:, k] = sums_with(gd, candidate)
-    torch.add(gradient_before, sums[1].sum(1), out=weight_gradient)
+        g_hd = products[k]
+        if candidate.statistics is not None:
+            (g, g_h), (yd, yd_h, yd_g) = first_sums[:, k], tangent_sums[:, k]
+            g_hd = candidate.statistics[2] * (yd_g - (g * yd + g_h * yd_h) / m)
+        weight_gradient[k] = (sums[1, k] + g_hd).sum()
 
 
 # Batch norm of several tensors alike, each by itself.
@@ -109,15 +110,12 @@ def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums
 def norm_tangent(
     sources: Sequence[Source],
     tangents: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
+    sums: Tensor,
     *,
     out: Tensor,
-    sums: Tensor,
 ) -> None:
-    for number, (source, yd, g) in enumerate(zip(sources, tangents, adjoints, strict=True)):
-        hd, sums[:2, number] = normalise_tangent(yd, source)
-        sums[2:, number] = sums_with(wide(g), Source(yd)).flip(0)
-        out[number].copy_(hd)
+    for number, (source, yd) in enumerate(zip(sources, tangents, strict=True)):
+        out[number].copy_(normalise_tangent(yd, source, sums[:, number]))
 
 
 # Tensors that several nodes read.

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast.kernels.aten.batch_norm import aten, statistics_of, wide
+from darts_fast.kernels.aten.batch_norm import aten, statistics_of, wide, write_tangent_sums
 from darts_fast.kernels.aten.launch import as_launch
+from darts_fast.kernels.types import Reader
 
 
 @as_launch
@@ -41,11 +42,22 @@ def pool_backward(
 
 
 @as_launch
-def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> None:
+def pool_tangent(
+    tangent: Tensor,
+    position: Tensor,
+    stride: int,
+    readers: Sequence[Sequence[Reader]],
+    *,
+    pools: Tensor,
+    sums: Sequence[Sequence[Tensor]],
+) -> None:
     tangent = wide(tangent)
     index = _plane_index(position, stride, tangent.shape[3])
     pools[0].copy_(tangent.flatten(2).gather(2, index.flatten(2)).view(position.shape))
     pools[1].copy_(F.avg_pool2d(tangent, 3, stride, 1, count_include_pad=False))
+    for pool, of_readers, of_sums in zip(pools, readers, sums, strict=True):
+        for reader, of_reader in zip(of_readers, of_sums, strict=True):
+            write_tangent_sums(pool, reader, of_reader)
 
 
 def _first_pixels(position: Tensor, stride: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from darts_fast.kernels.aten.batch_norm import (
     second_terms,
     statistics_of,
     sums_with,
-    wide,
+    write_tangent_sums,
 )
 from darts_fast.kernels.aten.launch import as_launch
 from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights
@@ -76,20 +76,17 @@ def sepconv_tangent(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     source_tangents: Sequence[Tensor],
+    source_sums: Tensor | None,
     weight_tangents: Sequence[Weights],
-    adjoints: Tensor | None,
+    readers: Sequence[Reader],
     *,
     y: Tensor,
-    sums: Tensor | None,
+    sums: Sequence[Tensor],
 ) -> None:
     destinations = _destinations(tasks, y)
     for number, (source, xd) in enumerate(zip(sources, source_tangents, strict=True)):
         a = rectify(source)
-        hd = wide(xd)
-        if sums is not None:
-            hd, sums[:2, number] = normalise_tangent(xd, source)
-            sums[2:, number] = sums_with(wide(adjoints[number]), Source(xd)).flip(0)
-        ad = masked(hd, a)
+        ad = masked(normalise_tangent(xd, source, None if source_sums is None else source_sums[:, number]), a)
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
@@ -99,6 +96,8 @@ def sepconv_tangent(
                 zd.add_(depthwise(a, dd, task))
             output, channels = destinations[index]
             y[output, :, channels].copy_(pointwise(depthwise(a, d, task), pd, pointwise(zd, p)))
+    for yd, reader, of_reader in zip(y, readers, sums, strict=True):
+        write_tangent_sums(yd, reader, of_reader)
 
 
 @as_launch

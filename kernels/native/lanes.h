@@ -216,7 +216,8 @@ struct Parts {
 };
 
 // Adds up partial[part][width] over the parts, in double and in their order.
-INLINE double* over_parts(const float* partial, int64_t parts, int64_t width, Arena& arena) {
+template <class Number>
+INLINE double* over_parts(const Number* partial, int64_t parts, int64_t width, Arena& arena) {
   double* found = arena.zeros<double>(width);
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < width; ++i) found[i] += double(partial[part * width + i]);

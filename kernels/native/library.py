@@ -11,6 +11,7 @@ from pathlib import Path
 
 from darts_fast.kernels.native.table import STRUCTURES, size_of
 
+LEVEL_VARIABLE = "DARTS_NATIVE_LEVEL"  # of the environment: the highest level that may be used
 LEVELS = {4: "x86-64-v4", 3: "x86-64-v3", 0: "portable"}
 _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
 
@@ -38,15 +39,25 @@ def absence() -> str | None:
     # C++ reads tables that Python lays out: from a library of other sources the result would be garbage.
     if library.darts_sources() and _digest() not in ("", library.darts_sources().decode()):
         return "was built of other sources than are here: install darts_fast again"
+    if _highest_wanted() is None:
+        wanted = os.environ[LEVEL_VARIABLE]
+        return f"is not used: {LEVEL_VARIABLE} is {wanted!r}, which is none of {', '.join(LEVELS.values())}"
     return None
+
+
+def _highest_wanted() -> int | None:
+    """The key of LEVELS that the environment allows at most; None where it names no level."""
+    levels = {name: key for key, name in LEVELS.items()}
+    return levels.get(os.environ.get(LEVEL_VARIABLE, LEVELS[max(LEVELS)]))
 
 
 @cache
 def level() -> int | None:
-    """The key of LEVELS that is used on this machine; None where there is none, see `absence`."""
+    """The key of LEVELS that is used on this machine, DARTS_NATIVE_LEVEL at most; None where there is none,
+    see `absence`."""
     if absence() is not None:
         return None
-    highest = ctypes.CDLL(str(_path(0))).darts_level()
+    highest = min(ctypes.CDLL(str(_path(0))).darts_level(), _highest_wanted())
     return max(built for built in LEVELS if built <= highest and _path(built) is not None)
 
 

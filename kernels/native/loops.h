@@ -161,37 +161,42 @@ void pointwise(const float* z, Inputs inputs, const float* weights, float* out, 
 // Sums over pixels of a block of channels, of differences from the shift.
 struct Sums {
   V shift, sum, squares;
+
+  __attribute__((always_inline)) void add(int64_t, V y) {
+    V d = y - shift;
+    sum += d;
+    squares += d * d;
+  }
 };
 
-template <int T, class Lanes>
-INLINE void pointwise_sum(const float* z, Inputs inputs, const float* weights, float* y,
-                          int64_t k, Lanes lanes, bool streamed, Sums& sums) {
+// T pixels from number `first` on
+template <int T, class Lanes, class AnySums>
+INLINE void pointwise_sum(const float* z, Inputs inputs, const float* weights, float* y, int64_t k, Lanes lanes,
+                          bool streamed, int64_t first, AnySums& sums) {
   V acc[T];
+  z += first * LANES, y += first * k;
   pointwise_tile<T>(z, inputs, weights, acc);
   if (streamed) {
     UNROLL for (int j = 0; j < T; ++j) stream(y + j * k, acc[j]);
   } else {
     UNROLL for (int j = 0; j < T; ++j) store(lanes, y + j * k, acc[j]);
   }
-  UNROLL for (int j = 0; j < T; ++j) {
-    V d = acc[j] - sums.shift;
-    sums.sum += d;
-    sums.squares += d * d;
-  }
+  UNROLL for (int j = 0; j < T; ++j) sums.add(first + j, acc[j]);
 }
 
-// One block of output channels of n pixels, written into y, pixels k apart, and their sums.
-template <class Lanes>
+// One block of output channels of n pixels, written into y, pixels k apart, and their sums, to which pixels are added
+// by their numbers.
+template <class Lanes, class AnySums>
 void pointwise_out(const float* z, Inputs inputs, const float* weights, float* y, int64_t k,
-                   Lanes lanes, int64_t n, bool streamed, Sums& sums) {
+                   Lanes lanes, int64_t n, bool streamed, AnySums& sums) {
   streamed = streamed && lanes.count == LANES && k % LANES == 0 && aligned(y);
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE)
-    pointwise_sum<TILE>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<TILE>(z, inputs, weights, y, k, lanes, streamed, j, sums);
   for (; j + 8 <= n; j += 8)
-    pointwise_sum<8>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<8>(z, inputs, weights, y, k, lanes, streamed, j, sums);
   for (; j < n; ++j)
-    pointwise_sum<1>(z + j * LANES, inputs, weights, y + j * k, k, lanes, streamed, sums);
+    pointwise_sum<1>(z, inputs, weights, y, k, lanes, streamed, j, sums);
 }
 
 // found[c][.] += sum over n pixels of z[c] * y[.], of the first C channels c of a block

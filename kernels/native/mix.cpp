@@ -45,8 +45,25 @@ class Node {
   float* start_;
 };
 
+// The sum over channels, too, of G hd of a candidate
+double sum_of_g_hd(const Mix& q, int64_t k) {
+  const Matrix& statistics = q.candidates[k].statistics;
+  double total = 0;
+  for (int64_t i = 0; i < q.c; ++i) {
+    auto of = [&](const Matrix& sums, int quantity) { return double(sums.row(quantity)[k * q.c + i]); };
+    if (statistics.data == nullptr) {
+      total += double(q.products[k * q.c + i]);
+      continue;
+    }
+    double of_means = of(q.first_sums, SUM_G) * of(q.tangent_sums, SUM_YD) +
+                      of(q.first_sums, SUM_G_H) * of(q.tangent_sums, SUM_YD_H);
+    total += double(statistics.row(R)[i]) * (of(q.tangent_sums, SUM_YD_G) - of_means / double(q.m));
+  }
+  return total;
+}
+
 // Writes the sums over pixels of g and g h, where g is the call's adjoint; and the gradient of each weight, which is
-// the sum of g h over channels, too, and what it was before.
+// the sum of g h over channels, too, and in the second backward sweep of G hd.
 void adjoint_sums(const Mix& q, int threads) {
   Norms norms(q);
   Chunks chunks(q);
@@ -76,7 +93,7 @@ void adjoint_sums(const Mix& q, int threads) {
   }
   const double* totals = over_parts(partial, chunks.count, width, of_call);
   for (int64_t k = 0; k < q.count; ++k, totals += 2 * q.c) {
-    double gradient = q.gradient_before ? q.gradient_before[k] : 0;
+    double gradient = q.first_sums.data ? sum_of_g_hd(q, k) : 0;
     for (int64_t i = 0; i < q.c; ++i) {
       q.sums.row(SUM_G)[k * q.c + i] = float(totals[SUM_G * q.c + i]);
       q.sums.row(SUM_G_H)[k * q.c + i] = float(totals[SUM_G_H * q.c + i]);
@@ -134,59 +151,22 @@ extern "C" void darts_mix_backward(const void* table, int threads) {
 // The sums of Gd, Gd h, and of Gd h + G hd
 extern "C" void darts_mix_second(const void* table, int threads) { darts_mix_backward(table, threads); }
 
-// od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd); the sums of yd, yd h, yd G, G; and
-// that of G hd.
+// od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd), or yd without statistics; there the
+// sums of yd G, too.
 extern "C" void darts_mix_tangent(const void* table, int threads) {
   const Mix& q = *static_cast<const Mix*>(table);
   of_call.reset();
   Norms norms(q);
   Chunks chunks(q);
-  int64_t width = 4 * q.count * q.c, row = q.adjoint.stride;
-  float* partial = of_call.take(chunks.count * width);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
-    for_channels(q.c, [&](auto lanes, int64_t i) {
-      float* into = partial + chunk * width + i;
-      const float* g = q.adjoint.data + i;
-      V sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load(lanes, g + j * row);
-      for (int64_t k = 0; k < q.count; ++k, into += 4 * q.c) {
-        const Candidate& candidate = q.candidates[k];
-        V mean = load(lanes, norms.mean + k * q.c + i), of_yd = {}, of_h = {}, of_g = {};
-        for (int64_t j = first; j < last; ++j) {
-          V yd = load_ahead(lanes, candidate.tangent + j * q.c + i);
-          of_g += yd * load(lanes, g + j * row);
-          of_yd += yd;
-          of_h += yd * (load_ahead(lanes, candidate.y + j * q.c + i) - mean);
-        }
-        store(lanes, into + SUM_YD * q.c, of_yd);
-        store(lanes, into + SUM_YD_H * q.c, of_h * load(lanes, norms.r + k * q.c + i));
-        store(lanes, into + SUM_YD_G * q.c, of_g);
-        store(lanes, into + SUM_OF_G * q.c, sum);
-      }
-    });
-  }
-  const double* totals = over_parts(partial, chunks.count, width, of_call);
-  float *yd_mean = of_call.zeros(q.count * q.c), *rt = of_call.zeros(q.count * q.c);
-  double m = double(q.m);
-  for (int64_t k = 0; k < q.count; ++k, totals += 4 * q.c) {
-    double gradient = 0;
-    for (int64_t i = 0; i < q.c; ++i) {
-      auto total = [&](int quantity) { return totals[quantity * q.c + i]; };
-      for (int quantity = 0; quantity < 4; ++quantity)
-        q.tangent_sums.row(quantity)[k * q.c + i] = float(total(quantity));
-      double of_g_hd = total(SUM_YD_G);
-      if (q.candidates[k].statistics.data) {
-        double r = double(norms.r[k * q.c + i]);
-        yd_mean[k * q.c + i] = float(total(SUM_YD) / m);
-        rt[k * q.c + i] = float(r * total(SUM_YD_H) / m);
-        double of_g_h = q.weight_gradient ? double(q.sums.row(SUM_G_H)[k * q.c + i]) : 0;
-        of_g_hd = r * (of_g_hd - (total(SUM_OF_G) * total(SUM_YD) + of_g_h * total(SUM_YD_H)) / m);
-      }
-      gradient += of_g_hd;
+  float *yd_mean = of_call.take(q.count * q.c), *rt = of_call.take(q.count * q.c);
+  std::vector<float*> products;  // of each candidate without statistics, [chunk][c]
+  for (int64_t k = 0; k < q.count; ++k) {
+    bool normalised = q.candidates[k].statistics.data != nullptr;
+    products.push_back(normalised ? nullptr : of_call.take(chunks.count * q.c));
+    for (int64_t j = k * q.c; normalised && j < (k + 1) * q.c; ++j) {
+      yd_mean[j] = float(double(q.tangent_sums.row(SUM_YD)[j]) / double(q.m));
+      rt[j] = float(double(norms.r[j]) * double(q.tangent_sums.row(SUM_YD_H)[j]) / double(q.m));
     }
-    if (q.weight_gradient) q.weight_gradient[k] = float(gradient);
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
@@ -198,9 +178,15 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
       for_channels(q.c, [&](auto lanes, int64_t i) {
         V scale = weight_of(candidate) * load(lanes, norms.r + k * q.c + i);
         float* out = node.at(first) - first * q.c;
-        if (candidate.statistics.data == nullptr) {
-          for (int64_t j = first * q.c + i; j < last * q.c; j += q.c)
-            store(lanes, out + j, load(lanes, out + j) + scale * load(lanes, candidate.tangent + j));
+        if (products[k]) {
+          V product = {};
+          for (int64_t pixel = first; pixel < last; ++pixel) {
+            int64_t j = pixel * q.c + i;
+            V yd = load_ahead(lanes, candidate.tangent + j);
+            product += yd * load_ahead(lanes, q.adjoint.row(pixel) + i);
+            store(lanes, out + j, load(lanes, out + j) + scale * yd);
+          }
+          store(lanes, products[k] + chunk * q.c + i, product);
           return;
         }
         V mean = load(lanes, norms.mean + k * q.c + i), of_yd = load(lanes, yd_mean + k * q.c + i);
@@ -212,6 +198,11 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
         }
       });
     }
+  }
+  for (int64_t k = 0; k < q.count; ++k) {
+    if (products[k] == nullptr) continue;
+    const double* totals = over_parts(products[k], chunks.count, q.c, of_call);
+    for (int64_t i = 0; i < q.c; ++i) q.products[k * q.c + i] = float(totals[i]);
   }
 }
 

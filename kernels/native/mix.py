@@ -25,27 +25,31 @@ def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
     tangents: Sequence[Tensor],
+    tangent_sums: Tensor,
     adjoint: Tensor,
-    sums: Tensor,
     *,
     outs: Sequence[Tensor],
-    tangent_sums: Tensor,
-    weight_gradient: Tensor,
+    products: Tensor,
 ) -> list[Launch]:
-    reads = candidates, weights, tangents, adjoint
-    return [_mix("mix_tangent", *reads, outs, sums, tangent_sums, weight_gradient)]
+    if all(candidate.statistics is not None for candidate in candidates):
+        adjoint = products = None  # they are for the others
+    sums = {"tangent_sums": tangent_sums, "products": products}
+    return [_mix("mix_tangent", candidates, weights, tangents, adjoint, outs, **sums)]
 
 
 def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
-    gradient_before: Tensor,
+    first_sums: Tensor,
+    tangent_sums: Tensor,
+    products: Tensor,
     *,
     sums: Tensor,
     weight_gradient: Tensor,
 ) -> list[Launch]:
-    gradients = {"weight_gradient": weight_gradient, "gradient_before": gradient_before}
-    return [_mix("mix_second", candidates, adjoint=adjoint, sums=sums, **gradients)]
+    reads = {"first_sums": first_sums, "tangent_sums": tangent_sums, "products": products}
+    writes = {"sums": sums, "weight_gradient": weight_gradient}
+    return [_mix("mix_second", candidates, adjoint=adjoint, **reads, **writes)]
 
 
 # Batch norm: a mix of one candidate, whose weight is 1
@@ -65,14 +69,13 @@ def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums
 def norm_tangent(
     sources: Sequence[Source],
     tangents: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
+    sums: Tensor,
     *,
     out: Tensor,
-    sums: Tensor,
 ) -> list[Launch]:
     return [
-        _mix("norm_tangent", [source], None, [yd], g, [hd], tangent_sums=sums[:, i : i + 1])
-        for i, (source, yd, g, hd) in enumerate(zip(sources, tangents, adjoints, out, strict=True))
+        _mix("norm_tangent", [source], tangents=[yd], outs=[hd], tangent_sums=sums[:, i : i + 1])
+        for i, (source, yd, hd) in enumerate(zip(sources, tangents, out, strict=True))
     ]
 
 
@@ -84,9 +87,10 @@ def _mix(
     adjoint: Tensor | None = None,
     outs: Sequence[Tensor] = (),
     sums: Tensor | None = None,
+    first_sums: Tensor | None = None,
     tangent_sums: Tensor | None = None,
+    products: Tensor | None = None,
     weight_gradient: Tensor | None = None,
-    gradient_before: Tensor | None = None,
 ) -> Launch:
     """What a function does not take is None."""
     n, c, height, width = candidates[0].x.shape
@@ -110,14 +114,21 @@ def _mix(
         adjoint=pixels(adjoint),
         outs=of_outs.address,
         n_outs=of_outs.count,
-        sums=rows(sums if sums is None else sums.view(len(sums), -1)),
-        tangent_sums=rows(tangent_sums if tangent_sums is None else tangent_sums.view(len(tangent_sums), -1)),
+        sums=_sums(sums),
+        first_sums=_sums(first_sums),
+        tangent_sums=_sums(tangent_sums),
+        products=numbers(products),
         weight_gradient=numbers(weight_gradient),
-        gradient_before=numbers(gradient_before),
     )
-    written = outs, sums, tangent_sums, weight_gradient
-    found = list(tensors([candidates, weights, tangents, adjoint, gradient_before, written]))
+    # The tangent of a candidate without statistics is that of h: y is not read.
+    read = [source for source in candidates if tangents is None or source.statistics is not None]
+    reads = read, weights, tangents, adjoint, first_sums, tangent_sums, products
+    found = list(tensors([reads, outs, sums, weight_gradient]))
     return Launch(name, found, Table([call]), [of_candidates, of_outs])
+
+
+def _sums(sums: Tensor | None) -> table.Matrix:
+    return rows(None if sums is None else sums.view(len(sums), -1))
 
 
 # Tensors that several nodes read

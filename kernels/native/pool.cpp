@@ -1,6 +1,5 @@
 // 3x3 max and average pool of an image (padding 1, over the pixels that are there), in one pass over it.
-#include "lanes.h"
-#include "tables.h"
+#include "reader.h"
 
 namespace {
 
@@ -166,30 +165,61 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
   }
 }
 
-// The tangents of both pools, from that of x
+// The tangents of both pools, from that of x, and their sums
 extern "C" void darts_pool_tangent(const void* table, int threads) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < q.n * ho; ++row) {
-    const float* x = q.x + row / ho * q.h * q.w * q.c;
-    Window wy(row % ho, q.stride, q.h);
-    for_channels(q.c, [&](auto lanes, int64_t i) {
-      for (int64_t ox = 0; ox < wo; ++ox) {
-        Window wx(ox, q.stride, q.w);
-        int64_t out = (row * wo + ox) * q.c + i;
-        VI position = load_bytes(lanes, q.position + out);
-        V maximum = {}, sum = {};
-        for (int64_t y = wy.from; y < wy.to; ++y)
-          for (int64_t xx = wx.from; xx < wx.to; ++xx) {
-            V v = load(lanes, x + (y * q.w + xx) * q.c + i);
-            VI at = VI{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
-            sum += v;
-            maximum = position == at ? v : maximum;
+  Parts parts(q.n);
+  int64_t n_readers = q.of_maximum + q.of_average, width = n_readers * TANGENT_SUMS * q.c;
+  of_call.reset();
+  double* sums = of_call.zeros<double>(parts.count * width);  // [part][reader][TANGENT_SUMS][c]
+  // The first reader of a pool has the sums of yd, yd h of all its readers.
+  auto first_of_pool = [&](int64_t k) { return k < q.of_maximum ? 0 : q.of_maximum; };
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t part = 0; part < parts.count; ++part) {
+    int64_t first = part * parts.size, last = first + parts.size < q.n ? first + parts.size : q.n;
+    for (int64_t row = first * ho; row < last * ho; ++row) {
+      const float* x = q.x + row / ho * q.h * q.w * q.c;
+      Window wy(row % ho, q.stride, q.h);
+      for_channels(q.c, [&](auto lanes, int64_t i) {
+        for (int64_t ox = 0; ox < wo; ++ox) {
+          Window wx(ox, q.stride, q.w);
+          int64_t out = (row * wo + ox) * q.c + i;
+          VI position = load_bytes(lanes, q.position + out);
+          V maximum = {}, sum = {};
+          for (int64_t y = wy.from; y < wy.to; ++y)
+            for (int64_t xx = wx.from; xx < wx.to; ++xx) {
+              V v = load(lanes, x + (y * q.w + xx) * q.c + i);
+              VI at = VI{} + int32_t((y - (row % ho * q.stride - 1)) * 3 + xx - (ox * q.stride - 1));
+              sum += v;
+              maximum = position == at ? v : maximum;
+            }
+          store(lanes, q.maximum + out, maximum);
+          store(lanes, q.average + out, sum * (1.f / float(wy.count() * wx.count())));
+        }
+        for (int64_t k = 0; k < n_readers; ++k) {
+          const Reader& reader = q.readers[k];
+          const float* yd = (k < q.of_maximum ? q.maximum : q.average) + row * wo * q.c + i;
+          double* into = sums + part * width + k * TANGENT_SUMS * q.c + i;
+          if (k == first_of_pool(k)) {
+            TangentSums found(lanes, reader, row * wo, i);
+            for (int64_t ox = 0; ox < wo; ++ox) found.add(ox, load(lanes, yd + ox * q.c));
+            found.flush_into(into, q.c);
+            continue;
           }
-        store(lanes, q.maximum + out, maximum);
-        store(lanes, q.average + out, sum * (1.f / float(wy.count() * wx.count())));
-      }
-    });
+          const float* g = reader.adjoint.row(row * wo) + i;
+          V with_g = {};
+          for (int64_t ox = 0; ox < wo; ++ox)
+            with_g += load(lanes, yd + ox * q.c) * load_ahead(lanes, g + ox * reader.adjoint.stride);
+          flush(lanes, into + SUM_YD_G * q.c, with_g);
+        }
+      });
+    }
+  }
+  const double* totals = over_parts(sums, parts.count, width, of_call);
+  for (int64_t k = 0; k < n_readers; ++k) {
+    auto of = [&](int64_t reader, int quantity) { return totals + (reader * TANGENT_SUMS + quantity) * q.c; };
+    write_tangent_sums(q.readers[k], q.c, of(first_of_pool(k), SUM_YD), of(first_of_pool(k), SUM_YD_H),
+                       of(k, SUM_YD_G));
   }
 }

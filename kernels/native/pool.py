@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels
-from darts_fast.kernels.types import tensors
+from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, read_in_tangent, reader
+from darts_fast.kernels.types import Reader, tensors
 
 
 def pool_forward(
@@ -21,8 +21,16 @@ def pool_backward(
     return _pool("pool_backward", out, stride, pools, position, terms=terms)
 
 
-def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
-    return _pool("pool_tangent", tangent, stride, pools, position)
+def pool_tangent(
+    tangent: Tensor,
+    position: Tensor,
+    stride: int,
+    readers: Sequence[Sequence[Reader]],
+    *,
+    pools: Tensor,
+    sums: Sequence[Sequence[Tensor]],
+) -> list[Launch]:
+    return _pool("pool_tangent", tangent, stride, pools, position, readers=readers, sums=sums)
 
 
 def _pool(
@@ -33,9 +41,15 @@ def _pool(
     position: Tensor,
     statistics: Tensor | None = None,
     terms: Sequence[Tensor] = (),
+    readers: Sequence[Sequence[Reader]] = ((), ()),
+    sums: Sequence[Sequence[Tensor]] = ((), ()),
 ) -> list[Launch]:
     """`x` is the pooled image, its tangent or its adjoint."""
     (n, c, height, width), (maximum, average), of_terms = x.shape, pools, Table([pixels(t) for t in terms])
+    of_maximum, of_average = readers
+    read = [read_in_tangent(of_one) for of_one in (*of_maximum, *of_average)]
+    pairs = zip(read, (*sums[0], *sums[1]), strict=True)
+    of_readers = Table([reader(of_one, tangent_sums=its_sums) for of_one, its_sums in pairs])
     call = table.Pool(
         x=image(x),
         maximum=image(maximum),
@@ -44,11 +58,14 @@ def _pool(
         statistics=numbers(statistics),
         terms=of_terms.address,
         n_terms=of_terms.count,
+        readers=of_readers.address,
+        of_maximum=len(of_maximum),
+        of_average=len(of_average),
         n=n,
         h=height,
         w=width,
         c=c,
         stride=stride,
     )
-    found = list(tensors([x, pools, position, statistics, terms]))
-    return [Launch(name, found, Table([call]), [of_terms])]
+    found = list(tensors([x, pools, position, statistics, terms, read, sums]))
+    return [Launch(name, found, Table([call]), [of_terms, of_readers])]

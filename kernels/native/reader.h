@@ -5,6 +5,8 @@
 //     OF_G Gd + OF_Y (y - mean) + OF_ONE + OF_FIRST G + OF_TANGENT yd
 //
 // The mean is subtracted from y first: as a part of OF_ONE it would cancel, and lose digits.
+//
+// And the sums of the tangent yd, which the derivative along v needs.
 #pragma once
 #include "lanes.h"
 #include "tables.h"
@@ -13,9 +15,9 @@ namespace {
 
 enum { OF_G, OF_Y, OF_ONE, OF_FIRST, OF_TANGENT, FACTORS };
 
-// The rows of sums: of G, G h; of yd, yd h, yd G, G
+// The rows of sums: of G, G h; of yd, yd h, yd G
 enum { SUM_G, SUM_G_H };
-enum { SUM_YD, SUM_YD_H, SUM_YD_G, SUM_OF_G };
+enum { SUM_YD, SUM_YD_H, SUM_YD_G, TANGENT_SUMS };
 
 // The rows of statistics
 enum { MEAN, VARIANCE, R };
@@ -62,6 +64,47 @@ inline void write_factors(const Reader& reader, int64_t c, double m, bool second
     }
     into[OF_G * row] = float(of_g), into[OF_Y * row] = float(of_y), into[OF_ONE * row] = float(of_one);
     into[OF_FIRST * row] = float(of_first), into[OF_TANGENT * row] = float(of_tangent);
+  }
+}
+
+// The sums of yd, yd (y - mean) and yd G over pixels from number `pixel` on, of the channels from i on
+template <class Lanes>
+class TangentSums {
+ public:
+  TangentSums(Lanes lanes, const Reader& reader, int64_t pixel, int64_t i)
+      : lanes_(lanes), y_(reader.y.row(pixel) + i), g_(reader.adjoint.row(pixel) + i), y_stride_(reader.y.stride),
+        g_stride_(reader.adjoint.stride) {
+    if (reader.statistics.data) mean_ = load(lanes, reader.statistics.row(MEAN) + i);
+  }
+
+  __attribute__((always_inline)) void add(int64_t j, V yd) {
+    sum_ += yd;
+    with_y_ += yd * (load_ahead(lanes_, y_ + j * y_stride_) - mean_);
+    with_g_ += yd * load_ahead(lanes_, g_ + j * g_stride_);
+  }
+
+  // Adds them to those in double, [TANGENT_SUMS][row].
+  void flush_into(double* sums, int64_t row) const {
+    flush(lanes_, sums + SUM_YD * row, sum_);
+    flush(lanes_, sums + SUM_YD_H * row, with_y_);
+    flush(lanes_, sums + SUM_YD_G * row, with_g_);
+  }
+
+ private:
+  Lanes lanes_;
+  const float *y_, *g_;
+  int64_t y_stride_, g_stride_;
+  V mean_ = {}, sum_ = {}, with_y_ = {}, with_g_ = {};
+};
+
+// Writes the sums of a tangent for one of its readers, of c channels.
+inline void write_tangent_sums(const Reader& reader, int64_t c, const double* of_yd, const double* with_y,
+                               const double* with_g) {
+  for (int64_t i = 0; i < c; ++i) {
+    double r = reader.statistics.data ? double(reader.statistics.row(R)[i]) : 1.0;
+    reader.tangent_sums.row(SUM_YD)[i] = float(of_yd[i]);
+    reader.tangent_sums.row(SUM_YD_H)[i] = float(with_y[i] * r);
+    reader.tangent_sums.row(SUM_YD_G)[i] = float(with_g[i]);
   }
 }
 

@@ -86,6 +86,11 @@ struct Norm {
     xd_mean = of_call.zeros(padded), t = of_call.zeros(padded);
     std::memcpy(mean, s.statistics.row(MEAN), size_t(s.c) * sizeof(float));
     std::memcpy(r, s.statistics.row(R), size_t(s.c) * sizeof(float));
+    for (int64_t i = 0; s.tangent && i < s.c; ++i) {
+      double m = double(s.n * s.h * s.w);
+      xd_mean[i] = float(double(s.tangent_sums.row(SUM_YD)[i]) / m);
+      t[i] = float(double(s.tangent_sums.row(SUM_YD_H)[i]) / m);
+    }
   }
 };
 
@@ -202,33 +207,27 @@ INLINE void for_groups(const Half& half, int64_t image, const Body& body) {
   }
 }
 
-// Sums of each part, in double: [source][part][quantity][channel]
-struct ChannelSums {
+// The sums of H, H h of every source, in double: [source][part][quantity][channel]
+struct AdjointSums {
   const Call& call;
   std::vector<double*> of_source;
   std::vector<int64_t> width;
-  int quantities;
 
-  ChannelSums(const Call& call, int quantities) : call(call), quantities(quantities) {
+  explicit AdjointSums(const Call& call) : call(call) {
     for (size_t s = 0; s < call.inputs.size(); ++s) {
       width.push_back(call.inputs[s].blocks * LANES);
-      of_source.push_back(of_call.zeros<double>(call.parts[s].count * quantities * width[s]));
+      of_source.push_back(of_call.zeros<double>(call.parts[s].count * 2 * width[s]));
     }
   }
-  double* at(int s, int64_t part, int quantity) const {
-    return of_source[s] + (part * quantities + quantity) * width[s];
-  }
-  // Writes the sums of every source: those of its parts, added.
+  double* at(int s, int64_t part, int quantity) const { return of_source[s] + (part * 2 + quantity) * width[s]; }
+  // Writes those of every source: those of its parts, added.
   void write() const {
-    for (int s = 0; s < int(of_source.size()); ++s) {
+    for (size_t s = 0; s < of_source.size(); ++s) {
       const Source& source = call.sources[s];
       if (source.sums.data == nullptr) continue;
-      for (int quantity = 0; quantity < quantities; ++quantity)
-        for (int64_t i = 0; i < source.c; ++i) {
-          double sum = 0;
-          for (int64_t part = 0; part < call.parts[s].count; ++part) sum += at(s, part, quantity)[i];
-          source.sums.row(quantity)[i] = float(sum);
-        }
+      const double* totals = over_parts(of_source[s], call.parts[s].count, 2 * width[s], of_call);
+      for (int quantity : {SUM_G, SUM_G_H})
+        for (int64_t i = 0; i < source.c; ++i) source.sums.row(quantity)[i] = float(totals[quantity * width[s] + i]);
     }
   }
 };
@@ -349,7 +348,7 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
     p_sums.push_back(of_call.zeros(parts * half.kb * half.cb * LANES * LANES));
     d_sums.push_back(of_call.zeros(parts * half.cb * half.side() * half.side() * LANES));
   }
-  ChannelSums sums(call, 2);
+  AdjointSums sums(call);
   for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Source& source = call.sources[s];
     const Padded& in = call.inputs[s];
@@ -410,46 +409,13 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
   }
 }
 
-// yd of every task, and the sums of every source's tangent.
+// yd of every task, and its sums
 extern "C" void darts_sepconv_tangent(const void* table, int threads) {
   Call call(*static_cast<const SepConv*>(table));
-  ChannelSums sums(call, 4);
-  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
-    const Source& source = call.sources[s];
-    const Norm& norm = call.norms[s];
-    if (source.sums.data == nullptr) return;
-    int64_t c = source.c;
-    for_channels(c, [&](auto lanes, int64_t i) {
-      V mean = {}, r = V{} + 1.f;
-      if (norm.present) mean = load(lanes, norm.mean + i), r = load(lanes, norm.r + i);
-      for (int64_t row = first * source.h; row < last * source.h; ++row) {
-        V sum = {}, with_h = {}, with_g = {}, of_g = {};
-        for (int64_t j = row * source.w; j < (row + 1) * source.w; ++j) {
-          V xd = load_ahead(lanes, source.tangent + j * c + i);
-          V h = (load_ahead(lanes, source.x + j * c + i) - mean) * r;
-          V g = load_ahead(lanes, source.adjoint + j * c + i);
-          sum += xd, with_h += xd * h, with_g += xd * g, of_g += g;
-        }
-        flush(lanes, sums.at(s, part, SUM_YD) + i, sum);
-        flush(lanes, sums.at(s, part, SUM_YD_H) + i, with_h);
-        flush(lanes, sums.at(s, part, SUM_YD_G) + i, with_g);
-        flush(lanes, sums.at(s, part, SUM_OF_G) + i, of_g);
-      }
-    });
-  });
-  sums.write();
-  for (size_t s = 0; s < call.norms.size(); ++s) {
-    const Source& source = call.sources[s];
-    float m = float(source.n * source.h * source.w);
-    for (int64_t i = 0; call.norms[s].present && i < source.c; ++i) {
-      call.norms[s].xd_mean[i] = source.sums.row(SUM_YD)[i] / m;
-      call.norms[s].t[i] = source.sums.row(SUM_YD_H)[i] / m;
-    }
-  }
-
   struct Prepared {
     Stencil z, zd;      // D * a, and Dd * a + D * ad
     const float* both;  // [Pd P]: yd = Pd z + P zd
+    double* sums;       // [part][TANGENT_SUMS][k]
   };
   std::vector<Prepared> prepared;
   for (const Half& half : call.halves) {
@@ -462,9 +428,10 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
     pack(task.p_tangent, half.k, half.c, false, both, 2 * inputs);
     pack(task.p, half.k, half.c, false, both + inputs, 2 * inputs);
     found.both = both;
+    found.sums = of_call.zeros<double>(call.parts[task.source].count * TANGENT_SUMS * half.kb * LANES);
     prepared.push_back(found);
   }
-  for_units(call, threads, [&](int s, int64_t, int64_t first, int64_t last) {
+  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Padded& in = call.inputs[s];
     float* a = of_worker.take(2 * in.image);
     float* z = of_worker.take(2 * in.blocks * LANES * call.most_pixels(s));
@@ -474,19 +441,29 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
         const Half& half = call.halves[t];
         const Prepared& of_task = prepared[t];
         const Matrix& out = half.task.y;
+        int64_t width = half.kb * LANES;
+        double* of_part = of_task.sums + part * TANGENT_SUMS * width;
         for_groups(half, image, [&](int64_t y, int64_t rows, int64_t pixel) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, of_task.z, a, y, rows, z, block);
           depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
           for_channels(half.k, [&](auto lanes, int64_t i) {
-            Sums unused = {};
+            TangentSums found(lanes, half.task.reader, pixel, i);
             pointwise_out(z, {block, 2 * half.cb, half.c}, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i,
-                          out.stride, lanes, rows * half.wo, call.streamed, unused);
+                          out.stride, lanes, rows * half.wo, call.streamed, found);
+            found.flush_into(of_part + i, width);
           });
         });
       }
     }
   });
+  for (size_t t = 0; t < call.halves.size(); ++t) {
+    const Half& half = call.halves[t];
+    int64_t parts = call.parts_of(int(t)).count, width = half.kb * LANES;
+    const double* totals = over_parts(prepared[t].sums, parts, TANGENT_SUMS * width, of_call);
+    write_tangent_sums(half.task.reader, half.k, totals + SUM_YD * width, totals + SUM_YD_H * width,
+                       totals + SUM_YD_G * width);
+  }
 }
 
 // The second adjoint Hd of every source, and its sums.
@@ -504,7 +481,7 @@ extern "C" void darts_sepconv_second(const void* table, int threads) {
         {adjoint_stencils(half, {{task.d != nullptr, task.d_tangent, 0}, {true, task.d, half.z.image}}),
          packed(task.p, half.k, half.c, true), packed(task.p_tangent, half.k, half.c, true), Adjoint(half, true)});
   }
-  ChannelSums sums(call, 2);
+  AdjointSums sums(call);
   for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Source& source = call.sources[s];
     const Padded& in = call.inputs[s];

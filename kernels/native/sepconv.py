@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, read_of, reader, rows
+from darts_fast.kernels.native.table import (
+    Launch,
+    Table,
+    image,
+    numbers,
+    pixels,
+    read_in_tangent,
+    read_of,
+    reader,
+    rows,
+)
 from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, tensors
 
 
@@ -32,14 +42,15 @@ def sepconv_tangent(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     source_tangents: Sequence[Tensor],
+    source_sums: Tensor | None,
     weight_tangents: Sequence[Weights],
-    adjoints: Tensor | None,
+    readers: Sequence[Reader],
     *,
     y: Tensor,
-    sums: Tensor | None,
+    sums: Sequence[Tensor],
 ) -> list[Launch]:
-    tangents = {"source_tangents": source_tangents, "weight_tangents": weight_tangents}
-    return _sepconv("sepconv_tangent", sources, tasks, **tangents, adjoint=adjoints, y=y, sums=sums)
+    tangents = source_tangents, source_sums, weight_tangents
+    return _sepconv("sepconv_tangent", sources, tasks, *tangents, readers, y=y, tangent_sums=sums)
 
 
 def sepconv_second(
@@ -60,6 +71,7 @@ def _sepconv(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     source_tangents: Sequence[Tensor] | None = None,
+    source_sums: Tensor | None = None,
     weight_tangents: Sequence[Weights] | None = None,
     readers: Sequence[Reader | SecondReader] | None = None,
     y: Tensor | None = None,
@@ -67,8 +79,13 @@ def _sepconv(
     adjoint: Tensor | None = None,
     sums: Tensor | None = None,
     gradients: Tensor | None = None,
+    tangent_sums: Sequence[Tensor] | None = None,
 ) -> list[Launch]:
     """What a function does not take is None."""
+    if tangent_sums is None:
+        read = [read_of(of_one) for of_one in readers or ()]
+    else:
+        read = readers = [read_in_tangent(of_one) for of_one in readers]
     of_sources = []
     for i, source in enumerate(sources):
         n, c, height, width = source.x.shape
@@ -77,6 +94,7 @@ def _sepconv(
                 x=image(source.x),
                 statistics=rows(source.statistics),
                 tangent=image(source_tangents and source_tangents[i]),
+                tangent_sums=rows(None if source_sums is None else source_sums[:, i]),
                 adjoint=image(None if adjoint is None else adjoint[i]),
                 sums=rows(None if sums is None else sums[:, i]),
                 n=n,
@@ -106,15 +124,14 @@ def _sepconv(
                 p_tangent=numbers(tangents.pointwise),
                 y=pixels(None if y is None else y[output][:, channels]),
                 statistics=rows(None if statistics is None else statistics[output][:, channels]),
-                reader=table.Reader() if readers is None else reader(readers[output], channels),
+                reader=reader(readers and readers[output], channels, tangent_sums and tangent_sums[output]),
                 p_gradient=numbers(row),
                 d_gradient=numbers(None if row is None or d is None else row[p.numel() :]),
             )
         )
     tables = Table(of_sources), Table(of_tasks)
     call = table.SepConv(tables[0].address, tables[0].count, tables[1].address, tables[1].count)
-    weights, read = [task.weights for task in tasks], [read_of(of_one) for of_one in readers or ()]
-    found = tensors(
-        [sources, weights, weight_tangents, source_tangents, read, y, statistics, adjoint, sums, gradients]
-    )
+    weights = [task.weights for task in tasks]
+    reads = sources, weights, source_tangents, source_sums, weight_tangents, read
+    found = tensors([reads, y, statistics, adjoint, sums, gradients, tangent_sums])
     return [Launch(name, list(found), Table([call]), tables)]

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     x: int = 0
     statistics: Matrix = Matrix()
     tangent: int = 0
+    tangent_sums: Matrix = Matrix()
     adjoint: int = 0
     sums: Matrix = Matrix()
     n: int = 0
@@ -85,9 +86,10 @@ class Mix(NamedTuple):
     outs: int = 0
     n_outs: int = 0
     sums: Matrix = Matrix()
+    first_sums: Matrix = Matrix()
     tangent_sums: Matrix = Matrix()
+    products: int = 0
     weight_gradient: int = 0
-    gradient_before: int = 0
 
 
 class Shared(NamedTuple):
@@ -120,6 +122,9 @@ class Pool(NamedTuple):
     statistics: int = 0
     terms: int = 0
     n_terms: int = 0
+    readers: int = 0
+    of_maximum: int = 0
+    of_average: int = 0
     n: int = 0
     h: int = 0
     w: int = 0
@@ -172,6 +177,11 @@ def read_of(reader: types.Reader | types.SecondReader) -> tuple:
     return reader if first.statistics is not None else (reader.adjoint, first.weights)
 
 
+def read_in_tangent(reader: types.Reader) -> types.Reader:
+    """What the tangent sweep reads of a reader: y, also without statistics, and G."""
+    return reader._replace(sums=None, weights=None)
+
+
 # Addresses of tensors; None is null. What lies otherwise in memory than is said raises a ValueError.
 
 
@@ -219,8 +229,15 @@ def numbers(x: Tensor | None) -> int:
     return x.data_ptr()
 
 
-def reader(read: types.Reader | types.SecondReader, channels: slice = slice(None)) -> Reader:
-    """What a reader hands back of these channels of y."""
+def reader(
+    read: types.Reader | types.SecondReader | None,
+    channels: slice = slice(None),
+    tangent_sums: Tensor | None = None,
+) -> Reader:
+    """What a reader hands back of these channels of y; and `tangent_sums` [3, C], which the tangent sweep
+    writes for it."""
+    if read is None:
+        return Reader()
     second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)
     first = second.first
 
@@ -230,6 +247,10 @@ def reader(read: types.Reader | types.SecondReader, channels: slice = slice(None
     def sums_of(sums: Tensor | None) -> Matrix:
         return rows(None if sums is None else sums[:, first.index, channels])
 
+    if tangent_sums is None:
+        of_tangent = sums_of(second.tangent_sums)
+    else:
+        of_tangent = rows(of_channels(tangent_sums))
     return Reader(
         y=pixels(of_channels(first.y)),
         statistics=rows(of_channels(first.statistics)),
@@ -237,7 +258,7 @@ def reader(read: types.Reader | types.SecondReader, channels: slice = slice(None
         sums=sums_of(first.sums),
         weight=numbers(None if first.weights is None else first.weights[first.index]),
         tangent=pixels(of_channels(second.tangent)),
-        tangent_sums=sums_of(second.tangent_sums),
+        tangent_sums=of_tangent,
         second=pixels(of_channels(second.adjoint)),
         second_sums=sums_of(second.sums),
     )

@@ -15,12 +15,13 @@ struct Matrix {
 
 // What reads a tensor y, or the channels of it that one task writes.
 struct Reader {
-  Matrix y, statistics;  // without statistics y is not read
+  Matrix y, statistics;  // without statistics both backward sweeps do not read y
   Matrix adjoint, sums;  // G; the sums of G, G h
   const float* weight;   // p; null: 1
+  Matrix tangent;        // yd, whose pixels are as far apart as those of y
+  Matrix tangent_sums;   // the sums of yd, yd h, yd G, which the tangent sweep writes
   // Of the second backward sweep:
-  Matrix tangent, tangent_sums;  // yd, whose pixels are as far apart as those of y; the sums of yd, yd h, yd G, G
-  Matrix second, second_sums;    // Gd; the sums of Gd, Gd h
+  Matrix second, second_sums;  // Gd; the sums of Gd, Gd h
 };
 
 // Separable halves
@@ -29,8 +30,9 @@ struct Source {
   const float* x;        // [n, h, w, c]
   Matrix statistics;     // mean, variance, r; null: x is read as it is
   const float* tangent;  // xd
+  Matrix tangent_sums;   // the sums of xd, xd h
   float* adjoint;        // H, or in the second backward sweep Hd
-  Matrix sums;           // the sums that the sweep writes; null: they are not wanted
+  Matrix sums;           // the sums of H, H h, or of Hd, Hd h; null: they are not wanted
   int64_t n, h, w, c;
 };
 
@@ -38,7 +40,7 @@ struct Task {
   int64_t source, kernel, stride, dilation, offset, k;  // kernel 0: no depthwise convolution; k: channels of y
   const float *d, *p, *d_tangent, *p_tangent;           // [c, 1, kernel, kernel] and [k, c]
   Matrix y, statistics;                                 // of y or its tangent; null: they are not wanted
-  Reader reader;                                        // of y, in both backward sweeps
+  Reader reader;                                        // of y, in all sweeps but the forward one
   float *p_gradient, *d_gradient;                       // [k, c] and [c, kernel, kernel]; null: they are not wanted
 };
 
@@ -64,9 +66,10 @@ struct Mix {
   Matrix adjoint;  // G, or in the second backward sweep Gd
   const Matrix* outs;
   int64_t n_outs;
-  Matrix sums, tangent_sums;     // of the adjoint, the adjoint times h; of yd, yd h, yd G, G. A row is [count, c]
-  float* weight_gradient;        // [count]; null: it is not wanted
-  const float* gradient_before;  // [count], which is added to it; null: 0
+  // Sums, whose rows are [count, c]: of the adjoint, the adjoint times h; of G, G h; of yd, yd h, yd G
+  Matrix sums, first_sums, tangent_sums;
+  float* products;         // [count, c]: the sums of yd G, of candidates without statistics
+  float* weight_gradient;  // [count]; null: it is not wanted
 };
 
 // Tensors that several nodes read
@@ -97,6 +100,9 @@ struct Pool {
   float* statistics;         // [2, 3, c]; null: they are not wanted
   const Matrix* terms;       // other adjoints of the image, which are added
   int64_t n_terms;
+  // In the tangent sweep: the readers of the maximum and behind them those of the average, and how many they are
+  const Reader* readers;
+  int64_t of_maximum, of_average;
   int64_t n, h, w, c, stride;
 };
 

@@ -46,7 +46,7 @@ class Launch(types.Launch):
 
 # Parameters that are slices of longer vectors (p and its gradient), of which a kernel loads or stores single
 # elements. With `do_not_specialize_on_alignment` Triton compiles one variant wherever the slice begins.
-SLICES_OF_VECTORS = ("p_weights", "p_gradient", "p_before")
+SLICES_OF_VECTORS = ("p_weights", "p_gradient")
 
 # Tensors
 

@@ -46,6 +46,10 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 8, 32),
         # An evaluation: with 64 up to 12 spills (sm_100).
         (lambda q: q.bytes == 4 and q.k > 32 and not q.tangent and not q.statistics, 32),
+        # 1x1 tangents: with 64, 16 and 32 outputs spilled twice (sm_100).
+        (lambda q: q.bytes == 4 and q.k <= 32 and q.tangent and not q.depthwise, 32),
+        # With 64, tangents of 64 outputs of bfloat16 spilled 5 times (sm_100).
+        (lambda q: q.bytes == 2 and q.k > 32 and q.tangent and q.depthwise, 32),
         (otherwise, 64),
     ),
     "sepconv_bwd_pointwise_kernel": (
@@ -69,7 +73,12 @@ POSITIONS: dict[str, Rows] = {
 UNROLLED: Rows = ((lambda q: q.ahead <= 352, 512), (otherwise, 256))
 # Nine taps are loaded ahead: a tile of 2,048 took 196 registers, which leaves room for 8 of 64 warps. With
 # 1,024, 64 channels of bfloat16 (sm_90) and 16 of float16 (sm_100) spilled twice.
-POOL: Rows = ((lambda q: q.c > 32 or q.dtype == torch.float16, 512), (otherwise, 1024))
+POOL: Rows = (
+    # With 512, tangents spilled twice (sm_90).
+    (lambda q: q.c > 32 and q.bytes == 8, 1024),
+    (lambda q: q.c > 32 or q.dtype == torch.float16, 512),
+    (otherwise, 1024),
+)
 
 # Elements of a program of a kernel without a dot. 2,048: 16 a thread of 4 warps, so that it has four 128-bit
 # loads of float32 under way for each of its operands. Of float64, half as many.
@@ -86,7 +95,11 @@ ELEMENTS: dict[str, Rows] = {
     "pool_fwd_kernel": POOL,
     "pool_bwd_kernel": POOL,
     "mix_fwd_kernel": UNROLLED,
-    "mix_tangent_kernel": UNROLLED,
+    "mix_tangent_kernel": (
+        # With 256, 35 candidates of float32 spilled 16 times (sm_90), of bfloat16 18 times (sm_100).
+        (lambda q: q.c > 32 and q.ahead >= 700, 128),
+        *UNROLLED,
+    ),
     "fan_out_kernel": UNROLLED,
     "add_kernel": UNROLLED,
     "norm_sums_kernel": (
@@ -101,7 +114,7 @@ ELEMENTS: dict[str, Rows] = {
     ),
 }
 
-# Warps of a program; of kernels that are not here 4.
+# Warps of a program of a kernel with a dot; of all others 4.
 WARPS: dict[str, Rows] = {
     "sepconv_fwd_kernel": (
         # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
@@ -144,7 +157,7 @@ def tile(kernel: str, case: Case) -> tuple[int, int]:
 
 
 def warps(kernel: str, case: Case) -> int:
-    return _first(WARPS[kernel], case) if kernel in WARPS else 4
+    return _first(WARPS[kernel], case)
 
 
 def _first(rows: Rows, case: Case) -> int:

@@ -2,7 +2,7 @@
 
 Batch norm's derivatives need sums over all positions before they can be written, so they read their tensors
 twice: once for the sums (`norm_sums_kernel`), and once where p B(G) is computed on load, by `fan_out_kernel`
-here and in sepconv.py.
+here and in sepconv_pointwise.py.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def fan_out_kernel(
     p_firsts,  # tuple of G_j [positions, FIRST_ROWS[j]]; this and the next three are read if TANGENT
     p_first_sums,
     p_tangents,  # tuple of yd_c
-    p_tangent_sums,  # tuple, one a reader: [4, CANDIDATES[j], C], of yd, yd h, yd G, G
+    p_tangent_sums,  # tuple, one a reader: [3, CANDIDATES[j], C], of yd, yd h, yd G
     p_out,  # [tensors, positions, C]: the sum over readers of p_j B_c(G_j), or its derivative
     positions,
     ENDS: tl.constexpr,  # by tensor: how many readers it and those before it have
@@ -127,24 +127,25 @@ def fan_out_kernel(
         b_mf = tl.zeros([BLOCK_C], ACC)  # the same of the first sweep's
         b_s = tl.zeros([BLOCK_C], ACC)
         b_u = tl.zeros([BLOCK_C], ACC)
-        for j in tl.static_range(ENDS[c], ENDS[c + 1]):
-            b_weight = tl.full([], 1.0, ACC)
-            if WEIGHED[j]:
-                b_weight = tl.load(p_weights[j] + PLACES[j]).to(ACC)
-            o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
-            b_out += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
-            if NORMS[c]:
-                size = CANDIDATES[j] * C
-                o_sum = PLACES[j] * C + o_c
-                b_part = b_weight * share
-                b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
-                b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
-                if TANGENT:
-                    o_first = o_p[:, None] * FIRST_ROWS[j] + o_c[None, :]
-                    b_first += b_weight * tl.load(p_firsts[j] + o_first, mask=m, other=0.0).to(ACC)
-                    b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
-                    b_s += b_part * tl.load(p_first_sums[j] + size + o_sum, mask=m_c, other=0.0)
-                    b_u += b_part * tl.load(p_tangent_sums[j] + 2 * size + o_sum, mask=m_c, other=0.0)
+        for j in tl.static_range(len(p_adjoints)):
+            if ENDS[c] <= j and j < ENDS[c + 1]:  # its readers; Triton 3.6 takes no such bounds of a range
+                b_weight = tl.full([], 1.0, ACC)
+                if WEIGHED[j]:
+                    b_weight = tl.load(p_weights[j] + PLACES[j]).to(ACC)
+                o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
+                b_out += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
+                if NORMS[c]:
+                    size = CANDIDATES[j] * C
+                    o_sum = PLACES[j] * C + o_c
+                    b_part = b_weight * share
+                    b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
+                    b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                    if TANGENT:
+                        o_first = o_p[:, None] * FIRST_ROWS[j] + o_c[None, :]
+                        b_first += b_weight * tl.load(p_firsts[j] + o_first, mask=m, other=0.0).to(ACC)
+                        b_mf += b_part * tl.load(p_first_sums[j] + o_sum, mask=m_c, other=0.0)
+                        b_s += b_part * tl.load(p_first_sums[j] + size + o_sum, mask=m_c, other=0.0)
+                        b_u += b_part * tl.load(p_tangent_sums[j] + 2 * size + o_sum, mask=m_c, other=0.0)
         if NORMS[c]:
             b_mean, b_r = load_normalizer(p_means[c], p_rs[c], 1, o_c, m_c, ACC)
             b_h = (tl.load(p_tensors[c] + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
@@ -166,25 +167,23 @@ def fan_out_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
 def norm_sums_kernel(
-    p_g,  # tuple of g_k [positions, G_ROW >= C]
+    p_g,  # tuple of G_k [positions, G_ROW >= C], or if SECOND Gd_k
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weighed,  # tuple of [positions, WEIGHED_ROW >= C]; read if TANGENT
-    p_partials,  # [2, or 4 if TANGENT, entries, splits, C]
-    p_sums,  # [2 or 4, entries, C]: of g, g h, and if TANGENT of g * weighed, weighed
-    p_gh_sums,  # [entries, C]: of weighed h; read if GRADIENT and TANGENT
-    p_gradient,  # [entries], written if GRADIENT: the sum over channels of g h, or if TANGENT of weighed hd
-    p_before,  # [entries], added to p_gradient; read if ADD
+    p_partials,  # [2, entries, splits, C]
+    p_sums,  # [2, entries, C]: of G, G h; if SECOND of Gd, Gd h
+    p_first_sums,  # [2, entries, C]: of G, G h; this and the next two are read if SECOND
+    p_tangent_sums,  # [3, entries, C]: of yd, yd h, yd G, where an entry is normalised
+    p_products,  # [entries, C]: of yd G, where it is not
+    p_gradient,  # [entries], written if GRADIENT: the sum over channels of G h, if SECOND of Gd h + G hd
     p_blocks,  # [entries, c blocks]: p_gradient of one block; written if there are several
     p_counters,
     positions,
     NORMS: tl.constexpr,
-    TANGENT: tl.constexpr,
-    GRADIENT: tl.constexpr,  # g is a mix's adjoint: also dL/dp; or if TANGENT its yd, weighed its adjoint
-    ADD: tl.constexpr,
+    GRADIENT: tl.constexpr,  # the entries are a mix's candidates: also the gradient of p
+    SECOND: tl.constexpr,
     G_ROW: tl.constexpr,
-    WEIGHED_ROW: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -197,10 +196,9 @@ def norm_sums_kernel(
     m_c = o_c < C
     has_norm = pick(NORMS, i_entry)
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
+    share = 1.0 / tl.cast(positions, ACC)  # here: where it is needed, 32 channels of float64 spilled (sm_90)
     b_s = tl.zeros([BLOCK_P, BLOCK_C], ACC)  # sums over tiles, and at the end over a tile's positions
     b_sh = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    b_sw = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    b_w = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for i_tile in range(i_split, tl.cdiv(positions, BLOCK_P), splits):
         o_p = tl.cast(i_tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         m = (o_p < positions)[:, None] & m_c[None, :]
@@ -210,19 +208,11 @@ def norm_sums_kernel(
         b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
         b_s += b_g
         b_sh += b_g * b_h
-        if TANGENT:
-            o_v = o_p[:, None] * WEIGHED_ROW + o_c[None, :]
-            b_v = tl.load(pick(p_weighed, i_entry) + o_v, mask=m, other=0.0).to(ACC)
-            b_sw += b_g * b_v
-            b_w += b_v
     entries = tl.num_programs(1)
     p_split = p_partials + (i_entry * splits + i_split) * C + o_c
     stride = tl.cast(entries * splits, tl.int64) * C
     tl.store(p_split, tl.sum(b_s, axis=0), mask=m_c)
     tl.store(p_split + stride, tl.sum(b_sh, axis=0), mask=m_c)
-    if TANGENT:
-        tl.store(p_split + 2 * stride, tl.sum(b_sw, axis=0), mask=m_c)
-        tl.store(p_split + 3 * stride, tl.sum(b_w, axis=0), mask=m_c)
     if last_program(p_counters + i_entry * tl.num_programs(2) + tl.program_id(2), splits):
         p_rows = p_partials + i_entry * splits * C
         p_k = p_sums + i_entry * C + o_c
@@ -230,21 +220,18 @@ def norm_sums_kernel(
         b_1 = sum_of_rows(p_rows + stride, splits, C, o_c, m_c, BLOCK_C, ACC)
         tl.store(p_k, b_0, mask=m_c)
         tl.store(p_k + entries * C, b_1, mask=m_c)
-        if TANGENT:
-            b_2 = sum_of_rows(p_rows + 2 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
-            b_3 = sum_of_rows(p_rows + 3 * stride, splits, C, o_c, m_c, BLOCK_C, ACC)
-            tl.store(p_k + 2 * entries * C, b_2, mask=m_c)
-            tl.store(p_k + 3 * entries * C, b_3, mask=m_c)
         if GRADIENT:
             b_terms = b_1
-            if TANGENT:
-                m_norm = m_c & (has_norm > 0)
-                b_gh = tl.load(p_gh_sums + i_entry * C + o_c, mask=m_norm, other=0.0)
-                b_2 -= tl.where(m_norm, b_3 * b_0 + b_gh * b_1, 0.0) / positions
-                b_terms = b_2 * b_r
+            if SECOND:
+                o_k, m_norm = i_entry * C + o_c, m_c & (has_norm > 0)
+                b_g = tl.load(p_first_sums + o_k, mask=m_norm, other=0.0)
+                b_gh = tl.load(p_first_sums + entries * C + o_k, mask=m_norm, other=0.0)
+                b_yd = tl.load(p_tangent_sums + o_k, mask=m_norm, other=0.0)
+                b_ydh = tl.load(p_tangent_sums + entries * C + o_k, mask=m_norm, other=0.0)
+                b_ydg = tl.load(p_tangent_sums + 2 * entries * C + o_k, mask=m_norm, other=0.0)
+                b_ydg += tl.load(p_products + o_k, mask=m_c & (has_norm == 0), other=0.0)
+                b_terms += b_r * (b_ydg - (b_g * b_yd + b_gh * b_ydh) * share)
             gradient = tl.sum(tl.where(m_c, b_terms, 0.0), axis=0)
-            if ADD:
-                gradient += tl.load(p_before + i_entry, mask=tl.program_id(2) == 0, other=0.0)
             BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
             if BLOCKS == 1:
                 tl.store(p_gradient + i_entry, gradient)
@@ -264,7 +251,7 @@ def norm_fwd_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_tangents,  # tuple of yd_k; read if TANGENT, as is the next
-    p_sums,  # [4, entries, C]: of yd, yd h, yd G, G
+    p_sums,  # [3, entries, C]: of yd, yd h, yd G
     p_out,  # [entries, positions, C]: h, or if TANGENT hd
     positions,
     NORMS: tl.constexpr,
@@ -302,10 +289,16 @@ def mix_tangent_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_weights,  # [candidates]
-    p_sums,  # [4, candidates, C]: of yd, yd h, yd G, G
+    p_sums,  # [3, candidates, C]: of yd, yd h, yd G, where a candidate is normalised
+    p_adjoint,  # [positions, G_ROW >= C]: G; this and the next three are there if any is not
+    p_partials,  # [tiles, how many are not, C]
+    p_products,  # [candidates, C]: of yd G, written where a candidate is not normalised
+    p_counters,
     p_outs,  # tuple of [positions, OUT_ROWS[i] >= C], each written: od
     positions,
     NORMS: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # how many candidates are not normalised
+    G_ROW: tl.constexpr,
     OUT_ROWS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -318,6 +311,18 @@ def mix_tangent_kernel(
     m_c = o_c < C
     m = (i_first + o_t < positions)[:, None] & m_c[None, :]
     o = o_t[:, None] * C + o_c[None, :]
+    if PRODUCTS:
+        # These tangents are read again below, from the cache: in the loop there, whose loads are all ahead,
+        # their sums made 35 candidates spill 187 times (float32, sm_90). The barrier keeps the loops apart.
+        p_tile = p_partials + tl.program_id(0).to(tl.int64) * (PRODUCTS * C) + o_c
+        o_g = (i_first + o_t)[:, None] * G_ROW + o_c[None, :]
+        b_g = tl.load(p_adjoint + o_g, mask=m, other=0.0).to(ACC)
+        for k in tl.static_range(len(p_candidates)):
+            if not NORMS[k]:
+                b_yd = tl.load(p_tangents[k] + i_first * C + o, mask=m, other=0.0).to(ACC)
+                tl.store(p_tile, tl.sum(b_yd * b_g, axis=0), mask=m_c)
+                p_tile += C
+        tl.debug_barrier()
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     # A division of float64 is a call: with two a candidate, 35 candidates spilled 26 times (sm_90, sm_100).
     share = 1.0 / tl.cast(positions, ACC)
@@ -333,6 +338,15 @@ def mix_tangent_kernel(
             b_hd = b_hd - b_md[None, :] - b_h * b_t[None, :]
         b_total += b_hd * (b_r * tl.load(p_weights + k))[None, :]
     store_in_all(p_outs, OUT_ROWS, b_total, i_first + o_t, o_c, m)
+    if PRODUCTS:
+        tiles = tl.num_programs(0)
+        if last_program(p_counters + tl.program_id(1), tiles):
+            p_rows = p_partials
+            for k in tl.static_range(len(p_candidates)):
+                if not NORMS[k]:
+                    b_sum = sum_of_rows(p_rows, tiles, PRODUCTS * C, o_c, m_c, BLOCK_C, ACC)
+                    tl.store(p_products + k * C + o_c, b_sum, mask=m_c)
+                    p_rows += C
 
 
 def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> list[Launch]:
@@ -354,22 +368,26 @@ def mix_backward(
     candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
 ) -> list[Launch]:
     adjoints = [adjoint] * len(candidates)
-    return [norm_sums(adjoints, candidates, sums=sums, weight_gradient=weight_gradient)]
+    return [_sums(adjoints, candidates, sums, weight_gradient)]
 
 
 def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
     tangents: Sequence[Tensor],
+    tangent_sums: Tensor,
     adjoint: Tensor,
-    sums: Tensor,
     *,
     outs: Sequence[Tensor],
-    tangent_sums: Tensor,
-    weight_gradient: Tensor,
+    products: Tensor,
 ) -> list[Launch]:
     y, (means, rs, norms) = candidates[0].x, norms_of(candidates)
     sizes, (tiles, blocks) = _sizes("mix_tangent_kernel", y, 2 * len(candidates))
+    partials = counts = None
+    count = norms.count(0)
+    if count:
+        partials = y.new_empty(tiles, count, y.shape[1], dtype=products.dtype)
+        counts = counters(y, blocks)
     arguments = {
         # Of a candidate without batch norm only the tangent is read.
         "p_candidates": tuple(
@@ -380,86 +398,73 @@ def mix_tangent(
         "p_rs": rs,
         "p_weights": weights,
         "p_sums": tangent_sums,
+        "p_adjoint": adjoint if count else y,
+        "p_partials": y if partials is None else partials,
+        "p_products": products if count else y,
+        "p_counters": y if counts is None else counts,
         "p_outs": tuple(outs),
         "positions": _positions(y),
     }
-    constants = {"NORMS": norms, "OUT_ROWS": tuple(map(row_stride, outs)), **sizes}
-    adjoints = [adjoint] * len(candidates)
-    return [
-        norm_sums(
-            tangents,
-            candidates,
-            adjoints,
-            sums[1],
-            sums=tangent_sums,
-            weight_gradient=weight_gradient,
-        ),
-        Launch(mix_tangent_kernel, (tiles, blocks), arguments, constants),
-    ]
+    constants = {
+        "NORMS": norms,
+        "PRODUCTS": count,
+        "G_ROW": row_stride(adjoint) if count else 0,
+        "OUT_ROWS": tuple(map(row_stride, outs)),
+        **sizes,
+    }
+    return [Launch(mix_tangent_kernel, (tiles, blocks), arguments, constants)]
 
 
 def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
-    gradient_before: Tensor,
+    first_sums: Tensor,
+    tangent_sums: Tensor,
+    products: Tensor,
     *,
     sums: Tensor,
     weight_gradient: Tensor,
 ) -> list[Launch]:
     adjoints = [adjoint] * len(candidates)
-    return [
-        norm_sums(adjoints, candidates, before=gradient_before, sums=sums, weight_gradient=weight_gradient)
-    ]
+    return [_sums(adjoints, candidates, sums, weight_gradient, (first_sums, tangent_sums, products))]
 
 
-def norm_sums(
-    gs: Sequence[Tensor],
+def _sums(
+    adjoints: Sequence[Tensor],
     sources: Sequence[Source],
-    weighed: Sequence[Tensor] | None = None,
-    gh_sums: Tensor | None = None,
-    before: Tensor | None = None,
-    *,
     sums: Tensor,
     weight_gradient: Tensor | None = None,
+    of_sweeps_before: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Launch:
-    """Returns the launch that sums g and g h per channel; with `weighed` also g * weighed, and weighed.
-
-    Args:
-        gs: g of each source, all of one row stride; so are all `weighed`.
-        gh_sums: the sums of weighed h [sources, C], if there are `weighed` and a `weight_gradient`.
-        before: [sources], which is added to the `weight_gradient`.
-        sums: [2, or 4 with `weighed`, sources, C].
-        weight_gradient: [sources], of a mix: the sum over channels of g h; with `weighed` of weighed gd,
-            where gd is the tangent of h if g is that of y.
-    """
+    """Returns the launch that writes the sums of G and G h, and of a mix the gradient of p; of the second
+    sweep with what the sweeps before summed, as `mix_second` reads it."""
     y, entries, (means, rs, norms) = sources[0].x, len(sources), norms_of(sources)
-    if len({(row_stride(g), row_stride(v)) for g, v in zip(gs, weighed or gs, strict=True)}) > 1:
-        raise ValueError("the adjoints, and the tangents, of one Triton launch must have one row stride")
+    if len(set(map(row_stride, adjoints))) > 1:
+        raise ValueError("the adjoints of one Triton launch must have one row stride")
+    first_sums, tangent_sums, products = of_sweeps_before or (sums, sums, sums)
     sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y)
     splits = splits_of(tiles, entries)
     blocks_of_gradients = y.new_empty(entries, blocks, dtype=sums.dtype) if blocks > 1 else sums
     arguments = {
-        "p_g": tuple(gs),
+        "p_g": tuple(adjoints),
         "p_y": tuple(source.x for source in sources),
         "p_means": means,
         "p_rs": rs,
-        "p_weighed": tuple(weighed or gs),
-        "p_partials": y.new_empty(len(sums), entries, splits, y.shape[1], dtype=sums.dtype),
+        "p_partials": y.new_empty(2, entries, splits, y.shape[1], dtype=sums.dtype),
         "p_sums": sums,
-        "p_gh_sums": sums if gh_sums is None else gh_sums,
+        "p_first_sums": first_sums,
+        "p_tangent_sums": tangent_sums,
+        "p_products": products,
         "p_gradient": sums if weight_gradient is None else weight_gradient,
-        "p_before": sums if before is None else before,
         "p_blocks": blocks_of_gradients,
         "p_counters": counters(y, entries * (blocks + int(blocks > 1))),
         "positions": _positions(y),
     }
     constants = {
         "NORMS": norms,
-        "TANGENT": weighed is not None,
         "GRADIENT": weight_gradient is not None,
-        "ADD": before is not None,
-        "G_ROW": row_stride(gs[0]),
-        "WEIGHED_ROW": row_stride((weighed or gs)[0]),
+        "SECOND": of_sweeps_before is not None,
+        "G_ROW": row_stride(adjoints[0]),
         **sizes,
     }
     return Launch(norm_sums_kernel, (splits, entries, blocks), arguments, constants)
@@ -470,18 +475,17 @@ def norm_forward(sources: Sequence[Source], *, out: Tensor) -> list[Launch]:
 
 
 def norm_backward(sources: Sequence[Source], adjoints: Sequence[Tensor], *, sums: Tensor) -> list[Launch]:
-    return [norm_sums(adjoints, sources, sums=sums)]
+    return [_sums(adjoints, sources, sums)]
 
 
 def norm_tangent(
     sources: Sequence[Source],
     tangents: Sequence[Tensor],
-    adjoints: Sequence[Tensor],
+    sums: Tensor,
     *,
     out: Tensor,
-    sums: Tensor,
 ) -> list[Launch]:
-    return [norm_sums(tangents, sources, adjoints, sums=sums), _norm_forward(sources, tangents, sums, out)]
+    return [_norm_forward(sources, tangents, sums, out)]
 
 
 def _norm_forward(

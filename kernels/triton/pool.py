@@ -11,12 +11,15 @@ from darts_fast.kernels.triton.launch import (
     Launch,
     counters,
     last_program,
+    load_normalizer,
     merge_statistics,
+    norms_of,
     row_stride,
     store_statistics,
+    sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import Case, tile
-from darts_fast.kernels.types import accumulator
+from darts_fast.kernels.types import Reader, Source, accumulator
 
 
 @triton.jit
@@ -32,10 +35,19 @@ def pool_fwd_kernel(
     p_max,  # [N, HO, WO, C]; so are the next two
     p_average,
     p_position,  # uint8: which of the window's nine pixels, row-major, is the maximum; read if TANGENT
-    p_partials,  # [2, tiles, 2, C], written if STATISTICS, as the next
-    p_statistics,  # [2, 3, C]
+    p_pools,  # both pools of the image, [N, HO, WO, C] each; this and the next four are read if TANGENT
+    p_means,  # tuple of both's [C]; so is the next
+    p_rs,
+    p_adjoints,  # tuple, one a reader, those of the maximum first: G [N, HO, WO, G_ROWS[j] >= C]
+    p_sums,  # tuple, one a reader: [3, SUM_ROWS[j] >= C], written: of yd, yd h, yd G
+    p_partials,  # [2, tiles, 2, C] if STATISTICS; [4 + readers, tiles, C] if TANGENT
+    p_statistics,  # [2, 3, C], written if STATISTICS
     p_counters,
     positions,  # N * HO * WO
+    NORMS: tl.constexpr,  # which pools are normalised by their readers
+    READERS: tl.constexpr,  # how many each pool has
+    G_ROWS: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -98,6 +110,37 @@ def pool_fwd_kernel(
             for i in tl.static_range(2):
                 p_tiles, p_pool = p_partials + i * layer, p_statistics + i * 3 * C
                 merge_statistics(p_tiles, p_pool, positions, tiles, o_c, m_c, C, C, BLOCK_P, BLOCK_C, ACC)
+    if TANGENT and READERS[0] + READERS[1] > 0:
+        row = tl.cast(tiles, tl.int64) * C
+        p_tile = p_partials + i_tile * C + o_c
+        for i in tl.static_range(2):
+            b_yd = tl.where(m_out, b_max if i == 0 else b_average, 0.0)
+            if READERS[i]:
+                b_mean, b_r = load_normalizer(p_means[i], p_rs[i], NORMS[i], o_c, m_c, ACC)
+                b_y = tl.load(p_pools[i] + o_out, mask=m_out, other=0.0).to(ACC)
+                tl.store(p_tile, tl.sum(b_yd, axis=0), mask=m_c)
+                tl.store(p_tile + row, tl.sum(b_yd * (b_y - b_mean[None, :]), axis=0) * b_r, mask=m_c)
+                p_tile += 2 * row
+                for j in tl.static_range(len(p_adjoints)):
+                    if (j >= READERS[0]) == (i == 1):
+                        o_g = i_first * G_ROWS[j] + (o_t[:, None] * G_ROWS[j] + o_c[None, :])
+                        b_g = tl.load(p_adjoints[j] + o_g, mask=m_out, other=0.0).to(ACC)
+                        tl.store(p_tile, tl.sum(b_yd * b_g, axis=0), mask=m_c)
+                        p_tile += row
+        if last_program(p_counters + tl.program_id(1), tiles):
+            p_rows = p_partials
+            for i in tl.static_range(2):
+                if READERS[i]:
+                    b_0 = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
+                    b_1 = sum_of_rows(p_rows + row, tiles, C, o_c, m_c, BLOCK_C, ACC)
+                    p_rows += 2 * row
+                    for j in tl.static_range(len(p_adjoints)):
+                        if (j >= READERS[0]) == (i == 1):
+                            tl.store(p_sums[j] + o_c, b_0, mask=m_c)
+                            tl.store(p_sums[j] + SUM_ROWS[j] + o_c, b_1, mask=m_c)
+                            b_2 = sum_of_rows(p_rows, tiles, C, o_c, m_c, BLOCK_C, ACC)
+                            tl.store(p_sums[j] + 2 * SUM_ROWS[j] + o_c, b_2, mask=m_c)
+                            p_rows += row
 
 
 @triton.jit
@@ -155,16 +198,31 @@ def pool_bwd_kernel(
 def pool_forward(
     x: Tensor, stride: int, *, pools: Tensor, position: Tensor, statistics: Tensor | None
 ) -> list[Launch]:
-    return [_forward(x, position, stride, pools, statistics, tangent=False)]
+    return [_forward(x, position, stride, pools, statistics)]
 
 
-def pool_tangent(tangent: Tensor, position: Tensor, stride: int, *, pools: Tensor) -> list[Launch]:
-    return [_forward(tangent, position, stride, pools, None, tangent=True)]
+def pool_tangent(
+    tangent: Tensor,
+    position: Tensor,
+    stride: int,
+    readers: Sequence[Sequence[Reader]],
+    *,
+    pools: Tensor,
+    sums: Sequence[Sequence[Tensor]],
+) -> list[Launch]:
+    return [_forward(tangent, position, stride, pools, None, readers, sums)]
 
 
 def _forward(
-    x: Tensor, position: Tensor, stride: int, pools: Tensor, statistics: Tensor | None, tangent: bool
+    x: Tensor,
+    position: Tensor,
+    stride: int,
+    pools: Tensor,
+    statistics: Tensor | None,
+    readers: Sequence[Sequence[Reader]] | None = None,
+    sums: Sequence[Sequence[Tensor]] = ((), ()),
 ) -> Launch:
+    """With readers x is a tangent."""
     n, c, height, width = position.shape
     positions = n * height * width
     block_p, block_c = block = tile("pool_fwd_kernel", Case(x.dtype, c))
@@ -172,19 +230,39 @@ def _forward(
     partials = counts = None
     if statistics is not None:
         partials, counts = x.new_empty(2, tiles, 2, c, dtype=statistics.dtype), counters(x, blocks)
+    flat = [reader for of_pool in readers or () for reader in of_pool]
+    flat_sums = [of_reader for of_pool in sums for of_reader in of_pool]
+    # Of a pool that nobody reads nothing is read.
+    read = [
+        Source(of_pool[0].y, of_pool[0].statistics) if of_pool else Source(x)
+        for of_pool in readers or ((), ())
+    ]
+    means, rs, norms = norms_of(read)
+    if flat:
+        wide = accumulator(x.dtype)
+        partials, counts = x.new_empty(4 + len(flat), tiles, c, dtype=wide), counters(x, blocks)
     arguments = {
         "p_x": x,
         "p_max": pools[0],
         "p_average": pools[1],
         "p_position": position,
+        "p_pools": tuple(source.x for source in read),
+        "p_means": means,
+        "p_rs": rs,
+        "p_adjoints": tuple(reader.adjoint for reader in flat) or (x,),
+        "p_sums": tuple(flat_sums) or (x,),
         "p_partials": x if partials is None else partials,
         "p_statistics": x if statistics is None else statistics,
         "p_counters": x if counts is None else counts,
         "positions": positions,
     }
     constants = {
+        "NORMS": norms,
+        "READERS": tuple(map(len, sums)),
+        "G_ROWS": tuple(row_stride(reader.adjoint) for reader in flat) or (0,),
+        "SUM_ROWS": tuple(of_reader.stride(0) for of_reader in flat_sums) or (0,),
         **_sizes(x, position, stride, block),
-        "TANGENT": tangent,
+        "TANGENT": readers is not None,
         "STATISTICS": statistics is not None,
     }
     return Launch(pool_fwd_kernel, (tiles, blocks), arguments, constants)
