@@ -48,6 +48,8 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 4 and q.k > 32 and not q.tangent and not q.statistics, 32),
         # 1x1 tangents: with 64, 16 and 32 outputs spilled twice (sm_100).
         (lambda q: q.bytes == 4 and q.k <= 32 and q.tangent and not q.depthwise, 32),
+        # Second halves: with 64, 64 outputs spilled 4 times (Triton 3.6, sm_90).
+        (lambda q: q.bytes == 4 and q.k > 32 and q.statistics and q.normalized, 32),
         # With 64, tangents of 64 outputs of bfloat16 spilled 5 times (sm_100).
         (lambda q: q.bytes == 2 and q.k > 32 and q.tangent and q.depthwise, 32),
         (otherwise, 64),
@@ -88,6 +90,8 @@ ELEMENTS: dict[str, Rows] = {
         (lambda q: q.stride > 1 and q.bytes == 2, 512),
         # With 2,048, 64 channels of float32 spilled 4 times, with 512 twice (sm_80).
         (lambda q: q.stride > 1, 1024),
+        # Second sweeps of second halves of float64: with 2,048, 2 spills (Triton 3.6, sm_90).
+        (lambda q: q.bytes == 8 and q.normalized and q.c <= 16, 1024),
         # First halves: with 2,048, 16 channels spilled twice (sm_90); 512 of float64, 437 times.
         (lambda q: q.bytes == 4 and not q.normalized, 1024),
         (otherwise, 2048),
@@ -98,6 +102,8 @@ ELEMENTS: dict[str, Rows] = {
     "mix_tangent_kernel": (
         # With 256, 35 candidates of float32 spilled 16 times (sm_90), of bfloat16 18 times (sm_100).
         (lambda q: q.c > 32 and q.ahead >= 700, 128),
+        # With 256, 28 candidates of float32 spilled twice (Triton 3.6, sm_90).
+        (lambda q: q.bytes == 4 and 600 < q.ahead < 700, 128),
         *UNROLLED,
     ),
     "fan_out_kernel": UNROLLED,
@@ -120,13 +126,16 @@ WARPS: dict[str, Rows] = {
         # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
         (lambda q: q.k > 64, 8),
         # With 4 up to 6 spills (bfloat16, sm_100). With 8, tangents of 64 spilled, and 16 channels had 64-bit
-        # loads.
-        (lambda q: q.tangent and 16 < q.k <= 32, 8),
+        # loads; so did 1x1 tangents of 32 of float32 (sm_90), and of float64 (Triton 3.6).
+        (lambda q: q.tangent and 16 < q.k <= 32 and (q.depthwise or q.bytes == 2), 8),
         (otherwise, 4),
     ),
     "sepconv_bwd_pointwise_kernel": (
         # See above; with 32 positions and 8 warps 12 spills.
         (lambda q: q.bytes == 2 and q.weights and q.depthwise and 64 < q.k <= 128, 4),
+        # Factorized reduces: with 8, 72 outputs spilled twice, 16 of float64 8 times (Triton 3.6, sm_90).
+        (lambda q: q.bytes == 4 and q.weights and not q.depthwise and q.stride > 1 and q.k == 72, 4),
+        (lambda q: q.bytes == 8 and q.weights and not q.depthwise and q.stride > 1 and q.c <= 32, 4),
         # With 4, 144 outputs of float32 spilled up to 287 times (sm_90).
         (lambda q: q.k > 64, 8),
         # 1x1 weight gradients: with 4, of two sources to 32 outputs 13 spills (sm_100).
