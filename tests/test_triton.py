@@ -27,9 +27,9 @@ from darts_fast.kernels import triton  # noqa: E402
 from darts_fast.kernels.triton import (  # noqa: E402
     launch,
     mix,
-    sepconv_depthwise,
-    sepconv_forward,
-    sepconv_pointwise,
+    sepconv_bwd,
+    sepconv_bwd_pointwise,
+    sepconv_fwd,
 )
 
 # A kernel is interpreted or compiled from its decoration on: one process cannot have both.
@@ -189,7 +189,7 @@ def test_hessian_vector_product_of_a_supernet(monkeypatch):
     # Most of the interpreter's time goes to checks of integer overflow and to the selects of `pick`, which
     # the tests above have.
     monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
-    for module in (mix, sepconv_forward, sepconv_pointwise, sepconv_depthwise):
+    for module in (mix, sepconv_fwd, sepconv_bwd_pointwise, sepconv_bwd):
         monkeypatch.setattr(module, "pick", lambda values, i: values[int(i.handle.data.item())])
     torch.manual_seed(0)
     reference = Supernet(2, 3, 3).double()

@@ -2,7 +2,7 @@
 
 Batch norm's derivatives need sums over all positions before they can be written, so they read their tensors
 twice: once for the sums (`norm_sums_kernel`), and once where p B(G) is computed on load, by `fan_out_kernel`
-here and in sepconv_pointwise.py.
+here and in sepconv_bwd_pointwise.py.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,12 @@
 """Halves of separable convolutions and 1x1 convolutions in Triton.
 
 Notation of docs/mathematics.md: a = relu(h), z = D * a, y = P z; capitals are adjoints, a trailing d is a
-tangent. The four sweeps are three kernels, each launched once for all tasks of a call:
+tangent. The four sweeps are three kernels, a file each, launched once for all tasks of a call:
 
-    sepconv_forward.py    sepconv_fwd_kernel            y = P (D * a) and its statistics; as tangent
-                                                        yd = P (D * ad + Dd * a) + Pd z and its sums
-    sepconv_pointwise.py  sepconv_bwd_pointwise_kernel  Z = P' Y, and the weight gradients; as tangent also
-                                                        Zd = P' Yd + Pd' Y
-    sepconv_depthwise.py  sepconv_bwd_kernel            H = [h > 0] D' * Z, summed over a source's tasks; as
-                                                        tangent Hd
+    sepconv_fwd_kernel            y = P (D * a) and its statistics; as tangent yd = P (D * ad + Dd * a) + Pd z
+                                  and its sums
+    sepconv_bwd_pointwise_kernel  Z = P' Y, and the weight gradients; as tangent also Zd = P' Yd + Pd' Y
+    sepconv_bwd_kernel            H = [h > 0] D' * Z, summed over a source's tasks; as tangent Hd
 """
 
 from collections.abc import Sequence
@@ -16,10 +14,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.triton.launch import Launch
+from darts_fast.kernels.triton.sepconv_bwd import depthwise
+from darts_fast.kernels.triton.sepconv_bwd_pointwise import pointwise
 from darts_fast.kernels.triton.sepconv_call import Call
-from darts_fast.kernels.triton.sepconv_depthwise import depthwise
-from darts_fast.kernels.triton.sepconv_forward import Tangents, forward
-from darts_fast.kernels.triton.sepconv_pointwise import pointwise
+from darts_fast.kernels.triton.sepconv_fwd import Tangents, forward
 from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, images
 
 
