@@ -126,8 +126,9 @@ WARPS: dict[str, Rows] = {
         # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
         (lambda q: q.k > 64, 8),
         # With 4 up to 6 spills (bfloat16, sm_100). With 8, tangents of 64 spilled, and 16 channels had 64-bit
-        # loads; so did 1x1 tangents of 32 of float32 (sm_90), and of float64 (Triton 3.6).
-        (lambda q: q.tangent and 16 < q.k <= 32 and (q.depthwise or q.bytes == 2), 8),
+        # loads; so did 1x1 tangents of 32 of float32 (sm_90), and of 128 to 32 of float64 (Triton 3.6).
+        (lambda q: q.bytes == 8 and q.tangent and q.c > 64 and 16 < q.k <= 32, 4),
+        (lambda q: q.tangent and 16 < q.k <= 32 and (q.depthwise or q.bytes != 4), 8),
         (otherwise, 4),
     ),
     "sepconv_bwd_pointwise_kernel": (
