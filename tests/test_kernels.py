@@ -32,10 +32,15 @@ def poisoned():
 def tested(request):
     """A backend and a dtype."""
     backend, dtype = BACKENDS[request.param]
-    # They are optional: without a compiler the install succeeds, and there is nothing to test.
     if backend is native and native.level() is None:
+        # Without a compiler the install succeeds, and there is nothing to test; other absences fail below.
         pytest.skip(f"the C++ library {native.absence()}")
     return backend, dtype
+
+
+def test_the_library_is_missing_only_where_it_was_not_built():
+    """A library of other sources is not tested by mistake, nor skipped unseen."""
+    assert (native.absence() or "was not built").startswith("was not built")
 
 
 @pytest.mark.parametrize("name", CASES)

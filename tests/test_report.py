@@ -51,7 +51,8 @@ def opened(page, tmp_path):
     return done.stdout, complaints, [re.search(r'"url":"([^"]+)"', line).group(1) for line in asked]
 
 
-# Only a browser tells whether a page has errors; it is no dependency of the project.
+# Only a browser tells whether a page has errors, and it is no dependency of the project: where there is none,
+# this is left out.
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to open the page in")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_page_in_a_browser(tmp_path, device):
