@@ -56,7 +56,7 @@ class Supernet(nn.Module):
         for name in ALPHAS:
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES))))
         self._fused_cells = FusedCells(self.cells) if fused else None
-        # Those that are computed as modules. To set the flag of all was a thirtieth of a step on the digits.
+        # Those that are computed as modules; those that the kernels compute have one flag, see FusedCells.
         computed = self.stem if fused else self
         self._batch_norms = [module for module in computed.modules() if isinstance(module, nn.BatchNorm2d)]
         self._flatten()
