@@ -129,7 +129,7 @@ def _tables(profile: Profile, rate: float) -> list[tuple[str, list[str], list[li
             + (moved if row.bytes else ["", "", ""])
         )
     kind = "Kernels" if cuda else "Operations"
-    columns = [kind.lower()[:-1], calls, "ms", "share", "MB read", "GB/s", "of copy"]
+    columns = [kind.lower()[:-1], calls, "ms", "share", "MB of arguments", "GB/s", "of copy"]
     return [("Phases", header, phases), (kind, columns, operations)]
 
 

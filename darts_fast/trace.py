@@ -19,7 +19,7 @@ class Row(NamedTuple):
     name: str
     launches: int
     seconds: float  # of the device: on a CPU, of the operation without those it calls
-    bytes: int  # of its tensor arguments, results left out: the trace does not have them
+    bytes: int  # of its tensor arguments: of a C++ kernel all, of ATen's without results, which a trace lacks
 
 
 class Profile(NamedTuple):

@@ -10,6 +10,7 @@ from conftest import checkpoint, same
 from test_report import CHROMIUM, opened
 
 from darts_fast import SearchConfig, TrainConfig, profiling, search, train
+from darts_fast.kernels import native
 from darts_fast.trace import read_trace
 
 SECOND_ORDER = ["data", "virtual step", "validation pass", "hessian-vector product", "architecture update"]
@@ -51,6 +52,26 @@ def test_a_profiled_search_is_the_same_search(in_tmp, data):
     assert "Profile of 2 steps: " in log and "Bound by " in log
     report = (folder / "report.md").read_text()
     assert "| hessian-vector product |" in report and "copy rate" in report
+
+
+# Without a compiler the install succeeds, and ATen's operations are recorded in place of sweeps in C++.
+@pytest.mark.skipif(native.level() is None, reason=f"the C++ library {native.absence()}")
+def test_the_kernels_of_a_sweep_are_told_apart(in_tmp, data):
+    path = search(small(profile=2), data).path / "profile" / "trace.json.gz"
+    operations = {
+        row.name: row for row in read_trace(json.loads(gzip.open(path).read())["traceEvents"]).operations
+    }
+    kernels = {name: row for name, row in operations.items() if name.startswith("native::")}
+    for function in (
+        "sepconv_forward",
+        "sepconv_backward",
+        "sepconv_tangent",
+        "sepconv_second",
+        "mix_tangent",
+    ):
+        assert kernels[f"native::{function}"].bytes > 0
+    whole = [row.seconds for name, row in operations.items() if "_Cells" in name]
+    assert sum(row.seconds for row in kernels.values()) > sum(whole)
 
 
 def test_a_profiled_training(in_tmp, data):

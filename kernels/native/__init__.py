@@ -39,12 +39,13 @@ from darts_fast.kernels.native.sepconv import (
     sepconv_second,
     sepconv_tangent,
 )
-from darts_fast.kernels.native.table import Record, Table
+from darts_fast.kernels.native.table import Record, Table, size_of
 from darts_fast.kernels.types import Call, launches
 
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
-    """Returns a function that runs the calls one after the other, in one call of C++.
+    """Returns a function that runs the calls one after the other, in one call of C++; under PyTorch's
+    profiler in one each, so that its trace has them by name.
 
     Raises:
         TypeError: a tensor is not on the CPU.
@@ -58,7 +59,13 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in found])
 
     def run() -> None:
-        library.darts_sweep(records.address, records.count, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if not torch.autograd._profiler_enabled():
+            library.darts_sweep(records.address, records.count, threads)
+            return
+        for i, launch in enumerate(found):
+            with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", launch.tensors):
+                library.darts_sweep(records.address + i * size_of(Record), 1, threads)
 
     run.launches = found  # which keep their tables and tensors
     return run
