@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--device cpu] [--batch_size 16 --init_channels 16 --layers 8 --size 32]
         [--threads N] [--repeats 5] [--only VARIANT ...] [--compile_seconds 0] [--results DIR]
-    python benchmarks/step.py --sweep batch_size=8,16,32,64 [--cpu_time] ...
+    python benchmarks/step.py --sweep batch_size=8,16,32,64 [--cpu_time] [--busy 1] ...
 
 Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
 variant; the textbook's time over the variant's, pair by pair; on a CPU the share of the time outside the
@@ -12,14 +12,18 @@ every phase. What cannot run here is named with the reason. `--digits` takes the
 `--sweep` races the variants at each value of batch_size, init_channels, layers, size or threads, all values
 in turns, and draws a plot; over batch_size it also fits the part of a step that is the same for any number of
 images. `--cpu_time` takes the seconds of the processor for those of the wall, on a machine with other work.
+`--busy N` is that other work: N processes that each keep a processor busy meanwhile.
 Every variant adds a line of JSON to a file in DIR (benchmarks/results) that is named by the conditions.
 """
 
 import argparse
 import json
 import re
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +65,7 @@ def main() -> int:
     )
     parser.add_argument("--sweep", type=_sweep, metavar="NAME=A,B,...")
     parser.add_argument("--cpu_time", action="store_true", help="seconds of the processor, with one thread")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="other processes that compute")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
     args = parser.parse_args()
     if args.repeats < 2:
@@ -86,7 +91,8 @@ def main() -> int:
         for value in values:
             more, reasons = runners(args.only, base._replace(**{name: value}), device, args.compile_seconds)
             entrants, left_out = entrants + more, left_out | reasons
-        rows = race(entrants, args.repeats)
+        with neighbours(args.busy):
+            rows = race(entrants, args.repeats)
         rate = copy_rate(device)
     for variant, reason in left_out.items():
         print(f"left out: {variant} ({reason})")
@@ -101,20 +107,43 @@ def main() -> int:
         print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")
     clock = "cpu" if args.cpu_time else "wall"
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{file_name(args.sweep and name, base, conditions['device'])}.jsonl"
+    beside = f"-busy{args.busy}" if args.busy else ""
+    path = args.results / f"{file_name(args.sweep and name, base, conditions['device'])}{beside}.jsonl"
     with path.open("a") as file:
         for record in found:
             file.write(
-                json.dumps({**record, **conditions, "clock": clock, "repeats": args.repeats, "copy": rate})
+                json.dumps(
+                    {
+                        **record,
+                        **conditions,
+                        "clock": clock,
+                        "repeats": args.repeats,
+                        "copy": rate,
+                        "busy": args.busy,
+                    }
+                )
                 + "\n"
             )
     print(f"added to {path}")
     if args.sweep:
         fixed = ", ".join(f"{key} {value}" for key, value in base._asdict().items() if key != name)
         fixed += ", CPU time" if args.cpu_time else ""
+        fixed += f", beside {args.busy} busy processes" if args.busy else ""
         path.with_suffix(".svg").write_text(plot(found, name, fixed))
         print(f"drawn: {path.with_suffix('.svg')}")
     return 0
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many processes that compute meanwhile, without pause."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _sweep(text: str) -> tuple[str, list[int]]:

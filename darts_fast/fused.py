@@ -88,6 +88,12 @@ def kernels_on(device: torch.device, dtype: torch.dtype) -> str:
     return kernels.used(device, dtype)
 
 
+def leave_other_processors_alone() -> None:
+    """PyTorch counts the machine's processors, of which a container may have a few: more threads than those
+    would take turns."""
+    torch.set_num_threads(min(torch.get_num_threads(), kernels.processors()))
+
+
 class FusedCells:
     """The cells of a supernet, `reference.MixedCell`s, computed by `darts_fast.kernels`: the same sums,
     shared and fused. Parameters, buffers and names are the modules' own.

@@ -23,7 +23,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, restored, seeded
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import compile_kernels, counted, missing_on
+from darts_fast.fused import compile_kernels, counted, leave_other_processors_alone, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.report import write_report
@@ -68,6 +68,7 @@ class Loop(ABC):
         """
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
+        leave_other_processors_alone()
         lacking = missing_on(self.device) if config.fused else None
         if lacking:
             raise InputError(

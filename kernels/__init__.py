@@ -9,12 +9,14 @@ first_derivative.py    which derivatives a pass asks for, and the refusal of tho
 types.py      what a backend is: its functions and their arguments
 aten/  native/  triton/    the backends, a package each with the same functions in the same files
 backends.py   which of them computes what
+processors.py    how many processors this process may use
 """
 
 from darts_fast.kernels.backends import backend, used
 from darts_fast.kernels.network import Plan, cells
 from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.plan import Blocks
+from darts_fast.kernels.processors import processors
 from darts_fast.kernels.single import pool, sepconv
 
-__all__ = ["Blocks", "Plan", "backend", "cells", "normalize", "pool", "sepconv", "used"]
+__all__ = ["Blocks", "Plan", "backend", "cells", "normalize", "pool", "processors", "sepconv", "used"]

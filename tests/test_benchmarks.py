@@ -274,6 +274,21 @@ def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
     assert len(picture.findall(".//{*}circle")) == 4
 
 
+def test_busy_neighbours_end_with_the_race(monkeypatch):
+    started: list = []
+    popen = step.subprocess.Popen
+
+    def start(command):
+        started.append(popen(command))
+        return started[-1]
+
+    monkeypatch.setattr(step.subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt), step.neighbours(2):
+        assert [process.poll() for process in started] == [None, None]
+        raise KeyboardInterrupt
+    assert all(process.poll() is not None for process in started) and len(started) == 2
+
+
 def test_the_fit_of_a_sweep():
     def record(images):
         step = 0.001 * (340 + 2 * images)

@@ -41,8 +41,9 @@ def poisoned():
 
 
 @pytest.mark.parametrize("name", [*sweeps.CASES, *LARGE_CASES])
-def test_the_bits_do_not_depend_on_the_number_of_threads(name):
+def test_the_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
     """The results of one thread are right; those of others are the same."""
+    monkeypatch.setattr(native, "processors", lambda: 7)
     case, threads, written = (sweeps.CASES | LARGE_CASES)[name], torch.get_num_threads(), []
     if name in LARGE_CASES:
         outputs = len(case.kinds) * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
@@ -85,7 +86,7 @@ def test_structures_are_those_of_the_header():
     declared = {}
     for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
         body = re.sub(r"\w+\* row\(.*", "", body)  # a function
-        body = body.replace("(*function)(const void* call, int threads)", "function")
+        body = body.replace("(*function)(const void* call, Team& team)", "function")
         fields = [re.findall(r"(\w+)(?:,|$)", line.strip()) for line in body.split(";")]
         declared[name] = [field for of_line in fields for field in of_line]
     assert declared == {structure.__name__: list(structure._fields) for structure in table.STRUCTURES}

@@ -1,8 +1,8 @@
 """The kernels in C++, for float32 on the CPU.
 
 A function makes tables of C structures from tensors (table.py), and a program runs the tables of all its
-calls by one call of C++, on `torch.get_num_threads()` threads. The bits of the results do not depend on how
-many.
+calls by one call of C++, on `torch.get_num_threads()` threads, but never more than there are processors for.
+The bits of the results do not depend on how many.
 Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 """
 
@@ -40,6 +40,7 @@ from darts_fast.kernels.native.sepconv import (
     sepconv_tangent,
 )
 from darts_fast.kernels.native.table import Record, Table, size_of
+from darts_fast.kernels.processors import processors
 from darts_fast.kernels.types import Call, launches
 
 
@@ -58,8 +59,10 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     library = loaded()
     records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in found])
 
+    allowed = processors()
+
     def run() -> None:
-        threads = torch.get_num_threads()
+        threads = min(torch.get_num_threads(), allowed)
         if not torch.autograd._profiler_enabled():
             library.darts_sweep(records.address, records.count, threads)
             return

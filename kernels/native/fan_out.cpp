@@ -1,11 +1,12 @@
 // The adjoints of tensors that several nodes read, each a sum over its readers; and sums of tensors.
 #include "chunks.h"
 #include "reader.h"
+#include "team.h"
 
 namespace {
 
 template <bool SECOND>
-void fan_out(const FanOut& q, int threads) {
+void fan_out(const FanOut& q, Team& team) {
   of_call.reset();
   std::vector<float*> factors;  // of each tensor, [readers, FACTORS, c]
   for (int64_t t = 0; t < q.count; ++t) {
@@ -15,8 +16,7 @@ void fan_out(const FanOut& q, int threads) {
       write_factors(tensor.readers[k], q.c, double(q.m), SECOND, factors[t] + k * FACTORS * q.c, q.c);
   }
   Chunks chunks(q);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     for (int64_t t = 0; t < q.count; ++t) {
       const Shared& tensor = q.tensors[t];
@@ -60,26 +60,25 @@ void fan_out(const FanOut& q, int threads) {
         }
       });
     }
-  }
+  });
 }
 
 }  // namespace
 
 // The adjoint of every tensor: the sum over its readers of p B(G)
-extern "C" void darts_fan_out_backward(const void* table, int threads) {
-  fan_out<false>(*static_cast<const FanOut*>(table), threads);
+extern "C" void darts_fan_out_backward(const void* table, Team& team) {
+  fan_out<false>(*static_cast<const FanOut*>(table), team);
 }
 
 // The derivative of that along v
-extern "C" void darts_fan_out_second(const void* table, int threads) {
-  fan_out<true>(*static_cast<const FanOut*>(table), threads);
+extern "C" void darts_fan_out_second(const void* table, Team& team) {
+  fan_out<true>(*static_cast<const FanOut*>(table), team);
 }
 
-extern "C" void darts_add(const void* table, int threads) {
+extern "C" void darts_add(const void* table, Team& team) {
   const Sum& q = *static_cast<const Sum*>(table);
   Chunks chunks(q);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     for_channels(q.c, [&](auto lanes, int64_t i) {
       for (int64_t j = first; j < last; ++j) {
@@ -88,5 +87,5 @@ extern "C" void darts_add(const void* table, int threads) {
         store(lanes, q.out + j * q.c + i, sum);
       }
     });
-  }
+  });
 }

@@ -40,10 +40,10 @@ struct Term {
   ptrdiff_t offset;
 };
 
-Stencil stencil_of(const std::vector<Term>& terms, int64_t c) {
+Stencil stencil_of(const std::vector<Term>& terms, int64_t c, Arena& memory) {
   Stencil found;
   found.block = ptrdiff_t(terms.size()) * LANES;
-  found.weights = of_call.zeros(blocks_of(c) * found.block + 1);
+  found.weights = memory.zeros(blocks_of(c) * found.block + 1);
   for (size_t t = 0; t < terms.size(); ++t) {
     const Term& term = terms[t];
     found.offsets.push_back(term.offset);
@@ -69,9 +69,9 @@ void pack(const float* p, int64_t k, int64_t c, bool transpose, float* into, ptr
     }
 }
 
-float* packed(const float* p, int64_t k, int64_t c, bool transpose) {
+float* packed(const float* p, int64_t k, int64_t c, bool transpose, Arena& memory) {
   int64_t out = transpose ? c : k, in = blocks_of(transpose ? k : c) * LANES;
-  float* found = of_call.zeros(blocks_of(out) * in * LANES);
+  float* found = memory.zeros(blocks_of(out) * in * LANES);
   pack(p, k, c, transpose, found, in * LANES);
   return found;
 }
@@ -120,23 +120,23 @@ struct Operand {
 };
 
 // The stencils of all classes of pixels of one task; several operands are summed.
-std::vector<Stencil> adjoint_stencils(const Half& half, const std::vector<Operand>& operands) {
+std::vector<Stencil> adjoint_stencils(const Half& half, const std::vector<Operand>& operands, Arena& memory) {
   std::vector<Stencil> found;
   for (int64_t qy = 0; qy < half.task.stride; ++qy)
     for (int64_t qx = 0; qx < half.task.stride; ++qx) {
       std::vector<Term> terms;
       for (const Operand& o : operands)
         if (o.there) half.adjoint_terms(terms, o.d, qy, qx, o.base);
-      found.push_back(stencil_of(terms, half.c));
+      found.push_back(stencil_of(terms, half.c, memory));
     }
   return found;
 }
 
-Stencil forward_stencil(const Half& half, const std::vector<Operand>& operands) {
+Stencil forward_stencil(const Half& half, const std::vector<Operand>& operands, Arena& memory) {
   std::vector<Term> terms;
   for (const Operand& o : operands)
     if (o.there) half.forward_terms(terms, o.d, o.base);
-  return stencil_of(terms, half.c);
+  return stencil_of(terms, half.c, memory);
 }
 
 // out [blocks][h][w][LANES] (+)= the depthwise adjoint of z

@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
@@ -145,7 +146,8 @@ INLINE int lanes_of(int64_t channels, int block) {
 }
 
 // Memory that is kept between calls, because a fresh allocation costs a page fault per 4 KB. Every thread has its
-// own. A pointer that `take` returned is valid until the next `reset` of the same arena.
+// own. A pointer that `take` returned is valid until the next `reset` of the same arena. Several threads may take
+// at once.
 class Arena {
  public:
   void reset() {
@@ -164,6 +166,7 @@ class Arena {
   template <class T = float>
   T* take(size_t count) {
     size_t size = (count * sizeof(T) + 63) / 64 * 64;
+    std::lock_guard<std::mutex> lock(mutex_);
     if (pieces_.empty() || used_ + size > pieces_.back().size) {
       grow(size < (size_t(1) << 20) ? size_t(1) << 20 : size);
       used_ = 0;
@@ -199,6 +202,7 @@ class Arena {
     pieces_.push_back({static_cast<char*>(start), size});
   }
 
+  std::mutex mutex_;
   std::vector<Piece> pieces_;
   size_t used_ = 0;
 };

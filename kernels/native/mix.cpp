@@ -3,6 +3,7 @@
 // one candidate whose weight is 1 is a batch norm.
 #include "chunks.h"
 #include "reader.h"
+#include "team.h"
 
 namespace {
 
@@ -64,13 +65,12 @@ double sum_of_g_hd(const Mix& q, int64_t k) {
 
 // Writes the sums over pixels of g and g h, where g is the call's adjoint; and the gradient of each weight, which is
 // the sum of g h over channels, too, and in the second backward sweep of G hd.
-void adjoint_sums(const Mix& q, int threads) {
+void adjoint_sums(const Mix& q, Team& team) {
   Norms norms(q);
   Chunks chunks(q);
   int64_t width = 2 * q.count * q.c, row = q.adjoint.stride;
   float* partial = of_call.take(chunks.count * width);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     for_channels(q.c, [&](auto lanes, int64_t i) {
       float* into = partial + chunk * width + i;
@@ -90,7 +90,7 @@ void adjoint_sums(const Mix& q, int threads) {
         store(lanes, into + SUM_G_H * q.c, (even + odd) * load(lanes, norms.r + k * q.c + i));
       }
     });
-  }
+  });
   const double* totals = over_parts(partial, chunks.count, width, of_call);
   for (int64_t k = 0; k < q.count; ++k, totals += 2 * q.c) {
     double gradient = q.first_sums.data ? sum_of_g_hd(q, k) : 0;
@@ -106,7 +106,7 @@ void adjoint_sums(const Mix& q, int threads) {
 }  // namespace
 
 // o = sum over k of p h
-extern "C" void darts_mix_forward(const void* table, int threads) {
+extern "C" void darts_mix_forward(const void* table, Team& team) {
   const Mix& q = *static_cast<const Mix*>(table);
   of_call.reset();
   Norms norms(q);
@@ -114,8 +114,7 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
   float* scale = of_call.take(q.count * q.c);
   for (int64_t k = 0; k < q.count; ++k)
     for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = weight_of(q.candidates[k]) * norms.r[k * q.c + i];
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     Node node(q, first, last);
     for (int64_t k = 0; k < q.count; k += 4) {  // four at a time, for a fourth of the loads and stores of the node
@@ -139,21 +138,21 @@ extern "C" void darts_mix_forward(const void* table, int threads) {
         }
       });
     }
-  }
+  });
 }
 
 // The sums of G, G h, and dL/dp
-extern "C" void darts_mix_backward(const void* table, int threads) {
+extern "C" void darts_mix_backward(const void* table, Team& team) {
   of_call.reset();
-  adjoint_sums(*static_cast<const Mix*>(table), threads);
+  adjoint_sums(*static_cast<const Mix*>(table), team);
 }
 
 // The sums of Gd, Gd h, and of Gd h + G hd
-extern "C" void darts_mix_second(const void* table, int threads) { darts_mix_backward(table, threads); }
+extern "C" void darts_mix_second(const void* table, Team& team) { darts_mix_backward(table, team); }
 
 // od = sum over k of p hd, with hd = r (yd - mean(yd) - h t) and t = mean(h yd), or yd without statistics; there the
 // sums of yd G, too.
-extern "C" void darts_mix_tangent(const void* table, int threads) {
+extern "C" void darts_mix_tangent(const void* table, Team& team) {
   const Mix& q = *static_cast<const Mix*>(table);
   of_call.reset();
   Norms norms(q);
@@ -168,8 +167,7 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
       rt[j] = float(double(norms.r[j]) * double(q.tangent_sums.row(SUM_YD_H)[j]) / double(q.m));
     }
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     Node node(q, first, last);
     std::memset(node.at(first), 0, size_t((last - first) * q.c) * sizeof(float));
@@ -198,7 +196,7 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
         }
       });
     }
-  }
+  });
   for (int64_t k = 0; k < q.count; ++k) {
     if (products[k] == nullptr) continue;
     const double* totals = over_parts(products[k], chunks.count, q.c, of_call);
@@ -206,6 +204,6 @@ extern "C" void darts_mix_tangent(const void* table, int threads) {
   }
 }
 
-extern "C" void darts_norm_forward(const void* table, int threads) { darts_mix_forward(table, threads); }
-extern "C" void darts_norm_backward(const void* table, int threads) { darts_mix_backward(table, threads); }
-extern "C" void darts_norm_tangent(const void* table, int threads) { darts_mix_tangent(table, threads); }
+extern "C" void darts_norm_forward(const void* table, Team& team) { darts_mix_forward(table, team); }
+extern "C" void darts_norm_backward(const void* table, Team& team) { darts_mix_backward(table, team); }
+extern "C" void darts_norm_tangent(const void* table, Team& team) { darts_mix_tangent(table, team); }

@@ -1,5 +1,6 @@
 // 3x3 max and average pool of an image (padding 1, over the pixels that are there), in one pass over it.
 #include "reader.h"
+#include "team.h"
 
 namespace {
 
@@ -58,14 +59,13 @@ struct PoolSums {
 
 }  // namespace
 
-extern "C" void darts_pool_forward(const void* table, int threads) {
+extern "C" void darts_pool_forward(const void* table, Team& team) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
   Parts parts(q.n);
   of_call.reset();
   double* sums = of_call.zeros<double>(parts.count * 6 * q.c);  // [part][pool][shift, sum, squares][c]
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t part = 0; part < parts.count; ++part) {
+  team.each(parts.count, [&](int64_t part) {
     int64_t first = part * parts.size, last = first + parts.size < q.n ? first + parts.size : q.n;
     for (int64_t row = first * ho; row < last * ho; ++row) {
       const float* x = q.x + row / ho * q.h * q.w * q.c;
@@ -104,7 +104,7 @@ extern "C" void darts_pool_forward(const void* table, int threads) {
         }
       });
     }
-  }
+  });
   for (int pool = 0; pool < 2; ++pool)
     for (int64_t i = 0; q.statistics && i < q.c; ++i) {
       Moments moments;
@@ -119,11 +119,10 @@ extern "C" void darts_pool_forward(const void* table, int threads) {
 }
 
 // The adjoint of x. Every pixel adds its part of the adjoints of all windows that hold it.
-extern "C" void darts_pool_backward(const void* table, int threads) {
+extern "C" void darts_pool_backward(const void* table, Team& team) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < q.n * q.h; ++row) {
+  auto of_row = [&](int64_t row) {
     int64_t y = row % q.h, image = row / q.h;
     Windows wy(y, q.stride, ho);
     for_channels(q.c, [&](auto lanes, int64_t i) {
@@ -162,11 +161,15 @@ extern "C" void darts_pool_backward(const void* table, int threads) {
         store(lanes, into, terms + sum);
       }
     });
-  }
+  };
+  Parts parts(q.n * q.h);
+  team.each(parts.count, [&](int64_t part) {
+    for (int64_t row = part * parts.size; row < (part + 1) * parts.size && row < q.n * q.h; ++row) of_row(row);
+  });
 }
 
 // The tangents of both pools, from that of x, and their sums
-extern "C" void darts_pool_tangent(const void* table, int threads) {
+extern "C" void darts_pool_tangent(const void* table, Team& team) {
   const Pool& q = *static_cast<const Pool*>(table);
   int64_t ho = (q.h - 1) / q.stride + 1, wo = (q.w - 1) / q.stride + 1;
   Parts parts(q.n);
@@ -175,8 +178,7 @@ extern "C" void darts_pool_tangent(const void* table, int threads) {
   double* sums = of_call.zeros<double>(parts.count * width);  // [part][reader][TANGENT_SUMS][c]
   // The first reader of a pool has the sums of yd, yd h of all its readers.
   auto first_of_pool = [&](int64_t k) { return k < q.of_maximum ? 0 : q.of_maximum; };
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t part = 0; part < parts.count; ++part) {
+  team.each(parts.count, [&](int64_t part) {
     int64_t first = part * parts.size, last = first + parts.size < q.n ? first + parts.size : q.n;
     for (int64_t row = first * ho; row < last * ho; ++row) {
       const float* x = q.x + row / ho * q.h * q.w * q.c;
@@ -215,7 +217,7 @@ extern "C" void darts_pool_tangent(const void* table, int threads) {
         }
       });
     }
-  }
+  });
   const double* totals = over_parts(sums, parts.count, width, of_call);
   for (int64_t k = 0; k < n_readers; ++k) {
     auto of = [&](int64_t reader, int quantity) { return totals + (reader * TANGENT_SUMS + quantity) * q.c; };

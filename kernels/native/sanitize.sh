@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Tests the C++ kernels, built for this processor with the address and undefined-behaviour sanitizers in a
-# folder of their own: kernels/native/sanitize.sh [pytest's arguments]
+# folder of their own, and their teams of threads with the thread sanitizer:
+# kernels/native/sanitize.sh [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+g++ -std=c++17 -O1 -g -pthread -fsanitize=thread tests/native_team.cpp -o "$folder/team"
+TSAN_OPTIONS=halt_on_error=1 "$folder/team"
 g++ -shared -fPIC -std=c++17 -O1 -g -fopenmp -march=native -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined kernels/native/*.cpp -o "$folder/_portable.so"
 # Leaks are not looked for: Python's own would be reported.

@@ -6,6 +6,7 @@
 #include "half.h"
 #include "loops.h"
 #include "reader.h"
+#include "team.h"
 
 namespace {
 
@@ -16,26 +17,27 @@ constexpr int64_t STREAMED = 1 << 20;
 // The adjoint Y = p B(G) of a task's output, and its derivative Yd along v, in lanes
 class Adjoint {
  public:
-  explicit Adjoint(const Half& half, bool second = false) : half_(half), reader_(half.task.reader) {
+  Adjoint() = default;
+  Adjoint(const Half& half, bool second, Arena& memory) : k_(half.k), reader_(half.task.reader) {
     plain_ = reader_.statistics.data == nullptr && reader_.weight == nullptr;
     if (plain_) return;
     int64_t m = half.n * half.ho * half.wo;
     row_ = half.kb * LANES;
-    mean_ = of_call.zeros(row_);
+    mean_ = memory.zeros(row_);
     if (reader_.statistics.data)
       std::memcpy(mean_, reader_.statistics.row(MEAN), size_t(half.k) * sizeof(float));
-    first_ = of_call.zeros(FACTORS * row_);
+    first_ = memory.zeros(FACTORS * row_);
     write_factors(reader_, half.k, double(m), false, first_, row_);
     if (!second) return;
-    second_ = of_call.zeros(FACTORS * row_);
+    second_ = memory.zeros(FACTORS * row_);
     write_factors(reader_, half.k, double(m), true, second_, row_);
   }
 
   // Y, or Yd, of n pixels from number `pixel` on: in `scratch`, or in G itself, where that is Y, in lanes.
   const float* lanes(int64_t pixel, int64_t n, bool second, float* scratch, ptrdiff_t block) const {
     const Matrix& g = second ? reader_.second : reader_.adjoint;
-    if (plain_) return in_lanes(g.row(pixel), n, half_.k, g.stride, scratch, block);
-    for_channels(half_.k, [&](auto lanes, int64_t i) {
+    if (plain_) return in_lanes(g.row(pixel), n, k_, g.stride, scratch, block);
+    for_channels(k_, [&](auto lanes, int64_t i) {
       float* into = scratch + i / LANES * block;
       if (reader_.statistics.data == nullptr)
         for (int64_t j = 0; j < n; ++j)
@@ -66,9 +68,9 @@ class Adjoint {
     }
   }
 
-  const Half& half_;
-  const Reader& reader_;
-  bool plain_;
+  int64_t k_ = 0;
+  Reader reader_ = {};
+  bool plain_ = true;
   int64_t row_ = 0;
   float *mean_ = nullptr, *first_ = nullptr, *second_ = nullptr;
 };
@@ -136,6 +138,7 @@ void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image,
 
 // The tasks of a call, by source
 struct Call {
+  Arena& memory;  // of the thread that called; all threads take from it, and read what is there
   const Source* sources;
   std::vector<Padded> inputs;
   std::vector<Half> halves;
@@ -145,8 +148,8 @@ struct Call {
   std::vector<std::pair<int, int64_t>> units;  // sources and their parts, which are computed in parallel
   bool streamed;                               // results are written past the caches
 
-  explicit Call(const SepConv& call) : sources(call.sources), tasks(call.n_sources) {
-    of_call.reset();
+  explicit Call(const SepConv& call) : memory(of_call), sources(call.sources), tasks(call.n_sources) {
+    memory.reset();
     for (int64_t t = 0; t < call.n_tasks; ++t) tasks[call.tasks[t].source].push_back(int(t));
     int64_t floats = 0;
     for (int64_t s = 0; s < call.n_sources; ++s) {
@@ -168,7 +171,7 @@ struct Call {
     streamed = floats >= STREAMED;
   }
 
-  const Parts& parts_of(int task) const { return parts[halves[task].task.source]; }
+  const Parts& parts_of(int64_t task) const { return parts[halves[task].task.source]; }
 
   // The most pixels that a depthwise convolution of a source computes before the pointwise one reads them
   int64_t most_pixels(int s) const { return GROUP > inputs[s].w ? GROUP : inputs[s].w; }
@@ -184,18 +187,25 @@ struct Call {
   }
 };
 
+// Calls body(half, number) for every task, before or behind the units.
+template <class Body>
+void for_tasks(const Call& call, Team& team, const Body& body) {
+  team.each(int64_t(call.halves.size()), [&](int64_t t) {
+    of_worker.reset();
+    body(call.halves[t], t);
+  });
+}
+
 // Calls body(source, part, first image, behind the last image) for every unit.
 template <class Body>
-void for_units(const Call& call, int threads, const Body& body) {
-  int64_t count = int64_t(call.units.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t u = 0; u < count; ++u) {
+void for_units(const Call& call, Team& team, const Body& body) {
+  team.each(int64_t(call.units.size()), [&](int64_t u) {
     of_worker.reset();
     auto [s, part] = call.units[u];
     int64_t size = call.parts[s].size, first = part * size, n = call.sources[s].n;
     body(s, part, first, first + size < n ? first + size : n);
     end_of_streams();
-  }
+  });
 }
 
 // Calls body(first row, rows, pixels before the first) for every group of rows of one image of a task's output.
@@ -269,17 +279,20 @@ void mask_image(const Source& s, const Padded& in, const float* g, const float* 
 }  // namespace
 
 // y of every task, and its statistics
-extern "C" void darts_sepconv_forward(const void* table, int threads) {
+extern "C" void darts_sepconv_forward(const void* table, Team& team) {
   Call call(*static_cast<const SepConv*>(table));
-  std::vector<Stencil> stencils;
-  std::vector<const float*> p;
-  std::vector<double*> sums;  // one a task, [part][shift, sum, squares][k]
-  for (const Half& half : call.halves) {
-    stencils.push_back(forward_stencil(half, {{true, half.task.d, 0}}));
-    p.push_back(packed(half.task.p, half.k, half.c, false));
-    sums.push_back(of_call.zeros<double>(call.parts[half.task.source].count * 3 * half.kb * LANES));
-  }
-  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+  struct Prepared {
+    Stencil stencil;
+    const float* p;
+    double* sums;  // [part][shift, sum, squares][k]
+  };
+  std::vector<Prepared> prepared(call.halves.size());
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
+    prepared[t] = {forward_stencil(half, {{true, half.task.d, 0}}, call.memory),
+                   packed(half.task.p, half.k, half.c, false, call.memory),
+                   call.memory.zeros<double>(call.parts_of(t).count * 3 * half.kb * LANES)};
+  });
+  for_units(call, team, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Padded& in = call.inputs[s];
     float* a = of_worker.take(in.image);
     float* z = of_worker.take(in.blocks * LANES * call.most_pixels(s));
@@ -289,13 +302,14 @@ extern "C" void darts_sepconv_forward(const void* table, int threads) {
         const Half& half = call.halves[t];
         const Matrix& out = half.task.y;
         int64_t width = half.kb * LANES;
-        double* of_part = sums[t] + part * 3 * width;
+        const Prepared& of_task = prepared[t];
+        double* of_part = of_task.sums + part * 3 * width;
         for_groups(half, image, [&](int64_t y, int64_t rows, int64_t pixel) {
           ptrdiff_t block = rows * half.wo * LANES;
-          depthwise(half, stencils[t], a, y, rows, z, block);
+          depthwise(half, of_task.stencil, a, y, rows, z, block);
           Inputs inputs(block, half.cb, half.c);
           for_channels(half.k, [&](auto lanes, int64_t i) {
-            const float* weights = p[t] + i * half.cb * LANES;
+            const float* weights = of_task.p + i * half.cb * LANES;
             double* at = of_part + i;
             if (image == first && y == 0) {  // the shift: the part's first pixel
               V value[1];
@@ -312,44 +326,46 @@ extern "C" void darts_sepconv_forward(const void* table, int threads) {
       }
     }
   });
-  for (size_t t = 0; t < call.halves.size(); ++t) {
-    const Half& half = call.halves[t];
-    const Parts& parts = call.parts_of(int(t));
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
+    const Parts& parts = call.parts_of(t);
     const Matrix& statistics = half.task.statistics;
     int64_t width = half.kb * LANES;
     for (int64_t i = 0; statistics.data && i < half.k; ++i) {
       Moments moments;
       for (int64_t part = 0; part < parts.count; ++part) {
         int64_t images = part + 1 < parts.count ? parts.size : half.n - part * parts.size;
-        const double* at = sums[t] + part * 3 * width + i;
+        const double* at = prepared[t].sums + part * 3 * width + i;
         moments.merge(double(images * half.ho * half.wo), at[0], at[width], at[2 * width]);
       }
       statistics.row(MEAN)[i] = float(moments.mean);
       statistics.row(VARIANCE)[i] = moments.variance();
       statistics.row(R)[i] = moments.r();
     }
-  }
+  });
 }
 
 // The adjoint H of every source, its sums, and the gradients of the weights where they are wanted.
-extern "C" void darts_sepconv_backward(const void* table, int threads) {
+extern "C" void darts_sepconv_backward(const void* table, Team& team) {
   Call call(*static_cast<const SepConv*>(table));
-  std::vector<Stencil> forward;
-  std::vector<std::vector<Stencil>> backward;
-  std::vector<const float*> p;
-  std::vector<Adjoint> adjoints;
-  std::vector<float*> p_sums, d_sums;  // one a task, [part][kb][cb][c lanes][k lanes] and [part][cb][tap][lanes]
-  for (const Half& half : call.halves) {
-    forward.push_back(forward_stencil(half, {{true, half.task.d, 0}}));
-    backward.push_back(adjoint_stencils(half, {{true, half.task.d, 0}}));
-    p.push_back(packed(half.task.p, half.k, half.c, true));
-    adjoints.emplace_back(half);
-    int64_t parts = half.task.p_gradient ? call.parts[half.task.source].count : 0;
-    p_sums.push_back(of_call.zeros(parts * half.kb * half.cb * LANES * LANES));
-    d_sums.push_back(of_call.zeros(parts * half.cb * half.side() * half.side() * LANES));
-  }
+  struct Prepared {
+    Stencil forward;
+    std::vector<Stencil> backward;
+    const float* p;
+    Adjoint adjoint;
+    float *p_sums, *d_sums;  // [part][kb][cb][c lanes][k lanes] and [part][cb][tap][lanes]
+  };
+  std::vector<Prepared> prepared(call.halves.size());
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
+    int64_t parts = half.task.p_gradient ? call.parts_of(t).count : 0;
+    prepared[t] = {forward_stencil(half, {{true, half.task.d, 0}}, call.memory),
+                   adjoint_stencils(half, {{true, half.task.d, 0}}, call.memory),
+                   packed(half.task.p, half.k, half.c, true, call.memory),
+                   Adjoint(half, false, call.memory),
+                   call.memory.zeros(parts * half.kb * half.cb * LANES * LANES),
+                   call.memory.zeros(parts * half.cb * half.side() * half.side() * LANES)};
+  });
   AdjointSums sums(call);
-  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+  for_units(call, team, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Source& source = call.sources[s];
     const Padded& in = call.inputs[s];
     auto [z_most, kb_most] = call.largest(s);
@@ -363,16 +379,17 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
       bool add = false;
       for (int t : call.tasks[s]) {
         const Half& half = call.halves[t];
+        const Prepared& of_task = prepared[t];
         int64_t taps = half.side() * half.side();
         half.z.clear_border(z_adjoint);
         for_groups(half, image, [&](int64_t y, int64_t rows, int64_t pixel) {
           int64_t pixels = rows * half.wo;
           ptrdiff_t block = pixels * LANES;
-          const float* lanes = adjoints[t].lanes(pixel, pixels, false, scratch, block);
-          adjoint_rows(half, p[t], lanes, block, y, rows, z_adjoint);
+          const float* lanes = of_task.adjoint.lanes(pixel, pixels, false, scratch, block);
+          adjoint_rows(half, of_task.p, lanes, block, y, rows, z_adjoint);
           if (half.task.p_gradient == nullptr) return;
-          depthwise(half, forward[t], a, y, rows, z, block);
-          float* into = p_sums[t] + part * half.kb * half.cb * LANES * LANES;
+          depthwise(half, of_task.forward, a, y, rows, z, block);
+          float* into = of_task.p_sums + part * half.kb * half.cb * LANES * LANES;
           for (int k = 0; k < half.kb; ++k)
             for (int c = 0; c < half.cb; ++c, into += LANES * LANES)
               outer(lanes + k * block, z + c * block, pixels, half.c - c * LANES, into);
@@ -380,58 +397,52 @@ extern "C" void darts_sepconv_backward(const void* table, int threads) {
           for (int c = 0; c < half.cb; ++c)
             correlate(half.task, z_adjoint + c * half.z.block + half.z.at(y, 0), half.z.row,
                       a + c * in.block + in.at(y * half.task.stride, 0) + half.shift(0) * (in.row + LANES),
-                      in.row, rows, half.wo, d_sums[t] + (part * half.cb + c) * taps * LANES);
+                      in.row, rows, half.wo, of_task.d_sums + (part * half.cb + c) * taps * LANES);
         });
-        adjoint(half, backward[t], z_adjoint, g, add);
+        adjoint(half, of_task.backward, z_adjoint, g, add);
         add = true;
       }
       mask_image(source, in, g, a, image, call.streamed, sums.at(s, part, SUM_G), sums.at(s, part, SUM_G_H));
     }
   });
   sums.write();
-  int64_t n_tasks = int64_t(call.halves.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t t = 0; t < n_tasks; ++t) {
-    const Half& half = call.halves[t];
-    if (half.task.p_gradient == nullptr) continue;
-    of_worker.reset();
-    int64_t parts = call.parts_of(int(t)).count, taps = half.side() * half.side();
-    const double* p_total = over_parts(p_sums[t], parts, half.kb * half.cb * LANES * LANES, of_worker);
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
+    if (half.task.p_gradient == nullptr) return;
+    int64_t parts = call.parts_of(t).count, taps = half.side() * half.side();
+    const double* p_total = over_parts(prepared[t].p_sums, parts, half.kb * half.cb * LANES * LANES, of_worker);
     for (int64_t o = 0; o < half.k; ++o) {
       const double* from = p_total + o / LANES * half.cb * LANES * LANES + o % LANES;  // a row of LANES a channel
       for (int64_t i = 0; i < half.c; ++i) half.task.p_gradient[o * half.c + i] = float(from[i * LANES]);
     }
-    if (half.task.d_gradient == nullptr) continue;
-    const double* d_total = over_parts(d_sums[t], parts, half.cb * taps * LANES, of_worker);
+    if (half.task.d_gradient == nullptr) return;
+    const double* d_total = over_parts(prepared[t].d_sums, parts, half.cb * taps * LANES, of_worker);
     for (int64_t i = 0; i < half.c; ++i)
       for (int64_t tap = 0; tap < taps; ++tap)
         half.task.d_gradient[i * taps + tap] = float(d_total[(i / LANES * taps + tap) * LANES + i % LANES]);
-  }
+  });
 }
 
 // yd of every task, and its sums
-extern "C" void darts_sepconv_tangent(const void* table, int threads) {
+extern "C" void darts_sepconv_tangent(const void* table, Team& team) {
   Call call(*static_cast<const SepConv*>(table));
   struct Prepared {
     Stencil z, zd;      // D * a, and Dd * a + D * ad
     const float* both;  // [Pd P]: yd = Pd z + P zd
     double* sums;       // [part][TANGENT_SUMS][k]
   };
-  std::vector<Prepared> prepared;
-  for (const Half& half : call.halves) {
+  std::vector<Prepared> prepared(call.halves.size());
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
     const Task& task = half.task;
-    Prepared found;
-    found.z = forward_stencil(half, {{true, task.d, 0}});
-    found.zd = forward_stencil(half, {{task.d != nullptr, task.d_tangent, 0}, {true, task.d, half.in.image}});
     ptrdiff_t inputs = half.cb * LANES * LANES;
-    float* both = of_call.zeros(2 * half.kb * inputs);
+    float* both = call.memory.zeros(2 * half.kb * inputs);
     pack(task.p_tangent, half.k, half.c, false, both, 2 * inputs);
     pack(task.p, half.k, half.c, false, both + inputs, 2 * inputs);
-    found.both = both;
-    found.sums = of_call.zeros<double>(call.parts[task.source].count * TANGENT_SUMS * half.kb * LANES);
-    prepared.push_back(found);
-  }
-  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+    std::vector<Operand> of_zd = {{task.d != nullptr, task.d_tangent, 0}, {true, task.d, half.in.image}};
+    prepared[t] = {forward_stencil(half, {{true, task.d, 0}}, call.memory),
+                   forward_stencil(half, of_zd, call.memory), both,
+                   call.memory.zeros<double>(call.parts_of(t).count * TANGENT_SUMS * half.kb * LANES)};
+  });
+  for_units(call, team, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Padded& in = call.inputs[s];
     float* a = of_worker.take(2 * in.image);
     float* z = of_worker.take(2 * in.blocks * LANES * call.most_pixels(s));
@@ -457,32 +468,31 @@ extern "C" void darts_sepconv_tangent(const void* table, int threads) {
       }
     }
   });
-  for (size_t t = 0; t < call.halves.size(); ++t) {
-    const Half& half = call.halves[t];
-    int64_t parts = call.parts_of(int(t)).count, width = half.kb * LANES;
-    const double* totals = over_parts(prepared[t].sums, parts, TANGENT_SUMS * width, of_call);
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
+    int64_t parts = call.parts_of(t).count, width = half.kb * LANES;
+    const double* totals = over_parts(prepared[t].sums, parts, TANGENT_SUMS * width, of_worker);
     write_tangent_sums(half.task.reader, half.k, totals + SUM_YD * width, totals + SUM_YD_H * width,
                        totals + SUM_YD_G * width);
-  }
+  });
 }
 
 // The second adjoint Hd of every source, and its sums.
-extern "C" void darts_sepconv_second(const void* table, int threads) {
+extern "C" void darts_sepconv_second(const void* table, Team& team) {
   Call call(*static_cast<const SepConv*>(table));
   struct Prepared {
     std::vector<Stencil> stencils;  // Dd' * Z + D' * Zd
     const float *p, *pd;            // transposed: Z = P' Y, Zd = P' Yd + Pd' Y
     Adjoint adjoint;
   };
-  std::vector<Prepared> prepared;
-  for (const Half& half : call.halves) {
+  std::vector<Prepared> prepared(call.halves.size());
+  for_tasks(call, team, [&](const Half& half, int64_t t) {
     const Task& task = half.task;
-    prepared.push_back(
-        {adjoint_stencils(half, {{task.d != nullptr, task.d_tangent, 0}, {true, task.d, half.z.image}}),
-         packed(task.p, half.k, half.c, true), packed(task.p_tangent, half.k, half.c, true), Adjoint(half, true)});
-  }
+    std::vector<Operand> operands = {{task.d != nullptr, task.d_tangent, 0}, {true, task.d, half.z.image}};
+    prepared[t] = {adjoint_stencils(half, operands, call.memory), packed(task.p, half.k, half.c, true, call.memory),
+                   packed(task.p_tangent, half.k, half.c, true, call.memory), Adjoint(half, true, call.memory)};
+  });
   AdjointSums sums(call);
-  for_units(call, threads, [&](int s, int64_t part, int64_t first, int64_t last) {
+  for_units(call, team, [&](int s, int64_t part, int64_t first, int64_t last) {
     const Source& source = call.sources[s];
     const Padded& in = call.inputs[s];
     auto [z_most, kb_most] = call.largest(s);

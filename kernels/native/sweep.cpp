@@ -1,8 +1,18 @@
 // Runs a sweep, and exports the sizes of the structures.
 #include "tables.h"
+#include "team.h"
 
 extern "C" void darts_sweep(const Record* records, int64_t count, int threads) {
-  for (const Record* record = records; record < records + count; ++record) record->function(record->call, threads);
+  Team team(threads);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp master
+    {
+      for (const Record* record = records; record < records + count; ++record) record->function(record->call, team);
+      team.end();
+    }
+    team.help();  // of the caller: nothing is left
+  }
 }
 
 // kernels/native/library.py compares these sizes with those of the Python structures.

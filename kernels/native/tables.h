@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+class Team;  // team.h
+
 extern "C" {
 
 // Rows of channels: the pixels of an image or of a slice of its channels, or the rows of statistics or of sums.
@@ -108,7 +110,7 @@ struct Pool {
 
 // A sweep is a list of these.
 struct Record {
-  void (*function)(const void* call, int threads);
+  void (*function)(const void* call, Team& team);
   const void* call;  // the structure that the function takes
 };
 }

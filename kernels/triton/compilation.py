@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 
+from darts_fast.kernels.processors import processors
 from darts_fast.kernels.triton.launch import SLICES_OF_VECTORS, Launch
 
 T = TypeVar("T")
@@ -128,8 +129,7 @@ def missing_for_launches() -> str | None:
 
 def processes() -> int:
     """How many are worth having: one a processor that this process may use; each holds 0.75 GB."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, found)
+    return min(16, processors())
 
 
 def note(launches: Sequence[Launch], arch: int) -> Path:
