@@ -246,10 +246,17 @@ struct AdjointSums {
 void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, ptrdiff_t y_block, int64_t y,
                   int64_t rows, float* z, bool add = false) {
   Inputs inputs(y_block, half.kb, half.k);
-  for (int b = 0; b < half.cb; ++b, weights += half.kb * LANES * LANES)
-    for (int64_t r = 0; r < rows; ++r)
-      pointwise(y_lanes + r * half.wo * LANES, inputs, weights, z + b * half.z.block + half.z.at(y + r, 0), half.wo,
-                add);
+  for (int b = 0; b < half.cb; b += 2) {
+    const float* of_blocks = weights + b * half.kb * LANES * LANES;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* in = y_lanes + r * half.wo * LANES;
+      float* out = z + b * half.z.block + half.z.at(y + r, 0);
+      if (b + 1 < half.cb)
+        pointwise<2>(in, inputs, of_blocks, out, half.z.block, half.wo, add);
+      else
+        pointwise<1>(in, inputs, of_blocks, out, half.z.block, half.wo, add);
+    }
+  }
 }
 
 // One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES]; and, where they are wanted, the sums
@@ -308,19 +315,23 @@ extern "C" void darts_sepconv_forward(const void* table, Team& team) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, of_task.stencil, a, y, rows, z, block);
           Inputs inputs(block, half.cb, half.c);
-          for_channels(half.k, [&](auto lanes, int64_t i) {
+          for_blocks(half.k, [&](auto blocks, auto lanes, int64_t i) {
+            constexpr int B = blocks();
             const float* weights = of_task.p + i * half.cb * LANES;
             double* at = of_part + i;
             if (image == first && y == 0) {  // the shift: the part's first pixel
-              V value[1];
-              pointwise_tile<1>(z, inputs, weights, value);
-              flush(All{}, at, value[0]);
+              V value[B][1];
+              pointwise_tile<1, B>(z, inputs, weights, value);
+              for (int b = 0; b < B; ++b) flush(All{}, at + b * LANES, value[b][0]);
             }
-            Sums found = {narrow(All{}, at), {}, {}};
-            pointwise_out(z, inputs, weights, out.row(pixel) + i, out.stride, lanes, rows * half.wo,
-                          call.streamed, found);
-            flush(All{}, at + width, found.sum);
-            flush(All{}, at + 2 * width, found.squares);
+            Sums found[B] = {};
+            for (int b = 0; b < B; ++b) found[b].shift = narrow(All{}, at + b * LANES);
+            pointwise_out<B>(z, inputs, weights, out.row(pixel) + i, out.stride, lanes, rows * half.wo, call.streamed,
+                             found);
+            for (int b = 0; b < B; ++b, at += LANES) {
+              flush(All{}, at + width, found[b].sum);
+              flush(All{}, at + 2 * width, found[b].squares);
+            }
           });
         });
       }
@@ -458,11 +469,12 @@ extern "C" void darts_sepconv_tangent(const void* table, Team& team) {
           ptrdiff_t block = rows * half.wo * LANES;
           depthwise(half, of_task.z, a, y, rows, z, block);
           depthwise(half, of_task.zd, a, y, rows, z + half.cb * block, block);
+          Inputs inputs(block, 2 * half.cb, half.c);
           for_channels(half.k, [&](auto lanes, int64_t i) {
-            TangentSums found(lanes, half.task.reader, pixel, i);
-            pointwise_out(z, {block, 2 * half.cb, half.c}, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i,
-                          out.stride, lanes, rows * half.wo, call.streamed, found);
-            found.flush_into(of_part + i, width);
+            TangentSums<decltype(lanes)> found[1] = {{lanes, half.task.reader, pixel, i}};
+            pointwise_out<1>(z, inputs, of_task.both + i * 2 * half.cb * LANES, out.row(pixel) + i, out.stride, lanes,
+                             rows * half.wo, call.streamed, found);
+            found[0].flush_into(of_part + i, width);
           });
         });
       }
