@@ -227,6 +227,12 @@ class TrainConfig(Config):
         None, "width of a node in the first cell", EVEN, shown="digits 16, ImageNet stem 48, else 36"
     )
     layers: int | None = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
+    label_smoothing: float = option(
+        0.0, "share of a label that the training loss spreads evenly over all classes", BELOW_1
+    )
+    ema: float = option(
+        0.0, "decay of a moving average of the weights, tested beside them, such as 0.9999; 0: none", BELOW_1
+    )
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no auxiliary head", NOT_NEGATIVE)
     cutout_length: int | None = option(
         None,

@@ -41,6 +41,9 @@ MOVABLE = (
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
+# What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
+MEASURED = {"val": "validation", "test": "test", "ema": "test, moving average:"}
+
 
 class Loop(ABC):
     """Epochs of steps on a data set, each epoch followed by an evaluation.
@@ -106,11 +109,11 @@ class Loop(ABC):
         of images."""
 
     @abstractmethod
-    def evaluate(self) -> Means:
-        """After an epoch."""
+    def evaluate(self) -> dict[str, Means]:
+        """After an epoch, see `measured`."""
 
     @abstractmethod
-    def finish_epoch(self, means: Means) -> None:
+    def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records what `evaluate` gave, and calls `keep`."""
 
     @abstractmethod
@@ -245,8 +248,9 @@ class Loop(ABC):
                 self._report()
             self._stop_if_asked()
 
-    def measured(self, batches: Batches, order: Tensor) -> Means:
-        """`evaluated` of the network; the bar shows how far it is, a signal stops it between two batches."""
+    def measured(self, networks: dict[str, nn.Module], batches: Batches, order: Tensor) -> dict[str, Means]:
+        """`evaluated` of each, by its name; the bar shows how far it is, a signal stops it between two
+        batches."""
 
         def after_batch(images: int) -> None:
             self.bar.set_postfix_str(f"tested {images}/{len(order)}", refresh=False)
@@ -254,9 +258,12 @@ class Loop(ABC):
             self._stop_if_asked()
 
         started = time.perf_counter()
-        means = evaluated(self.network, batches, order, self.config.batch_size, after_batch)
+        found = {
+            name: evaluated(network, batches, order, self.config.batch_size, after_batch)
+            for name, network in networks.items()
+        }
         self.evaluation_seconds = time.perf_counter() - started
-        return means
+        return found
 
     def _write_profile(self) -> None:
         """The report of the steps that were recorded, if it is not written yet."""
@@ -272,10 +279,11 @@ class Loop(ABC):
             sentence = write_report(profiler, path, dataclasses.asdict(self.config), self.captured)
         self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
-    def _finish_epoch(self, means: Means) -> None:
-        if not math.isfinite(means[0]):
-            raise self._not_finite(f"the loss after the epoch is {means[0]}", self.steps_done)
-        self.finish_epoch(means)
+    def _finish_epoch(self, found: dict[str, Means]) -> None:
+        for loss, _, _ in found.values():
+            if not math.isfinite(loss):
+                raise self._not_finite(f"the loss after the epoch is {loss}", self.steps_done)
+        self.finish_epoch(found)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, [0.0] * 4
         self._save()
 
@@ -498,20 +506,25 @@ class Loop(ABC):
         except Exception as error:
             self.folder.log(f"no picture {file_name}: {error}")
 
-    def record_evaluation(self, kind: str, means: Means) -> None:
-        """The epoch's line of the log, its scalars and its line of metrics.jsonl; `kind` is val or test."""
-        epoch, (loss, top1, top5) = self.epoch + 1, means
-        train_loss, train_top1, train_top5 = self.epoch_means()
-        words = {"val": "validation", "test": "test"}[kind]
-        self.folder.log(
-            f"Epoch {epoch}/{self.config.epochs}  train loss {train_loss:.4f}, top-1 {train_top1:.2%}, "
-            f"top-5 {train_top5:.2%}  |  {words} loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"
-        )
-        values = {"loss": loss, "top1": top1, "top5": top5}
+    def record_evaluation(self, found: dict[str, Means]) -> None:
+        """The epoch's line of the log, its scalars and its line of metrics.jsonl; `found` is by a key of
+        MEASURED."""
+        epoch = self.epoch + 1
+        parts = [("train", self.epoch_means()), *((MEASURED[name], means) for name, means in found.items())]
+        texts = [
+            f"{words} loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"
+            for words, (loss, top1, top5) in parts
+        ]
+        self.folder.log(f"Epoch {epoch}/{self.config.epochs}  " + "  |  ".join(texts))
+        values = {
+            (name, what): value
+            for name, means in found.items()
+            for what, value in zip(("loss", "top1", "top5"), means, strict=True)
+        }
         self.folder.metrics(
-            epoch=epoch, step=self.steps_done, **{f"{kind}_{name}": v for name, v in values.items()}
+            epoch=epoch, step=self.steps_done, **{f"{name}_{what}": v for (name, what), v in values.items()}
         )
-        self.folder.scalars(self.steps_done, {f"{kind}/{name}": v for name, v in values.items()})
+        self.folder.scalars(self.steps_done, {f"{name}/{what}": v for (name, what), v in values.items()})
 
 
 @torch.no_grad()

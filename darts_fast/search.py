@@ -284,17 +284,18 @@ class Search(Loop):
             train, validation = (self.batches.prepared(x, True) for x in (train_images, validation_images))
         return self.search_step.take(train_images=train, validation_images=validation, **labels)
 
-    def evaluate(self) -> Means:
-        return self.measured(self.batches, self.validation_half)
+    def evaluate(self) -> dict[str, Means]:
+        return self.measured({"val": self.network}, self.batches, self.validation_half)
 
-    def finish_epoch(self, means: Means) -> None:
+    def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records the epoch, and keeps its genotype if it is the best so far."""
         epoch, genotype = self.epoch + 1, self._genotype()
-        self.record_evaluation("val", means)
+        self.record_evaluation(found)
         self.folder.log(f"genotype = {genotype}")
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
-        final = {"epoch": epoch, "top1": means[1], "genotype": genotype.as_json()}
+        _, top1, _ = found["val"]
+        final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
         self.keep(final)
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
 

@@ -38,7 +38,7 @@ from darts_fast.state import check_keys, check_number, copy_state
 # Streams of random numbers, told apart by the second number of a seed.
 TRAIN_ORDER, AUGMENTATION, DROP_PATH = range(3)
 
-BEST, FINAL = "best.pt", "final.pt"
+BEST, FINAL, AVERAGE = "best.pt", "final.pt", "ema.pt"
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # training images and labels, test images and labels
 
@@ -50,13 +50,15 @@ class TrainResult(NamedTuple):
     top5: float
     best_top1: float  # the best of all epochs: chosen on the test images, so a little too good
     best_epoch: int  # counted from 1
+    ema_top1: float | None  # of the moving average of the weights after the last epoch; None without --ema
     parameters: int  # without the auxiliary head
     multiply_adds: int  # of one image
     path: Path  # the run folder
 
 
 def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
-    """Trains a genotype; writes the run folder `augments/<name>/` with best.pt and final.pt.
+    """Trains a genotype; writes the run folder `augments/<name>/` with best.pt and final.pt, and with
+    a moving average of the weights ema.pt.
 
     Args:
         config: the settings; what is None takes the data set's default.
@@ -84,7 +86,7 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
     """
     folder, config, checkpoint = RunFolder.reopen(path, TrainConfig)
     with folder:
-        for name, key in ((BEST, "best"), (FINAL, "final")):
+        for name, key in ((BEST, "best"), (FINAL, "final"), *([(AVERAGE, "final")] if config.ema else [])):
             if checkpoint.get(key) is not None and not (folder.path / name).exists():
                 raise InputError(f"{folder.path / name} is missing; put it back, or start a new run")
         config = dataclasses.replace(config, device=device or config.device)
@@ -103,14 +105,15 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
         data: as in `train`, where the training was given it.
 
     Returns:
-        By file name: final.pt (where the training has ended) and best.pt.
+        By file name: final.pt (where the training has ended), best.pt, and ema.pt (where it has ended and
+        had a moving average).
 
     Raises:
         InputError: no such folder, no network saved in it yet, or other images.
     """
     path = Path(path)
     config, _ = read_config(path, TrainConfig)
-    files = [name for name in (FINAL, BEST) if os.path.lexists(path / name)]
+    files = [name for name in (FINAL, BEST, AVERAGE) if os.path.lexists(path / name)]
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
@@ -132,20 +135,22 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
 
 
 class TrainStep:
-    """One step of the training of a network: the loss of its heads, the gradient, clipped, and SGD.
+    """One step of the training of a network: the loss of its heads, the gradient, clipped, and SGD; and a
+    moving average of the weights and running statistics, if there is one.
 
     Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
-    rate and the drop-path probability are on the device, and weights, their gradients and momenta stay where
-    they are.
+    rate, the drop-path probability and the share by which the average moves are on the device, and weights,
+    their gradients and momenta stay where they are.
 
     Args:
         network: in training mode, of any floating dtype; its drop-path probability becomes a tensor where
             the settings have one.
         config: learning rate, weights of the losses, precision.
+        average: a network of the same kind, whose weights become the moving average.
     """
 
-    def __init__(self, network: DerivedNetwork, config: TrainConfig):
-        self.network, self.config = network, config
+    def __init__(self, network: DerivedNetwork, config: TrainConfig, average: DerivedNetwork | None = None):
+        self.network, self.config, self.average = network, config, average
         self.parameters = list(network.parameters())
         like = self.parameters[0]
         self.activations = precision.activations(config.amp, config.amp_dtype, like.device)
@@ -160,15 +165,18 @@ class TrainStep:
             p.grad = torch.zeros_like(p)
             # The optimizer would make it in its first step.
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.average_share = torch.zeros((), dtype=like.dtype, device=like.device)
 
     def take(self, images: Tensor, labels: Tensor) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
         with phase("forward"):
             outputs = self.network(images, self.activations)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = F.cross_entropy(logits, labels)
+            smoothing = self.config.label_smoothing
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
             for other in auxiliary:
-                loss = loss + self.config.aux_weight * F.cross_entropy(other, labels)
+                of_other = F.cross_entropy(other, labels, label_smoothing=smoothing)
+                loss = loss + self.config.aux_weight * of_other
         with phase("backward"):
             scaled = loss if self.loss_scale is None else loss * self.loss_scale.value
             # Zeros for what the genotype's cells leave unused.
@@ -181,19 +189,40 @@ class TrainStep:
                 self.loss_scale.check(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
             self.optimizer.step()
+            if self.average is not None:
+                self._move_average()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+
+    def set_average_share(self, steps: int) -> None:
+        """The share by which the step after so many steps moves the average, 1 - decay. The decay begins as
+        (1 + steps) / (10 + steps), so that the weights before the training soon count for nothing."""
+        self.average_share.fill_(1 - min(self.config.ema, (1 + steps) / (10 + steps)))
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        averages, sources = (
+            [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+            for module in (self.average, self.network)
+        )
+        differences = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(differences, self.average_share)
+        torch._foreach_add_(averages, differences)
 
     def tensors(self) -> list[Tensor]:
         """All that `take` changes, but gradients and the drop path's generator."""
         momenta = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
         scale = [] if self.loss_scale is None else [self.loss_scale.value]
-        return [*self.parameters, *self.network.buffers(), *momenta, *scale]
+        average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
+        return [*self.parameters, *self.network.buffers(), *momenta, *scale, *average]
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, momenta, float16's loss scale: the tensors themselves, no copies."""
+        """Weights, running statistics, momenta, float16's loss scale, the moving average: the tensors
+        themselves, no copies."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.value
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,10 +267,13 @@ class Training(Loop):
         ):
             torch.default_generator.manual_seed(config.seed)
             self.network = self._network().to(self.device)
+            average = self._network().to(self.device).requires_grad_(False).eval() if config.ema else None
+        if average is not None:
+            average.load_state_dict(self.network.state_dict())
         self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
-        self.train_step = TrainStep(self.network, config)
+        self.train_step = TrainStep(self.network, config, average)
         images, labels = self.buffers(min(config.batch_size, len(dataset.labels)))
         self.take = Captured(
             self._take,
@@ -261,6 +293,7 @@ class Training(Loop):
         with phase("data"):
             images, labels = self.batches.pick(self.batch_indices(self.order))
         self.train_step.lr.fill_(lr)
+        self.train_step.set_average_share(self.steps_done)
         return self.take(images=images, labels=labels), len(labels)
 
     def _take(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -269,30 +302,41 @@ class Training(Loop):
             images = self.batches.prepared(images, augment=True)
         return self.train_step.take(images, labels)
 
-    def evaluate(self) -> Means:
-        return self.measured(self.test_batches, torch.arange(len(self.dataset.test_labels)))
+    def evaluate(self) -> dict[str, Means]:
+        networks, average = {"test": self.network}, self.train_step.average
+        if average is not None:
+            networks["ema"] = average
+        return self.measured(networks, self.test_batches, torch.arange(len(self.dataset.test_labels)))
 
-    def finish_epoch(self, means: Means) -> None:
+    def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records the epoch; keeps its network where it is the best so far, or the last."""
-        self.record_evaluation("test", means)
-        loss, top1, top5 = means
-        this = {"epoch": self.epoch + 1, "loss": loss, "top1": top1, "top5": top5}
+        self.record_evaluation(found)
+        tested = {
+            name: {"epoch": self.epoch + 1, "loss": loss, "top1": top1, "top5": top5}
+            for name, (loss, top1, top5) in found.items()
+        }
+        this = tested["test"] | ({"ema_top1": tested["ema"]["top1"]} if "ema" in tested else {})
         self.keep(this)
         if self.best is this:
-            self._save_network(BEST, this)
+            self._save_network(BEST, self.network, tested["test"])
         if self.final is this:
-            self._save_network(FINAL, this)
+            self._save_network(FINAL, self.network, tested["test"])
+            if "ema" in tested:
+                self._save_network(AVERAGE, self.train_step.average, tested["ema"])
 
     def result(self) -> TrainResult:
+        average = self.final.get("ema_top1")
+        of_average = "" if average is None else f"; moving average top-1 {average:.2%}"
         self.folder.log(
-            f"Test top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch; best "
-            f"top-1 {self.best['top1']:.2%}, in epoch {self.best['epoch']}; {self._size()}"
+            f"Test top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch"
+            f"{of_average}; best top-1 {self.best['top1']:.2%}, in epoch {self.best['epoch']}; {self._size()}"
         )
         return TrainResult(
             self.final["top1"],
             self.final["top5"],
             self.best["top1"],
             self.best["epoch"],
+            average,
             self.parameters,
             self.multiply_adds,
             self.folder.path,
@@ -309,7 +353,10 @@ class Training(Loop):
         return {**super().generators(), "drop_path": drop_path}
 
     def check_record(self, record: Any, name: str) -> None:
-        check_keys(record, ("epoch", "loss", "top1", "top5"), name)
+        average = ("ema_top1",) if self.config.ema else ()
+        check_keys(record, ("epoch", "loss", "top1", "top5", *average), name)
+        for key in average:
+            check_number(record[key], float, 0, 1, f"{name}.{key}")
         check_number(record["loss"], float, -math.inf, math.inf, f"{name}.loss")
         check_number(record["top5"], float, 0, 1, f"{name}.top5")
         check_number(record["top1"], float, 0, record["top5"], f"{name}.top1")
@@ -380,6 +427,6 @@ class Training(Loop):
         millions = self.parameters / 1e6, self.multiply_adds / 1e6
         return "{:.3g} M parameters, {:.3g} M multiply-adds an image".format(*millions)
 
-    def _save_network(self, name: str, means: dict[str, float]) -> None:
+    def _save_network(self, name: str, module: DerivedNetwork, means: dict[str, float]) -> None:
         mean, std = self.statistics
-        self.folder.save_tensors(name, packed(self.network, mean, std, self.fingerprint, means))
+        self.folder.save_tensors(name, packed(module, mean, std, self.fingerprint, means))

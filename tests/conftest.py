@@ -138,7 +138,7 @@ def assert_same_run(one, two):
     assert (one / METRICS).read_text() == (two / METRICS).read_text()
     assert events(one) == events(two)
     assert log_lines(one) == log_lines(two)
-    for name in ("genotype.json", "best.pt", "final.pt"):
+    for name in ("genotype.json", "best.pt", "final.pt", "ema.pt"):
         assert (one / name).exists() == (two / name).exists()
         if name.endswith(".pt") and (one / name).exists():
             assert same(*(torch.load(folder / name, weights_only=True) for folder in (one, two)))

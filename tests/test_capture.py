@@ -183,7 +183,7 @@ def changed(found):
         weights, generators, more = (
             step.parameters,
             [network.drop_path_generator],
-            [network.drop_path_prob],
+            [network.drop_path_prob, step.average_share],
         )
     return [*step.tensors(), step.lr, *(w.grad for w in weights), *more], [found.augmentation, *generators]
 
@@ -194,7 +194,7 @@ WHOLE = [
     ("training", {}),
     ("training", {"amp_dtype": "bfloat16"}),
     ("training", {"amp_dtype": "float16"}),
-    ("training", {"aux_weight": 0.0}),
+    ("training", {"aux_weight": 0.0, "ema": 0.9}),
 ]
 
 

@@ -32,7 +32,7 @@ from darts_fast import (
 )
 from darts_fast.data import permutation
 from darts_fast.runs import METRICS, Stopped
-from darts_fast.train import TRAIN_ORDER, Training
+from darts_fast.train import TRAIN_ORDER, Training, TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainConfig(
@@ -169,6 +169,62 @@ def test_evaluating_gives_what_the_training_reported(undisturbed, data):
     with torch.no_grad():
         logits = module((data[2].float() - mean) / std)
     assert float((logits.argmax(1) == data[3]).float().mean()) == pytest.approx(undisturbed.top1)
+
+
+def test_label_smoothing_is_that_of_the_paper(data):
+    """Szegedy et al. (arXiv 1512.00567, section 7): the label's share is 1 - s + s / K, the others' s / K."""
+    module = network(load_genotype("DARTS_V1"), 6, 2, 3, auxiliary=True).double()
+    config = dataclasses.replace(TINY, label_smoothing=0.3, aux_weight=0.4, drop_path_prob=0.0)
+    step = TrainStep(module, config)
+    images, labels = data[0][:8].double() / 255, data[1][:8]
+    share = torch.full((8, 6), 0.3 / 6, dtype=torch.float64)
+    share[torch.arange(8), labels] += 0.7
+    parts = [-(share * logits.log_softmax(1)).sum(1).mean() for logits in module(images)]
+    expected = torch.autograd.grad(parts[0] + 0.4 * parts[1], step.parameters)
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    loss, *_ = step.take(images, labels)
+    assert relative_error(loss, (parts[0] + 0.4 * parts[1]).detach()) < 1e-12
+    for p, g in zip(step.parameters, expected, strict=True):
+        assert relative_error(p.grad, g * min(1, 5 / (norm + 1e-6))) < 1e-9
+
+
+def test_the_moving_average_is_that_of_the_steps(data, in_tmp, signal_at):
+    """Of weights and running statistics, written out; the same bits when the run was stopped between."""
+    config, decay = dataclasses.replace(TINY, ema=0.25), [min(0.25, (1 + t) / (10 + t)) for t in range(8)]
+    averages, plain = [], Training.take_step
+
+    def step(self, *arguments):
+        if not averages:
+            averages.append({name: t.double() for name, t in self.network.state_dict().items()})
+        found, share = plain(self, *arguments), 1 - decay[len(averages) - 1]
+        now = self.network.state_dict()
+        averages.append({name: t + share * (now[name] - t) for name, t in averages[-1].items()})
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "take_step", step)
+        result = train(config, data)
+    assert decay[:3] == [0.1, pytest.approx(2 / 11), 0.25] and len(averages) == 9
+    found = load_network(result.path / "ema.pt").state_dict()
+    for name, average in averages[-1].items():
+        if "num_batches" not in name:
+            assert relative_error(found[name], average) < 1e-6, name
+    tested = evaluate(result.path, data=data)
+    assert list(tested) == ["final.pt", "best.pt", "ema.pt"] and tested["ema.pt"][1] == result.ema_top1
+    rows = [json.loads(line) for line in (result.path / METRICS).read_text().splitlines()]
+    assert [row["ema_top1"] for row in rows if "ema_top1" in row][-1] == result.ema_top1
+    assert f"moving average top-1 {result.ema_top1:.2%}" in (result.path / "tensors.log").read_text()
+    assert "ema/top1" in {tag for _, tag, _ in events(result.path)}
+
+    signal_at(Training, 3, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(config, data)
+    again = resume_training("augments/tensors-2", data)
+    assert again[:-1] == result[:-1]
+    assert_same_run(result.path, again.path)
+    (again.path / "ema.pt").unlink()
+    with pytest.raises(InputError, match=r"ema\.pt is missing"):
+        resume_training(again.path, data)
 
 
 def test_drop_path_rises_linearly_and_the_first_epoch_has_none(data, in_tmp, monkeypatch):
