@@ -14,6 +14,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
 from darts_fast.datasets import read_data
+from darts_fast.diagnosis import diagnosis
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
@@ -292,6 +293,7 @@ class Search(Loop):
         epoch, genotype = self.epoch + 1, self._genotype()
         self.record_evaluation(found)
         self.folder.log(f"genotype = {genotype}")
+        self._diagnose(genotype, epoch)
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
@@ -374,6 +376,26 @@ class Search(Loop):
 
     def _genotype(self) -> Genotype:
         return derive(self.network.alphas_normal, self.network.alphas_reduce, self.config.derive)
+
+    def _diagnose(self, genotype: Genotype, epoch: int) -> None:
+        values = {}
+        for name, gene in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+            found = diagnosis(gene, self.network.alphas()[f"alphas_{name}"])
+            self.folder.log(f"{name} cell: {found.in_words()}")
+            if found.collapsed:
+                self.folder.log(
+                    f"{name} cell looks collapsed: half of its operations or more are skip connections; "
+                    "compare the genotypes of earlier epochs"
+                )
+            values |= {(name, what): value for what, value in found.scalars().items()}
+        self.folder.metrics(
+            epoch=epoch,
+            step=self.steps_done,
+            **{f"{name}_{what}": value for (name, what), value in values.items()},
+        )
+        self.folder.scalars(
+            self.steps_done, {f"{name}_cell/{what}": value for (name, what), value in values.items()}
+        )
 
     def _record_alphas(self, step: int) -> None:
         values = {}

@@ -18,6 +18,7 @@ ALLOWED = {
     "darts_fast.config": {"darts_fast.errors"},
     "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
     "darts_fast.notation": {"darts_fast.errors", "darts_fast.files", "darts_fast.genotype"},
+    "darts_fast.diagnosis": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": {"darts_fast.profiling"},
     "darts_fast.profiling": set(),

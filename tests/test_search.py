@@ -18,6 +18,7 @@ from test_run import call
 
 from darts_fast import InputError, RunError, SearchConfig, resume_search, search
 from darts_fast.data import Batches
+from darts_fast.diagnosis import KINDS
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
@@ -140,8 +141,31 @@ def test_every_step_is_recorded_once(undisturbed):
     assert [row["step"] for row in rows if "val_loss" in row] == [4, 8]
     tags = {tag for _, tag, _ in events(path)}
     assert {"train/lr", "train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} <= tags
-    assert "alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags and len(tags) == 7 + 2 * 14 * 8
+    of_cells = {
+        f"{cell}_cell/{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
+    }
+    assert of_cells <= tags
+    assert "alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags and len(tags) == 7 + len(of_cells) + 2 * 14 * 8
     assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
+
+
+def test_what_each_epoch_says_of_its_cells(undisturbed):
+    """Against the genotypes in the log, and the alphas of the last checkpoint."""
+    path = undisturbed("first order").path
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    rows = [row for row in rows if "normal_skip" in row]
+    log = log_lines(path)
+    genotypes = [line.partition("genotype = ")[2] for line in log if "genotype = " in line]
+    assert [row["epoch"] for row in rows] == [1, 2] and len(genotypes) == 2
+    for row, text in zip(rows, genotypes, strict=True):
+        for cell, part in zip(("normal", "reduce"), text.split("reduce="), strict=True):
+            assert row[f"{cell}_skip"] == part.count("skip_connect")
+            assert row[f"{cell}_dil_conv"] == part.count("dil_conv")
+    alphas = checkpoint(path)["network"]["alphas_reduce"].double()
+    p = alphas.exp() / alphas.exp().sum(1, keepdim=True)
+    assert rows[-1]["reduce_entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()))
+    assert rows[-1]["reduce_none"] == pytest.approx(float(p[:, 0].mean()))
+    assert sum(line.startswith(("normal cell: ", "reduce cell: ")) for line in log) == 4
 
 
 def test_same_seed_same_bits_other_seed_others(data, undisturbed, in_tmp):

@@ -1,0 +1,50 @@
+"""Whether a search collapses: what can be seen of it after every epoch, from the alphas and the genotype.
+
+Gradient descent on the alphas often ends in cells of skip connections: they help the supernet, and make poor
+networks (arXiv 1909.06035, DARTS+; arXiv 1909.09656, RobustDARTS). No decision of a search depends on this.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from darts_fast.genotype import Gene
+from darts_fast.space import CANDIDATES, PRIMITIVES
+
+# Of the operations that a cell can keep, skips first
+KINDS = tuple(
+    dict.fromkeys(
+        ["skip", *(primitive.kind for primitive in CANDIDATES.values() if primitive.kind != "none")]
+    )
+)
+
+
+class Diagnosis(NamedTuple):
+    """Of the cells of one kind."""
+
+    operations: dict[str, int]  # how many of the genotype's are of each of KINDS
+    entropy: float  # of the softmaxed alphas of an edge, the mean over edges, in nats: at most ln 8 = 2.079
+    none: float  # softmaxed alpha of `none`, the mean over edges
+
+    def in_words(self) -> str:
+        found = ", ".join(f"{count} {kind}" for kind, count in self.operations.items() if count)
+        return f"{found}; entropy {self.entropy:.3f}, none {self.none:.1%}"
+
+    def scalars(self) -> dict[str, float]:
+        return {**self.operations, "entropy": self.entropy, "none": self.none}
+
+    @property
+    def collapsed(self) -> bool:
+        """Half of the operations are skip connections. (DARTS+ stops at two of a cell's eight.)"""
+        return 2 * self.operations["skip"] >= sum(self.operations.values())
+
+
+def diagnosis(gene: Gene, alphas: Tensor) -> Diagnosis:
+    """Of one of a genotype's two cells, and its alphas [edges, candidates]."""
+    kinds = [PRIMITIVES[name].kind for node in gene for name, _ in node]
+    p = alphas.detach().double().softmax(dim=-1)
+    return Diagnosis(
+        {kind: kinds.count(kind) for kind in KINDS},
+        float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added
+        float(p[:, list(CANDIDATES).index("none")].mean()),
+    )
