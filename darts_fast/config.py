@@ -180,6 +180,13 @@ class SearchConfig(Config):
         None,
         ("softmax", "raw"),
     )
+    stop_at_skips: int | None = option(
+        None,
+        "end the search after an epoch whose normal cell has so many skip connections; its genotype is the "
+        "best of the epochs before",
+        AT_LEAST_1,
+        shown="never",
+    )
     train_portion: float = option(
         0.5, "share of the images that trains weights; the rest trains alphas", FRACTION
     )

@@ -116,6 +116,10 @@ class Loop(ABC):
     def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records what `evaluate` gave, and calls `keep`."""
 
+    def ends_early(self) -> bool:
+        """Whether no other epoch begins, though there are some left: depends on what a checkpoint holds."""
+        return False
+
     @abstractmethod
     def result(self) -> Any:
         """After the last epoch: the log's closing lines, and what the caller gets."""
@@ -173,7 +177,7 @@ class Loop(ABC):
                 if self.config.profile and not (self.folder.path / FOLDER).exists():
                     trial = self.take.trial if self.captured else None
                     self.profiler = Profiler(self.config.profile, self.device, trial)
-                while self.epoch < self.config.epochs:
+                while self.epoch < self.config.epochs and not self.ends_early():
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())
                 self._write_profile()

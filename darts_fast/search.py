@@ -298,8 +298,24 @@ class Search(Loop):
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
-        self.keep(final)
+        skips = self._skips()
+        if skips is None or self.best is None:
+            self.keep(final)
+        if skips is not None:
+            self.folder.log(
+                f"The search ends: its normal cell has {skips} skip connections (stop_at_skips is "
+                f"{self.config.stop_at_skips})"
+            )
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
+
+    def _skips(self) -> int | None:
+        """The skip connections of the normal cell, where they are too many."""
+        cell = diagnosis(self._genotype().normal, self.network.alphas_normal)
+        found, most = cell.operations["skip"], self.config.stop_at_skips
+        return None if most is None or found < most else found
+
+    def ends_early(self) -> bool:
+        return self.epoch > 0 and self.step == 0 and self._skips() is not None
 
     def result(self) -> SearchResult:
         top1, epoch = self.best["top1"], self.best["epoch"]

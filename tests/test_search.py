@@ -1,5 +1,6 @@
 """Whole searches: resumed to the same bits, stopped by signals, killed, and going wrong."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from darts_fast.diagnosis import KINDS
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
+from darts_fast.space import CANDIDATES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -166,6 +168,43 @@ def test_what_each_epoch_says_of_its_cells(undisturbed):
     assert rows[-1]["reduce_entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()))
     assert rows[-1]["reduce_none"] == pytest.approx(float(p[:, 0].mean()))
     assert sum(line.startswith(("normal cell: ", "reduce cell: ")) for line in log) == 4
+
+
+@pytest.mark.parametrize("collapse", [1, 2, 4])
+def test_a_search_ends_at_skip_connections(collapse, data, in_tmp, monkeypatch, signal_at):
+    """Before the epoch that collapses its best genotype is found; nothing but that depends on the setting."""
+    plain = Search.begin_epoch
+
+    def begin_epoch(self):
+        plain(self)
+        if self.epoch + 1 == collapse and self.step == 0:
+            with torch.no_grad():
+                self.network.alphas_normal[:, list(CANDIDATES).index("skip_connect")] += 10
+
+    monkeypatch.setattr(Search, "begin_epoch", begin_epoch)
+    config = dataclasses.replace(TINY, epochs=3)
+    whole = search(config, data)
+    stopping = dataclasses.replace(config, stop_at_skips=8, name="stopping")
+    result = search(stopping, data)
+    rows, expected = (
+        [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        for path in (result.path, whole.path)
+    )
+    if collapse > 3:
+        assert rows == expected and result[:-1] == whole[:-1]
+        return
+    assert rows == [row for row in expected if row["step"] <= 4 * collapse] and rows[-1]["normal_skip"] == 8
+    assert result.epoch < collapse or collapse == 1
+    log = log_lines(result.path)
+    assert "The search ends: its normal cell has 8 skip connections (stop_at_skips is 8)" in log
+    assert resume_search(result.path, data) == result and log_lines(result.path) == log
+
+    # In the middle of an epoch nothing is decided.
+    signal_at(Search, 4 * collapse - 1, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        search(dataclasses.replace(stopping, name="again"), data)
+    assert resume_search("searchs/again", data)[:-1] == result[:-1]
+    assert_same_run(result.path, Path("searchs/again"))
 
 
 def test_same_seed_same_bits_other_seed_others(data, undisturbed, in_tmp):
