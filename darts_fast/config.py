@@ -24,6 +24,7 @@ FRACTION: Check = (lambda value: 0 < value < 1, "above 0 and below 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "from 0 to below 1")
 EVEN: Check = (lambda value: value >= 2 and value % 2 == 0, "an even number, at least 2")
 ZERO_OR_EVEN: Check = (lambda value: value >= 0 and value % 2 == 0, "0 or an even number")
+SKIPS: Check = (lambda value: 1 <= value <= 8, "from 1 to 8")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
 IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
@@ -182,9 +183,9 @@ class SearchConfig(Config):
     )
     stop_at_skips: int | None = option(
         None,
-        "end the search after an epoch whose normal cell has so many skip connections; its genotype is the "
-        "best of the epochs before",
-        AT_LEAST_1,
+        "end the search after the first epoch whose normal cell has at least so many skip connections (of 8 "
+        "operations), and take the best epoch before it",
+        SKIPS,
         shown="never",
     )
     train_portion: float = option(
@@ -235,10 +236,14 @@ class TrainConfig(Config):
     )
     layers: int | None = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
     label_smoothing: float = option(
-        0.0, "share of a label that the training loss spreads evenly over all classes", BELOW_1
+        0.0,
+        "share of a label that the training loss (not the test's) spreads evenly over all classes",
+        BELOW_1,
     )
     ema: float = option(
-        0.0, "decay of a moving average of the weights, tested beside them, such as 0.9999; 0: none", BELOW_1
+        0.0,
+        "decay a step of a moving average of the weights, tested beside them, such as 0.9999; 0: none",
+        BELOW_1,
     )
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no auxiliary head", NOT_NEGATIVE)
     cutout_length: int | None = option(

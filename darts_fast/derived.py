@@ -113,7 +113,7 @@ def packed(
 
 
 def load_network(path: str | Path) -> "DerivedNetwork":
-    """The network in a best.pt or final.pt of a training run, on the host, in evaluation mode.
+    """The network in a best.pt, final.pt or ema.pt of a training run, on the host, in evaluation mode.
 
     Its images must be normalised as in training: `torch.load(path)["mean"]` and `["std"]`, a value a channel,
     in pixel values from 0 to 255.

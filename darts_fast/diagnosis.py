@@ -1,7 +1,8 @@
 """Whether a search collapses: what can be seen of it after every epoch, from the alphas and the genotype.
 
 Gradient descent on the alphas often ends in cells of skip connections: they help the supernet, and make poor
-networks (arXiv 1909.06035, DARTS+; arXiv 1909.09656, RobustDARTS). No decision of a search depends on this.
+networks (arXiv 1909.06035, DARTS+; arXiv 1909.09656, RobustDARTS). Nothing but `--stop_at_skips` decides
+anything by it.
 """
 
 from typing import NamedTuple
@@ -39,12 +40,17 @@ class Diagnosis(NamedTuple):
         return 2 * self.operations["skip"] >= sum(self.operations.values())
 
 
+def operations(gene: Gene) -> dict[str, int]:
+    """How many of the operations of one of a genotype's two cells are of each of KINDS."""
+    kinds = [PRIMITIVES[name].kind for node in gene for name, _ in node]
+    return {kind: kinds.count(kind) for kind in KINDS}
+
+
 def diagnosis(gene: Gene, alphas: Tensor) -> Diagnosis:
     """Of one of a genotype's two cells, and its alphas [edges, candidates]."""
-    kinds = [PRIMITIVES[name].kind for node in gene for name, _ in node]
     p = alphas.detach().double().softmax(dim=-1)
     return Diagnosis(
-        {kind: kinds.count(kind) for kind in KINDS},
+        operations(gene),
         float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added
         float(p[:, list(CANDIDATES).index("none")].mean()),
     )

@@ -83,15 +83,14 @@ def compile_kernels(
         note.touch()
 
 
+def allowed_threads() -> int:
+    """PyTorch's threads, but no more than a container's quota is worth."""
+    return kernels.threads()
+
+
 def kernels_on(device: torch.device, dtype: torch.dtype) -> str:
     """The kernels that compute on activations of this device and type, in a few words."""
     return kernels.used(device, dtype)
-
-
-def leave_other_processors_alone() -> None:
-    """PyTorch counts the machine's processors, of which a container may have a few: more threads than those
-    would take turns."""
-    torch.set_num_threads(min(torch.get_num_threads(), kernels.processors()))
 
 
 class FusedCells:

@@ -23,7 +23,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, restored, seeded
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import compile_kernels, counted, leave_other_processors_alone, missing_on
+from darts_fast.fused import allowed_threads, compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.report import write_report
@@ -40,6 +40,9 @@ MOVABLE = (
 )  # settings that a resumed run may change
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
+
+# Settings that runs of before do not have, and what they were
+LATER_SETTINGS = {"stop_at_skips": None, "label_smoothing": 0.0, "ema": 0.0}
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
 MEASURED = {"val": "validation", "test": "test", "ema": "test, moving average:"}
@@ -71,7 +74,6 @@ class Loop(ABC):
         """
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
-        leave_other_processors_alone()
         lacking = missing_on(self.device) if config.fused else None
         if lacking:
             raise InputError(
@@ -162,6 +164,7 @@ class Loop(ABC):
         total = self.config.epochs * self.steps_per_epoch
         with (
             strict_float32(),
+            within_quota(),
             nothing_old_collected(),
             StopSignal() as self.stop,
             tqdm(
@@ -180,6 +183,8 @@ class Loop(ABC):
                 while self.epoch < self.config.epochs and not self.ends_early():
                     self._train_epoch()
                     self._finish_epoch(self.evaluate())
+                self.bar.total = self.steps_done
+                self.bar.refresh()
                 self._write_profile()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -218,10 +223,11 @@ class Loop(ABC):
     def steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
 
-    def keep(self, record: dict[str, Any]) -> None:
+    def keep(self, record: dict[str, Any], eligible: bool = True) -> None:
         """What is remembered of this epoch if it is the best so far, or the last: plain values, among them
-        `epoch`, from 1, and `top1`, which is compared."""
-        if self.best is None or record["top1"] > self.best["top1"]:
+        `epoch`, from 1, and `top1`, which is compared. The best is one of the eligible epochs, if there is
+        any."""
+        if self.best is None or (eligible and record["top1"] > self.best["top1"]):
             self.best = record
         if record["epoch"] == self.config.epochs:
             self.final = record
@@ -318,7 +324,7 @@ class Loop(ABC):
             InputError: the checkpoint is of another data set or another network, or no run writes such a one.
         """
         own = self.state()
-        checkpoint = as_saved_now(checkpoint, own)
+        checkpoint = as_saved_now(checkpoint, own, self._fixed_settings())
         for one, other in ((own, checkpoint), (checkpoint, own)):
             if "loss_scale" not in other:  # begun, or resumed, in float32
                 one.pop("loss_scale", None)
@@ -556,10 +562,13 @@ def evaluated(
     return loss, top1, top5
 
 
-def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
-    moments before the first step; a search had no `final`."""
+    moments before the first step; a search had no `final`, and some settings were not there."""
     found = {"final": None, **checkpoint}
+    if isinstance(found.get("settings"), dict):
+        later = {name: value for name, value in LATER_SETTINGS.items() if name in settings}
+        found["settings"] = later | found["settings"]
     begins = (found.get("epoch"), found.get("step")) == (0, 0)
     for name in own:
         if isinstance(found.get(name), dict) and found[name].keys() == {"state", "param_groups"}:
@@ -576,6 +585,17 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def within_quota() -> Iterator[None]:
+    """Within, PyTorch has no more threads than a container's quota is worth: they would take turns."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(allowed_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

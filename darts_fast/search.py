@@ -14,7 +14,7 @@ from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation
 from darts_fast.datasets import read_data
-from darts_fast.diagnosis import diagnosis
+from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
@@ -298,24 +298,22 @@ class Search(Loop):
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
-        skips = self._skips()
-        if skips is None or self.best is None:
-            self.keep(final)
-        if skips is not None:
+        skips = self._too_many_skips()
+        self.keep(final, eligible=not skips)
+        if skips:
             self.folder.log(
                 f"The search ends: its normal cell has {skips} skip connections (stop_at_skips is "
                 f"{self.config.stop_at_skips})"
             )
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
 
-    def _skips(self) -> int | None:
-        """The skip connections of the normal cell, where they are too many."""
-        cell = diagnosis(self._genotype().normal, self.network.alphas_normal)
-        found, most = cell.operations["skip"], self.config.stop_at_skips
-        return None if most is None or found < most else found
+    def _too_many_skips(self) -> int:
+        """The skip connections of the normal cell where they end the search, else 0."""
+        found, limit = operations(self._genotype().normal)["skip"], self.config.stop_at_skips
+        return found if limit is not None and found >= limit else 0
 
     def ends_early(self) -> bool:
-        return self.epoch > 0 and self.step == 0 and self._skips() is not None
+        return self.epoch > 0 and self.step == 0 and self._too_many_skips() > 0
 
     def result(self) -> SearchResult:
         top1, epoch = self.best["top1"], self.best["epoch"]

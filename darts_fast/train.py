@@ -50,10 +50,12 @@ class TrainResult(NamedTuple):
     top5: float
     best_top1: float  # the best of all epochs: chosen on the test images, so a little too good
     best_epoch: int  # counted from 1
-    ema_top1: float | None  # of the moving average of the weights after the last epoch; None without --ema
     parameters: int  # without the auxiliary head
     multiply_adds: int  # of one image
     path: Path  # the run folder
+    ema_top1: float | None = (
+        None  # of the moving average of the weights after the last epoch; None without it
+    )
 
 
 def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
@@ -336,10 +338,10 @@ class Training(Loop):
             self.final["top5"],
             self.best["top1"],
             self.best["epoch"],
-            average,
             self.parameters,
             self.multiply_adds,
             self.folder.path,
+            average,
         )
 
     def learning_rate(self) -> float:

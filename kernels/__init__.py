@@ -16,7 +16,7 @@ from darts_fast.kernels.backends import backend, used
 from darts_fast.kernels.network import Plan, cells
 from darts_fast.kernels.normalize import normalize
 from darts_fast.kernels.plan import Blocks
-from darts_fast.kernels.processors import processors
+from darts_fast.kernels.processors import threads
 from darts_fast.kernels.single import pool, sepconv
 
-__all__ = ["Blocks", "Plan", "backend", "cells", "normalize", "pool", "processors", "sepconv", "used"]
+__all__ = ["Blocks", "Plan", "backend", "cells", "normalize", "pool", "sepconv", "threads", "used"]

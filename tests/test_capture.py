@@ -158,6 +158,7 @@ def loop(kind, device="cpu", **settings):
         config = TrainConfig(genotype=every_operation(), drop_path_prob=0.6, **common)
         found = Training(config, from_tensors(pixels, labels, pixels, labels))
         assert found.auxiliary == (config.aux_weight > 0)
+        found.train_step.set_average_share(5)
     found.epoch = 1
     found.begin_epoch()
     return found
@@ -220,10 +221,22 @@ def test_nothing_that_a_whole_step_changes_moves(kind, settings):
     assert list(found.take.generators) == generators
 
 
-@pytest.mark.parametrize(("kind", "settings"), WHOLE[1:3], ids=str)
+@pytest.mark.parametrize(("kind", "settings"), [*WHOLE[1:3], WHOLE[-1]], ids=str)
 def test_a_trial_leaves_no_trace(kind, settings):
     found, other = loop(kind, **settings), loop(kind, **settings)
-    found.take.trial(lambda step: [step() for _ in range(2)])
+    average = None if kind == "search" else found.train_step.average
+    before = [] if average is None else [t.clone() for t in average.parameters()]
+    moved = []
+
+    def trial(step):
+        for _ in range(2):
+            step()
+        moved.extend(
+            not torch.equal(a, b) for a, b in zip(before, average.parameters(), strict=True) if average
+        )
+
+    found.take.trial(trial if before else lambda step: [step() for _ in range(2)])
+    assert any(moved) == bool(before)
     for seed in (2, 3):
         assert torch.equal(*(f.take(**inputs(kind, seed)) for f in (found, other)))
     assert same(found.state(), other.state())

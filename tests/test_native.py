@@ -43,7 +43,7 @@ def poisoned():
 @pytest.mark.parametrize("name", [*sweeps.CASES, *LARGE_CASES])
 def test_the_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
     """The results of one thread are right; those of others are the same."""
-    monkeypatch.setattr(native, "processors", lambda: 7)
+    monkeypatch.setattr(native, "threads", torch.get_num_threads)  # whatever a quota says
     case, threads, written = (sweeps.CASES | LARGE_CASES)[name], torch.get_num_threads(), []
     if name in LARGE_CASES:
         outputs = len(case.kinds) * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]

@@ -1,76 +1,93 @@
-"""How many processors a process may use: its affinity, and the quotas of its control groups."""
+"""How many processors a process may use: what control groups allow, and threads within that."""
 
+import math
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from darts_fast.kernels import native
-from darts_fast.kernels.processors import processors
+from darts_fast.kernels.processors import processors, quota, threads
+from darts_fast.loop import within_quota
 
-ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def write(folder, files):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+V1 = {"cpu/c/cpu.cfs_quota_us": "150000\n", "cpu/c/cpu.cfs_period_us": "100000\n"}
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, ALLOWED),
-        ({"groups": "0::/\n"}, ALLOWED),
-        ({"groups": "0::/\n", "cpu.max": "max 100000\n"}, ALLOWED),
-        ({"groups": "0::/\n", "cpu.max": "100000 100000\n"}, 1),
-        ({"groups": "0::/\n", "cpu.max": "5000 100000\n"}, 1),  # a part of one
-        ({"groups": "0::/\n", "cpu.max": "10000000 100000\n"}, ALLOWED),
+        ({}, math.inf),
+        ({"groups": "0::/\n"}, math.inf),
+        ({"groups": "0::/\n", "cpu.max": "max 100000\n"}, math.inf),
+        ({"groups": "0::/\n", "cpu.max": "200000 100000\n"}, 2),
+        ({"groups": "0::/\n", "cpu.max": "250000 100000\n"}, 3),
+        ({"groups": "0::/\n", "cpu.max": "5000 100000\n"}, 1),
         # The group's own quota, one around it, and a path that is not seen from inside
         ({"groups": "0::/a/b\n", "a/b/cpu.max": "70000 100000\n", "a/cpu.max": "max 100000"}, 1),
-        ({"groups": "0::/a/b\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "90000 100000"}, 1),
+        ({"groups": "0::/a/b\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "390000 100000"}, 4),
+        ({"groups": "0::/a/b\n", "a/b/cpu.max": "700000 100000\n", "a/cpu.max": "390000 100000"}, 4),
         ({"groups": "0::/of/the/host\n", "cpu.max": "90000 100000"}, 1),
-        # Version 1
+        # Version 1, its controllers named in either order
+        ({"groups": "5:memory:/m\n4:cpu,cpuacct:/c\n0::/\n", **V1}, 2),
+        ({"groups": "4:cpuacct,cpu:/c\n", **V1}, 2),
+        ({"groups": "4:cpuacct:/c\n", **V1}, math.inf),
         (
-            {
-                "groups": "5:memory:/m\n4:cpu,cpuacct:/c\n0::/\n",
-                "cpu,cpuacct/c/cpu.cfs_quota_us": "100000\n",
-                "cpu,cpuacct/c/cpu.cfs_period_us": "100000\n",
-            },
-            1,
+            {"groups": "1:cpu:/\n", "cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000"},
+            math.inf,
         ),
-        (
-            {"groups": "1:cpu:/\n", "cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
-            ALLOWED,
-        ),
-        ({"groups": "0::/\n", "cpu.max": "garbage"}, ALLOWED),
+        # What nobody expects
+        ({"groups": "0::/\n", "cpu.max": "garbage"}, math.inf),
+        ({"groups": "garbage\n\n:\n0::/\n", "cpu.max": "200000 100000\n"}, 2),
     ],
 )
 def test_quotas_of_control_groups(tmp_path, files, expected):
-    write(tmp_path, files)
-    assert processors(tmp_path / "groups", tmp_path) == expected
-
-
-def test_two_and_a_half_processors_are_three(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    write(tmp_path, {"groups": "0::/\n", "cpu.max": "250000 100000"})
-    assert processors(tmp_path / "groups", tmp_path) == 3
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert quota(tmp_path / "groups", tmp_path) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity to set")
-def test_affinity_counts():
+def test_affinity_counts_for_processes_alone():
+    """A thread that OpenMP has bound to one processor (OMP_PROC_BIND) is not all of them."""
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert processors() == 1
+        assert processors() == 1 and threads() == min(torch.get_num_threads(), quota())
     finally:
         os.sched_setaffinity(0, before)
 
 
+def test_bound_threads_are_not_taken_for_a_limit():
+    code = "import torch; torch.set_num_threads(2)\n"
+    code += "from darts_fast.kernels.processors import threads; print(threads())"
+    environment = {**os.environ, "OMP_PROC_BIND": "true"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert int(found.stdout) == min(2, quota())
+
+
+@pytest.fixture
+def three(monkeypatch):
+    monkeypatch.setattr("darts_fast.kernels.processors.quota", lambda: 3)
+
+
 @pytest.mark.skipif(native.level() is None, reason=f"the C++ library {native.absence()}")
-def test_a_sweep_has_no_more_threads_than_processors(monkeypatch):
+def test_a_sweep_has_no_more_threads_than_the_quota(three, monkeypatch):
     made = []
-    monkeypatch.setattr(native, "processors", lambda: 3)
-    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(native.loaded(), "darts_sweep", lambda records, count, threads: made.append(threads))
     native.program([])()
     assert made == [3]
+
+
+def test_a_run_leaves_the_callers_threads_as_they_were(three):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        with within_quota():
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)

@@ -1,8 +1,8 @@
 """The kernels in C++, for float32 on the CPU.
 
 A function makes tables of C structures from tensors (table.py), and a program runs the tables of all its
-calls by one call of C++, on `torch.get_num_threads()` threads, but never more than there are processors for.
-The bits of the results do not depend on how many.
+calls by one call of C++, on PyTorch's threads, but never more than a container's quota is worth. The bits of
+the results do not depend on how many.
 Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 """
 
@@ -40,7 +40,7 @@ from darts_fast.kernels.native.sepconv import (
     sepconv_tangent,
 )
 from darts_fast.kernels.native.table import Record, Table, size_of
-from darts_fast.kernels.processors import processors
+from darts_fast.kernels.processors import threads
 from darts_fast.kernels.types import Call, launches
 
 
@@ -59,16 +59,14 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     library = loaded()
     records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in found])
 
-    allowed = processors()
-
     def run() -> None:
-        threads = min(torch.get_num_threads(), allowed)
+        count = threads()
         if not torch.autograd._profiler_enabled():
-            library.darts_sweep(records.address, records.count, threads)
+            library.darts_sweep(records.address, records.count, count)
             return
         for i, launch in enumerate(found):
             with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", launch.tensors):
-                library.darts_sweep(records.address + i * size_of(Record), 1, threads)
+                library.darts_sweep(records.address + i * size_of(Record), 1, count)
 
     run.launches = found  # which keep their tables and tensors
     return run

@@ -21,10 +21,10 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-constexpr int TILE = 16;  // pixels whose sums stay in registers: with the weights these are 17 of 32
+constexpr int TILE = 16;  // sums that stay in registers, of pixels or blocks of them: with the weights 17 or 18 of 32
 #elif defined(__AVX__)
 constexpr int LANES = 8;
-constexpr int TILE = 8;  // 9 of 16 registers; 8 sums hide the latency of two multiply-adds a cycle
+constexpr int TILE = 8;  // 9 or 10 of 16 registers; 8 sums hide the latency of two multiply-adds a cycle
 #else
 constexpr int LANES = 4;
 constexpr int TILE = 8;
@@ -145,9 +145,8 @@ INLINE int lanes_of(int64_t channels, int block) {
   return left < LANES ? int(left) : LANES;
 }
 
-// Memory that is kept between calls, because a fresh allocation costs a page fault per 4 KB. Every thread has its
-// own. A pointer that `take` returned is valid until the next `reset` of the same arena. Several threads may take
-// at once.
+// Memory that is kept between calls, because a fresh allocation costs a page fault per 4 KB. A pointer that `take`
+// returned is valid until the next `reset` of the same arena. Several threads may take from one at once.
 class Arena {
  public:
   void reset() {
@@ -207,8 +206,8 @@ class Arena {
   size_t used_ = 0;
 };
 
-thread_local Arena of_call;    // of the thread that called: all threads of the call read it
-thread_local Arena of_worker;  // read and written by its thread alone
+thread_local Arena of_call;    // of the thread that runs the sweep: all threads of a call take from it and read it
+thread_local Arena of_worker;  // of each thread, for it alone
 
 // Work is cut into parts by its size alone, never by the number of threads. Each part has sums of its own, and they
 // are added in the order of the parts. So any number of threads gives the same bits.

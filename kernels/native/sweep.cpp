@@ -11,7 +11,7 @@ extern "C" void darts_sweep(const Record* records, int64_t count, int threads) {
       for (const Record* record = records; record < records + count; ++record) record->function(record->call, team);
       team.end();
     }
-    team.help();  // of the caller: nothing is left
+    team.help();  // the caller comes here behind `end`, and returns at once
   }
 }
 

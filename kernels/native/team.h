@@ -16,7 +16,8 @@ class Team {
  public:
   explicit Team(int threads) : threads_(threads) {}
 
-  // Calls body(i) for every i from 0 to count - 1, on all threads of the team; of the thread that called alone.
+  // Calls body(i) for every i from 0 to count - 1, on all threads of the team. For the thread that runs the sweep
+  // alone; a body must not call it again.
   template <class Body>
   void each(int64_t count, const Body& body) {
     if (threads_ == 1 || count == 1) {

@@ -65,6 +65,8 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 4 and (q.weights or q.tangent), 32),
         # With 64, 64 outputs of bfloat16 spilled 410 times (sm_100).
         (lambda q: q.tangent, 32),
+        # With 64, 1x1 weight gradients of 256 to 64 channels spilled 9 times (sm_100).
+        (lambda q: q.bytes == 2 and q.direct and q.weights and q.c > 128 and q.k == 64, 32),
         # With 64 and 8 warps, a derived network's 72 outputs spilled 3 times, with 4 warps 7 (sm_100).
         (lambda q: q.weights and q.depthwise and 64 < q.k <= 128, 32),
         (otherwise, 64),
@@ -136,6 +138,8 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.bytes == 8 and q.weights and not q.depthwise and q.stride > 1 and q.c <= 32, 4),
         # With 4, 144 outputs of float32 spilled up to 287 times (sm_90).
         (lambda q: q.k > 64, 8),
+        # 1x1 weight gradients of 256 to 64 channels of float64: with 8, 8 spills (sm_100).
+        (lambda q: q.bytes == 8 and q.direct and q.weights and q.c > 128 and q.k == 64, 4),
         # 1x1 weight gradients: with 4, of two sources to 32 outputs 13 spills (sm_100).
         (lambda q: q.bytes == 8, 8),
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
