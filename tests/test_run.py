@@ -172,7 +172,7 @@ def test_fused_is_the_same_search(monkeypatch, capsys, in_tmp):
         assert json.loads((in_tmp / "searchs" / name / "config.json").read_text())["fused"] == (
             name == "fused"
         )
-    assert len(found["fused"]) == len(found["reference"]) == 4  # three steps and the validation
+    assert len(found["fused"]) == len(found["reference"]) == 5  # three steps, the validation, the cells
     for a, b in zip(found["fused"], found["reference"], strict=True):
         assert a.keys() == b.keys()
         for key in a:
