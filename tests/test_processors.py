@@ -49,6 +49,7 @@ def test_quotas_of_control_groups(tmp_path, files, expected):
     assert quota(tmp_path / "groups", tmp_path) == expected
 
 
+# Linux has it; macOS and Windows have no call that keeps a process to some processors.
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity to set")
 def test_affinity_counts_for_processes_alone():
     """A thread that OpenMP has bound to one processor (OMP_PROC_BIND) is not all of them."""
@@ -73,6 +74,7 @@ def three(monkeypatch):
     monkeypatch.setattr("darts_fast.kernels.processors.quota", lambda: 3)
 
 
+# Without a compiler the install succeeds and there are no sweeps in C++; any other absence fails in test_kernels.py.
 @pytest.mark.skipif(native.level() is None, reason=f"the C++ library {native.absence()}")
 def test_a_sweep_has_no_more_threads_than_the_quota(three, monkeypatch):
     made = []
