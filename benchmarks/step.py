@@ -70,6 +70,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
+    if args.busy < 0:
+        parser.error("--busy must be at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     if args.cpu_time:
@@ -85,7 +87,8 @@ def main() -> int:
         if device.type == "cuda":
             check_on(device, base.init_channels, 3, base.size)
         conditions = environment(device)
-        print(f"results agree; one second-order step, float32 where it says nothing else; {base}")
+        beside = f", beside {args.busy} busy process{'es' * (args.busy > 1)}" if args.busy else ""
+        print(f"results agree; one second-order step, float32 where it says nothing else; {base}{beside}")
         print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
         entrants, left_out = [], {}
         for value in values:
@@ -107,8 +110,8 @@ def main() -> int:
         print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")
     clock = "cpu" if args.cpu_time else "wall"
     args.results.mkdir(parents=True, exist_ok=True)
-    beside = f"-busy{args.busy}" if args.busy else ""
-    path = args.results / f"{file_name(args.sweep and name, base, conditions['device'])}{beside}.jsonl"
+    named = file_name(args.sweep and name, base, conditions["device"])
+    path = args.results / f"{named}{f'-busy{args.busy}' * (args.busy > 0)}.jsonl"
     with path.open("a") as file:
         for record in found:
             file.write(
@@ -128,7 +131,7 @@ def main() -> int:
     if args.sweep:
         fixed = ", ".join(f"{key} {value}" for key, value in base._asdict().items() if key != name)
         fixed += ", CPU time" if args.cpu_time else ""
-        fixed += f", beside {args.busy} busy processes" if args.busy else ""
+        fixed += beside
         path.with_suffix(".svg").write_text(plot(found, name, fixed))
         print(f"drawn: {path.with_suffix('.svg')}")
     return 0

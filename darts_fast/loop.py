@@ -164,7 +164,7 @@ class Loop(ABC):
         total = self.config.epochs * self.steps_per_epoch
         with (
             strict_float32(),
-            within_quota(),
+            within_quota() as fewer_threads,
             nothing_old_collected(),
             StopSignal() as self.stop,
             tqdm(
@@ -172,6 +172,8 @@ class Loop(ABC):
             ) as self.bar,
         ):
             try:
+                if fewer_threads:
+                    self.folder.log(fewer_threads)
                 if not (self.folder.path / CHECKPOINT).exists():
                     self.announce()
                     self._save()
@@ -588,12 +590,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def within_quota() -> Iterator[None]:
-    """Within, PyTorch has no more threads than a container's quota is worth: they would take turns."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(allowed_threads())
+def within_quota() -> Iterator[str | None]:
+    """Within, PyTorch has no more threads than a container's quota is worth: they would take turns. Yields a
+    sentence on it where that makes a difference."""
+    before, allowed = torch.get_num_threads(), allowed_threads()
+    torch.set_num_threads(allowed)
     try:
-        yield
+        yield (
+            f"{allowed} threads in place of PyTorch's {before}: the quota of this container is worth no more"
+            if allowed < before
+            else None
+        )
     finally:
         torch.set_num_threads(before)
 

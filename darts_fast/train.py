@@ -168,6 +168,11 @@ class TrainStep:
             # The optimizer would make it in its first step.
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.average_share = torch.zeros((), dtype=like.dtype, device=like.device)
+        modules = [] if average is None else [average, network]
+        self._averaged = [  # the average's weights and statistics, and those that they follow
+            [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+            for module in modules
+        ]
 
     def take(self, images: Tensor, labels: Tensor) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
@@ -202,10 +207,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _move_average(self) -> None:
-        averages, sources = (
-            [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-            for module in (self.average, self.network)
-        )
+        averages, sources = self._averaged
         differences = torch._foreach_sub(sources, averages)
         torch._foreach_mul_(differences, self.average_share)
         torch._foreach_add_(averages, differences)
@@ -295,7 +297,8 @@ class Training(Loop):
         with phase("data"):
             images, labels = self.batches.pick(self.batch_indices(self.order))
         self.train_step.lr.fill_(lr)
-        self.train_step.set_average_share(self.steps_done)
+        if self.train_step.average is not None:
+            self.train_step.set_average_share(self.steps_done)
         return self.take(images=images, labels=labels), len(labels)
 
     def _take(self, images: Tensor, labels: Tensor) -> Tensor:

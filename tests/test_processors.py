@@ -74,7 +74,8 @@ def three(monkeypatch):
     monkeypatch.setattr("darts_fast.kernels.processors.quota", lambda: 3)
 
 
-# Without a compiler the install succeeds and there are no sweeps in C++; any other absence fails in test_kernels.py.
+# Without a compiler the install succeeds and there are no sweeps in C++. Any other absence fails in
+# test_kernels.py.
 @pytest.mark.skipif(native.level() is None, reason=f"the C++ library {native.absence()}")
 def test_a_sweep_has_no_more_threads_than_the_quota(three, monkeypatch):
     made = []
@@ -88,8 +89,12 @@ def test_a_run_leaves_the_callers_threads_as_they_were(three):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(5)
-        with within_quota():
+        with within_quota() as said:
             assert torch.get_num_threads() == 3
+            assert said == "3 threads in place of PyTorch's 5: the quota of this container is worth no more"
         assert torch.get_num_threads() == 5
+        torch.set_num_threads(3)
+        with within_quota() as said:
+            assert said is None and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
