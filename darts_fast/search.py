@@ -302,8 +302,8 @@ class Search(Loop):
         self.keep(final, eligible=not skips)
         if skips:
             self.folder.log(
-                f"The search ends: its normal cell has {skips} skip connections (stop_at_skips is "
-                f"{self.config.stop_at_skips})"
+                f"The search ends here: skip connections of the normal cell: {skips}; stop_at_skips: "
+                f"{self.config.stop_at_skips}"
             )
         self.folder.write_json("genotype.json", {"best": self.best, "final": final})
 

@@ -204,7 +204,7 @@ def test_a_search_ends_at_skip_connections(collapse, data, in_tmp, monkeypatch, 
     assert rows == [row for row in expected if row["step"] <= 4 * collapse] and rows[-1]["normal_skip"] == 8
     assert result.epoch < collapse or collapse == 1
     log = log_lines(result.path)
-    assert "The search ends: its normal cell has 8 skip connections (stop_at_skips is 5)" in log
+    assert "The search ends here: skip connections of the normal cell: 8; stop_at_skips: 5" in log
     assert resume_search(result.path, data) == result and log_lines(result.path) == log
 
     # In the middle of an epoch nothing is decided.
