@@ -4,7 +4,8 @@ and registers and spills of the compiled kernels.
     python benchmarks/baseline.py [--update]
 
 Prints what differs from benchmarks/baseline.json and exits with 1 if anything does; `--update` writes the
-figures of now there. Counted on meta tensors, at the paper's channels, on 3 layers (traffic.py); one launch
+figures of now there. Counted on meta tensors, at the paper's channels, on 3 layers, and on 4 of a training
+(traffic.py); one launch
 of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/triton/aot.py). Figures of other versions of
 PyTorch or Triton are not compared, which it says.
 """
@@ -23,12 +24,13 @@ from darts_fast.supernet import Supernet  # noqa: E402
 
 FILE = Path(__file__).with_name("baseline.json")
 SETTING = {"batch_size": 16, "channels": 16, "layers": 3, "size": 16}
+TRAINING = {"batch_size": 16, "channels": 36, "layers": 4, "size": 32}  # with the auxiliary head
 
 Counts = dict[str, dict[str, int]]  # by "variant: phase" or kernel, then by what is counted
 
 
 def counted() -> Counts:
-    """Of every variant and phase."""
+    """Of every variant and phase, of a search and of a training."""
     found = {}
     for variant, options in traffic.VARIANTS.items():
         step = traffic.count(**SETTING, **options)
@@ -36,6 +38,12 @@ def counted() -> Counts:
             found[f"{variant}: {phase}"] = count._asdict()
         saved = step.kept if options["kernels"] else saved_by_the_textbook()
         found[f"{variant}: whole step"] = {"peak live bytes": step.peak, "saved bytes": saved}
+        step = traffic.count(**TRAINING, **options, train=True)
+        for phase, count in step.phases.items():
+            found[f"training, {variant}: {phase}"] = count._asdict()
+        found[f"training, {variant}: whole step"] = {"peak live bytes": step.peak}
+        if options["kernels"]:
+            found[f"training, {variant}: whole step"]["saved bytes"] = step.kept
     return found
 
 
@@ -104,7 +112,7 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the counts of now")
     args = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
-    found, lines = {"versions": versions(), "setting": SETTING}, []
+    found, lines = {"versions": versions(), "setting": SETTING, "training": TRAINING}, []
     for part, figures in (("counts", counted), ("compiled", compiled)):
         version, then = found["versions"][part], before.get("versions", {}).get(part)
         if then not in (version, None) and not args.update:

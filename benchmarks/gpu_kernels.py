@@ -11,7 +11,7 @@ import torch
 import traffic
 from gpu_bench import Bench, timed
 
-from darts_fast import profiling
+from darts_fast import Genotype, network, profiling
 from darts_fast.config import SearchConfig
 from darts_fast.kernels.backends import collected, using
 from darts_fast.kernels.types import Call, launches
@@ -74,22 +74,20 @@ def launches_to_compile(bench: Bench, kind: str) -> list:
 
 def launches_of_a_training(dtype: str) -> Iterator[Any]:
     """The Triton launches of a training step of DARTS_V2 at the paper's setting, on meta tensors."""
-    from darts_fast import load_genotype, network
-
-    with torch.device("meta"):
-        module = network(load_genotype("DARTS_V2"), 10, 36, 20, auxiliary=True, fused=True)
-        images = torch.zeros(96, 3, 32, 32)
-    with collected() as calls:
-        outputs = module(images, TYPES.get(dtype))
-        torch.autograd.grad([y.sum() for y in outputs], list(module.parameters()), materialize_grads=True)
-    return _launches(calls)
+    return _launches_of(
+        traffic.training_step("triton", 96, 36, 20, 32, "meta", TYPES.get(dtype, torch.float32))
+    )
 
 
 def launches_of_a_step(setting: race.Setting, dtype: str) -> Iterator[Any]:
     """The Triton launches of a search step, on meta tensors."""
-    step, batch = traffic.step_and_batch("triton", *setting[:4], "meta", TYPES.get(dtype, torch.float32))
+    wide = TYPES.get(dtype, torch.float32)
+    return _launches_of(traffic.search_step("triton", *setting[:4], "meta", wide))
+
+
+def _launches_of(step: traffic.Step) -> Iterator[Any]:
     with collected() as calls:
-        step(batch, batch, race.LR)
+        step.take()
     return _launches(calls)
 
 
@@ -162,21 +160,21 @@ def kernels(bench: Bench) -> None:
 
 def _observed(bench: Bench, dtype: str) -> list[tuple[Any, int]]:
     """(launch, how often) of the launches of a step that differ, on this device."""
-    from darts_fast.kernels import single, triton
+    from darts_fast.kernels import triton
 
     setting = bench.setting
     with strict_float32(), using(triton), collected() as calls:
-        if bench.quick:  # a pair of 1x1 convolutions and both pools, under the interpreter
-            x = torch.randn(2, setting.init_channels, 8, 8)
-            weights = list(torch.randn(2, setting.init_channels, setting.init_channels, 1, 1))
-            single.sepconv(x, [single.Geometry()] * 2, [None, None], weights)
-            single.pool(x, 1)
+        if bench.quick:  # an evaluation of the smallest genotype, under the interpreter
+            node = [[("max_pool_3x3", 0)]]
+            module = network(Genotype(node, [2], node, [2]), 10, 2, 3, 3, fused=True).eval()
+            with torch.no_grad():
+                module(torch.randn(1, 3, 8, 8))
         else:
-            network = race.supernet(setting.init_channels, setting.layers, True, torch.float32)
+            supernet = race.supernet(setting.init_channels, setting.layers, True, torch.float32)
             pair = race.batches(setting.batch_size, setting.size, torch.float32)
             batches = (tuple(t.to(bench.device) for t in batch) for batch in pair)
             config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
-            SearchStep(network.to(bench.device), config)(*batches, race.LR)
+            SearchStep(supernet.to(bench.device), config)(*batches, race.LR)
     found: dict[tuple, list] = {}
     for planned in _launches(calls):
         key = planned.name, planned.grid, str(planned.constants)

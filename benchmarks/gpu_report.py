@@ -42,6 +42,7 @@ from gpu_sections import (  # noqa: E402
     compiled,
     environment,
     one_step,
+    one_training_step,
     search,
     tests,
     time_line,
@@ -62,6 +63,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "time line": (time_line, 60),
     "search": (search, 60),
     "training": (training, 60),
+    "training step": (one_training_step, 60),
     "tests": (tests, 300),
     "torch.compile": (compiled, 180),
 }

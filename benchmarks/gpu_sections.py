@@ -154,10 +154,16 @@ def _captured_alike(bench: Bench, amp_dtype: str | None) -> str:
 
 def one_step(bench: Bench) -> None:
     """benchmarks/step.py's race, all variants, and what each costs."""
-    setting, rate = (
-        bench.setting,
-        bench.results("environment").get("copy") or profiling.copy_rate(bench.device),
-    )
+    _race(bench, race.Runner, bench.setting)
+
+
+def one_training_step(bench: Bench) -> None:
+    """The same of a training step of DARTS_V2, at the paper's setting, and of an evaluation."""
+    _race(bench, race.TrainingRunner, bench.setting if bench.quick else race.Setting(96, 36, 20))
+
+
+def _race(bench: Bench, kind: type[race.Runner], setting: race.Setting) -> None:
+    rate = bench.results("environment").get("copy") or profiling.copy_rate(bench.device)
     bench.fact("setting", ", ".join(f"{name} {value}" for name, value in setting._asdict().items()))
     names = [name for name, variant in race.VARIANTS.items() if not variant.compiled]
     if bench.quick:
@@ -168,7 +174,7 @@ def one_step(bench: Bench) -> None:
     with strict_float32():
         for name in names:
             started = time.monotonic()
-            more, reasons = race.runners([name], setting, bench.device)
+            more, reasons = race.runners([name], setting, bench.device, kind=kind)
             bench.part.setdefault("left out", {}).update(reasons)
             entrants += more
             if more:

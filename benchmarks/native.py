@@ -65,11 +65,11 @@ def halves(kernel: int, dilation: int, n: int, c: int, size: int) -> dict[str, l
     sweeps = {name: Recorder() for name in ("forward", "backward", "tangent", "second")}
     sweeps["forward"].sepconv_forward(sources, tasks, y=y, statistics=statistics)
     sweeps["backward"].sepconv_backward(
-        sources, tasks, readers, adjoint=adjoint, sums=own, gradients=gradients
+        sources, tasks, readers, [()], adjoint=adjoint, sums=own, gradients=gradients
     )
     reads = sources, tasks, [xd], source_sums, tangents, readers
     sweeps["tangent"].sepconv_tangent(*reads, y=yd, sums=list(tangent_sums.unbind(1)))
-    sweeps["second"].sepconv_second(sources, tasks, tangents, seconds, adjoint=second, sums=own_second)
+    sweeps["second"].sepconv_second(sources, tasks, tangents, seconds, [()], adjoint=second, sums=own_second)
     return {name: recorder.calls for name, recorder in sweeps.items()}
 
 
@@ -100,7 +100,7 @@ def nodes(n: int, c: int, size: int) -> dict[str, list[Call]]:
     of_readers = [list(torch.empty(4, 3, c)) for _ in readers]
     found = Recorder()
     found.mix_forward(candidates, p, outs=[out])
-    found.mix_backward(candidates, g, sums=sums, weight_gradient=of_p)
+    found.mix_backward(candidates, None, g, sums=sums, weight_gradient=of_p)
     found.mix_tangent(candidates, p, list(tangents), tangent_sums, g, outs=[out], products=products)
     reads = candidates, gd, sums, tangent_sums, products
     found.mix_second(*reads, sums=second_sums, weight_gradient=of_p_second)

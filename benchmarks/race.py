@@ -1,4 +1,5 @@
-"""A race of one second-order step: the variants, that their results agree, and their times in turns.
+"""A race of one second-order step, or of a training step: the variants, that their results agree, and their
+times in turns.
 
 `step.py` is the command; `race_tables.py` shows what comes out.
 """
@@ -18,21 +19,25 @@ from typing import Any, NamedTuple
 
 import torch
 import traffic
-from textbook import Batch, TextbookStep
-from torch import Tensor
+from textbook import Batch, TextbookStep, TextbookTraining
+from torch import Tensor, nn
 
-from darts_fast import architect
+from darts_fast import architect, load_genotype
+from darts_fast import network as network_of
 from darts_fast.capture import Captured
-from darts_fast.config import SearchConfig
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.derived import DerivedNetwork, auxiliary_fits
 from darts_fast.kernels import native
 from darts_fast.kernels.backends import using
 from darts_fast.kernels.types import Backend, Call
 from darts_fast.profiling import observed_phases
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
+from darts_fast.train import TrainStep
 
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64
+EVALUATION = "evaluation"  # seconds of one of a batch, with `--train`
 OUTSIDE = "outside kernels"  # seconds of a step that no program of the kernels takes
 
 
@@ -100,6 +105,15 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
     return [(torch.randn(size, 3, side, side, dtype=dtype), torch.randint(10, (size,))) for _ in range(2)]
 
 
+def derived(channels: int, layers: int, size: int, fused: bool, dtype: torch.dtype) -> DerivedNetwork:
+    """That of DARTS_V2, in training mode, with drop path."""
+    torch.manual_seed(0)
+    genotype, auxiliary = load_genotype("DARTS_V2"), auxiliary_fits(size, size, "cifar")
+    module = network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
+    module.drop_path_generator = torch.Generator().manual_seed(2)
+    return module
+
+
 # That the results agree
 
 
@@ -127,6 +141,23 @@ def check() -> None:
     for name, expected in products[0].items():
         found = error({name: products[1][name]}, {name: expected})
         assert found < TOLERANCE, f"{name}: {found:.3g}"
+
+
+def check_training() -> None:
+    """On the CPU, on a small network in float64: two training steps, with drop path and auxiliary head, and
+    an evaluation after them must end where the textbook's do. Raises AssertionError where they do not."""
+    config, ((images, labels), _) = TrainConfig(drop_path_prob=0.2), batches(4, 24, torch.float64)
+    modules = [derived(4, 3, 24, fused, torch.float64) for fused in (False, True)]
+    steps = TextbookTraining(modules[0], config), TrainStep(modules[1], config)
+    for _ in range(2):
+        for step, module in zip(steps, modules, strict=True):
+            module.drop_path_prob = torch.tensor(0.3)
+            step.take(images, labels)
+    found, expected = (dict(module.state_dict()) for module in modules[::-1])
+    assert error(found, expected) < TOLERANCE, f"weights after two steps: {error(found, expected):.3g}"
+    with torch.no_grad():
+        logits = [{"logits": module.eval()(images)} for module in modules]
+    assert error(logits[1], logits[0]) < TOLERANCE, f"an evaluation: {error(logits[1], logits[0]):.3g}"
 
 
 def quantities(
@@ -208,6 +239,7 @@ class Runner:
     CUDA. `clock` gives seconds on a CPU."""
 
     clock = staticmethod(time.perf_counter)
+    count = staticmethod(traffic.count)
 
     def __init__(self, name: str, setting: Setting, device: torch.device, compile_seconds: int = 0):
         self.name, self.variant, self.setting, self.device = name, VARIANTS[name], setting, device
@@ -218,23 +250,20 @@ class Runner:
         fused = self.variant.kernels is not None
         if fused:
             self.backend = Timed(import_module(f"darts_fast.kernels.{self.variant.kernels}"), self.clock)
-        network = supernet(setting.init_channels, setting.layers, fused, torch.float32).to(device)
+        self.network = self._network().to(device)
         pair = batches(setting.batch_size, setting.size, torch.float32)
         self.batches = [(x.to(device), y.to(device)) for x, y in pair]
         if self.variant.channels_last:
             self.batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in self.batches]
-        config = SearchConfig(fused=fused, amp_dtype=self.variant.amp_dtype)
         limit = nullcontext()
         if self.variant.compiled:
             if not compile_seconds:
                 raise TimeoutError("compiling its cells takes minutes: --compile_seconds N allows it N")
             torch._dynamo.config.recompile_limit = 64  # the cells differ in shape, and in mode
-            for cell in network.cells:
+            for cell in self.network.cells:
                 cell.compile()
             limit = time_limit(compile_seconds)
-        self.step = partial((SearchStep if fused else TextbookStep)(network, config), *self.batches, LR)
-        if self.variant.captured:
-            self.step = self._captured(self.step.func)
+        self.step = self._step(fused)
         with limit:
             self.take()
         if device.type == "cuda":
@@ -254,14 +283,62 @@ class Runner:
             found[OUTSIDE] = found["step"] - (self.backend.seconds - before)
         return found
 
-    def _captured(self, step: SearchStep) -> Callable[[], Tensor]:
+    def _network(self) -> nn.Module:
+        setting = self.setting
+        fused = self.variant.kernels is not None
+        return supernet(setting.init_channels, setting.layers, fused, torch.float32)
+
+    def _step(self, fused: bool) -> Callable[[], object]:
+        config = SearchConfig(fused=fused, amp_dtype=self.variant.amp_dtype)
+        if not fused:
+            return partial(TextbookStep(self.network, config), *self.batches, LR)
+        step = SearchStep(self.network, config)
+        if not self.variant.captured:
+            return partial(step, *self.batches, LR)
+        step.lr.fill_(LR)
+        names = "train_images", "train_labels", "validation_images", "validation_labels"
+        return self._captured(
+            step, dict(zip(names, [t for batch in self.batches for t in batch], strict=True))
+        )
+
+    def _captured(self, step: SearchStep | TrainStep, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
         """The step as one CUDA graph, captured when it is first taken."""
-        names = ("train_images", "train_labels", "validation_images", "validation_labels")
-        inputs = dict(zip(names, [tensor for batch in self.batches for tensor in batch], strict=True))
         buffers = {name: tensor.clone() for name, tensor in inputs.items()}
         self.graph = Captured(step.take, buffers, step.tensors, graph=True)
-        step.lr.fill_(LR)
         return partial(self.graph, **inputs)
+
+
+class TrainingRunner(Runner):
+    """The same of a training step of DARTS_V2, with the auxiliary head where images are large enough, and of
+    an evaluation of the same batch."""
+
+    count = staticmethod(partial(traffic.count, train=True))
+
+    def take(self) -> dict[str, float]:
+        found = super().take()
+        self.network.eval()
+        with torch.no_grad(), nullcontext() if self.backend is None else using(self.backend):
+            seconds = timed(lambda: self.network(self.batches[0][0]), self.device, self.clock, phases=False)
+        self.network.train()
+        return {**found, EVALUATION: seconds["step"]}
+
+    def _network(self) -> nn.Module:
+        setting = self.setting
+        sizes = setting.init_channels, setting.layers, setting.size
+        module = derived(*sizes, self.variant.kernels is not None, torch.float32)
+        module.drop_path_generator = None  # of the CPU
+        if self.variant.channels_last:
+            module.to(memory_format=torch.channels_last)
+        return module
+
+    def _step(self, fused: bool) -> Callable[[], object]:
+        config = TrainConfig(drop_path_prob=0.2, fused=fused, amp_dtype=self.variant.amp_dtype)
+        step = (TrainStep if fused else TextbookTraining)(self.network, config)
+        self.network.drop_path_prob = torch.full((), 0.1, device=self.device)
+        images, labels = self.batches[0]
+        if self.variant.captured:
+            return self._captured(step, {"images": images, "labels": labels})
+        return partial(step.take, images, labels)
 
 
 def timed(
@@ -317,7 +394,11 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def runners(
-    names: list[str], setting: Setting, device: torch.device, compile_seconds: int = 0
+    names: list[str],
+    setting: Setting,
+    device: torch.device,
+    compile_seconds: int = 0,
+    kind: type[Runner] = Runner,
 ) -> tuple[list[Runner], dict[str, str]]:
     """Those that can run here, warmed up, and why the others are left out."""
     found, left_out = [], {}
@@ -325,7 +406,7 @@ def runners(
         reason = missing(VARIANTS[name], device)
         if reason is None:
             try:
-                found.append(Runner(name, setting, device, compile_seconds))
+                found.append(kind(name, setting, device, compile_seconds))
             except Exception as problem:  # the others are timed all the same, and the reason is told
                 if name == next(iter(VARIANTS)):
                     raise
@@ -369,7 +450,7 @@ def counted(runner: Runner) -> traffic.Counted | None:
         return None
     dtype = torch.float32 if variant.amp_dtype is None else torch.bfloat16  # as many bytes as float16
     sizes = setting.batch_size, setting.init_channels, setting.layers, setting.size
-    return traffic.count(variant.kernels, *sizes, dtype=dtype)
+    return runner.count(variant.kernels, *sizes, dtype=dtype)
 
 
 def records(
@@ -389,7 +470,9 @@ def records(
         if OUTSIDE in own[0]:
             record[OUTSIDE] = percentiles([row[OUTSIDE] / row["step"] for row in own])[1]
         if base:
-            record["ratio"] = percentiles([b["step"] / o["step"] for b, o in zip(base[0], own, strict=True)])
+            for name, of in (("ratio", "step"), (f"ratio of {EVALUATION}", EVALUATION)):
+                if of in own[0]:
+                    record[name] = percentiles([b[of] / o[of] for b, o in zip(base[0], own, strict=True)])
         counts = counted(runner) if count else None
         if counts:
             record |= counts.total._asdict()

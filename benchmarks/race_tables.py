@@ -4,7 +4,7 @@ from typing import Any
 
 import draw
 import torch
-from race import OUTSIDE
+from race import EVALUATION, OUTSIDE
 
 COLUMNS = [
     "variant",
@@ -38,6 +38,12 @@ def table(found: list[dict[str, Any]]) -> list[list[str]]:
             cells += [""] * 4
         rows.append([record["variant"], *times, *ratio, *cells])
     return rows
+
+
+def evaluations(found: list[dict[str, Any]]) -> str:
+    """The ratio of an evaluation of each variant, p50 and p20-p80."""
+    ratios = {r["variant"]: r[f"ratio of {EVALUATION}"] for r in found if f"ratio of {EVALUATION}" in r}
+    return "; ".join(f"{name} {p50:.2f} ({p20:.2f}-{p80:.2f})" for name, (p20, p50, p80) in ratios.items())
 
 
 def phase_table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -1,9 +1,14 @@
-"""Times one second-order step: the textbook's, and the ways to take it here, interleaved in one process.
+"""Times one second-order step, or a training step: the textbook's, and the ways to take it here, interleaved
+in one process.
 
     python benchmarks/step.py [--device cpu] [--batch_size 16 --init_channels 16 --layers 8 --size 32]
         [--threads N] [--repeats 5] [--only VARIANT ...] [--compile_seconds 0] [--results DIR]
     python benchmarks/step.py --sweep batch_size=8,16,32,64 [--cpu_time] [--busy 1] ...
+    python benchmarks/step.py --train ...
 
+`--train` is the training of DARTS_V2, with drop path and (from 24 x 24 pixels on) the auxiliary head: the
+textbook is the network in PyTorch's modules, NCHW, every weight updated by itself. An evaluation of the same
+batch is timed behind every step.
 Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
 variant; the textbook's time over the variant's, pair by pair; on a CPU the share of the time outside the
 kernels' programs (p50); peak memory, measured on CUDA and else counted; launches and bytes, counted by
@@ -34,14 +39,16 @@ from race import (  # noqa: E402
     VARIANTS,
     Runner,
     Setting,
+    TrainingRunner,
     check,
     check_on,
+    check_training,
     environment,
     race,
     records,
     runners,
 )
-from race_tables import COLUMNS, fits, growth, markdown, phase_table, plot, table  # noqa: E402
+from race_tables import COLUMNS, evaluations, fits, growth, markdown, phase_table, plot, table  # noqa: E402
 
 from darts_fast.loop import nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
@@ -58,6 +65,7 @@ def main() -> int:
             f"--{name}", type=int, default=torch.get_num_threads() if name == "threads" else value
         )
     parser.add_argument("--digits", action="store_true", help="the sizes of run.py's default, on digits")
+    parser.add_argument("--train", action="store_true", help="a training step of DARTS_V2")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after one not timed")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
@@ -82,17 +90,20 @@ def main() -> int:
     base = DIGITS if args.digits else Setting(**{name: getattr(args, name) for name in Setting._fields})
     base = base._replace(threads=args.threads)
     name, values = args.sweep or ("batch_size", [base.batch_size])
+    what = "training step of DARTS_V2" if args.train else "second-order step"
     with strict_float32(), nothing_old_collected():  # as a run has it
-        check()
-        if device.type == "cuda":
+        check_training() if args.train else check()
+        if device.type == "cuda" and not args.train:
             check_on(device, base.init_channels, 3, base.size)
         conditions = environment(device)
         beside = f", beside {args.busy} busy process{'es' * (args.busy > 1)}" if args.busy else ""
-        print(f"results agree; one second-order step, float32 where it says nothing else; {base}{beside}")
+        print(f"results agree; one {what}, float32 where it says nothing else; {base}{beside}")
         print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
         entrants, left_out = [], {}
         for value in values:
-            more, reasons = runners(args.only, base._replace(**{name: value}), device, args.compile_seconds)
+            kind = TrainingRunner if args.train else Runner
+            setting = base._replace(**{name: value})
+            more, reasons = runners(args.only, setting, device, args.compile_seconds, kind)
             entrants, left_out = entrants + more, left_out | reasons
         with neighbours(args.busy):
             rows = race(entrants, args.repeats)
@@ -107,10 +118,12 @@ def main() -> int:
             print(*fits(found), sep="\n")
     else:
         print(markdown(COLUMNS, table(found)), markdown(*phase_table(found)), sep="\n\n")
+        if args.train:
+            print(f"\nratio of an evaluation: {evaluations(found)}")
         print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")
     clock = "cpu" if args.cpu_time else "wall"
     args.results.mkdir(parents=True, exist_ok=True)
-    named = file_name(args.sweep and name, base, conditions["device"])
+    named = ("train-" if args.train else "") + file_name(args.sweep and name, base, conditions["device"])
     path = args.results / f"{named}{f'-busy{args.busy}' * (args.busy > 0)}.jsonl"
     with path.open("a") as file:
         for record in found:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from darts_fast import kernels
-from darts_fast.fused import FusedCells
+from darts_fast.fused import FusedMixedCells
 from darts_fast.kernels import aten
 from darts_fast.kernels.aten.batch_norm import statistics_of
 from darts_fast.kernels.backends import using
@@ -95,11 +95,11 @@ def fused_sepconv(tensors, adjoints, v):
     sources = [Source(x)]
     call["forward"].sepconv_forward(sources, tasks, y=y, statistics=statistics)
     call["backward"].sepconv_backward(
-        sources, tasks, readers, adjoint=adjoint, sums=None, gradients=gradients
+        sources, tasks, readers, [()], adjoint=adjoint, sums=None, gradients=gradients
     )
     sums = list(x.new_empty(4, 3, C))
     call["second"].sepconv_tangent(sources, tasks, [xd], None, directions, readers, y=yd, sums=sums)
-    call["second"].sepconv_second(sources, tasks, directions, seconds, adjoint=second, sums=None)
+    call["second"].sepconv_second(sources, tasks, directions, seconds, [()], adjoint=second, sums=None)
     of_depthwise = [g[C * C :][: d.numel()].view_as(d) for g, d in zip(gradients, weights[:4], strict=True)]
     of_pointwise = [g[: C * C].view_as(p) for g, p in zip(gradients, weights[4:], strict=True)]
     found = [*y], [adjoint[0], *of_depthwise, *of_pointwise], [second[0], *yd]
@@ -133,7 +133,7 @@ def fused_mix(tensors, adjoints, v):
         SecondReader(reader, yd, tangent_sums, zero, sums_d) for reader, yd in zip(readers, v, strict=True)
     ]
     call["forward"].mix_forward(candidates, p, outs=[outs[0]])
-    call["backward"].mix_backward(candidates, g, sums=sums, weight_gradient=of_p)
+    call["backward"].mix_backward(candidates, None, g, sums=sums, weight_gradient=of_p)
     call["backward"].fan_out_backward(candidates, [[reader] for reader in readers], out=adjoint)
     call["second"].mix_tangent(candidates, p, v, tangent_sums, g, outs=[tangents[0]], products=products)
     reads = candidates, zero, sums, tangent_sums, products
@@ -210,7 +210,7 @@ def plain_cell_step(cell, state, p):
 
 
 def fused_cell_step(cells, weights, state, p):
-    plan = cells.plan(state.shape, state.dtype, state.device, True)
+    plan = cells.plan([state.shape], state.dtype, state.device, 2)
     output, _ = kernels.cells(plan, state, weights, {cells.cells[0].kind: p[:, 1:].reshape(-1)})
     return torch.autograd.grad(output.square().sum(), weights)[0]
 
@@ -255,7 +255,7 @@ def test_mixed_cell(benchmark, timed, device, reduction, backend):
         arguments = (cell, channels_last(state), p)
     if backend.startswith("fused"):
         weights = torch.cat([w.detach().flatten() for w in cell.parameters()]).requires_grad_()
-        step, arguments = fused_cell_step, (FusedCells([cell]), weights, *arguments[1:])
+        step, arguments = fused_cell_step, (FusedMixedCells([cell]), weights, *arguments[1:])
     with using(aten) if backend == "fused, ATen" else nullcontext():
         assert (step(*arguments) - exact).norm() <= allowed
         timed(step, arguments, rounds=5, warmup_rounds=1)

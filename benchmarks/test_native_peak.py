@@ -27,7 +27,7 @@ from test_kernels import (
     plain_cell_step,
 )
 
-from darts_fast.fused import FusedCells
+from darts_fast.fused import FusedMixedCells
 from darts_fast.kernels import aten, native
 
 REPEATS = 15
@@ -106,7 +106,7 @@ def test_a_cell_against_aten(benchmark, reduction):
     cell, state, p = cell_and_state(reduction, torch.device("cpu"))
     state = channels_last(state)
     weights = torch.cat([w.detach().flatten() for w in cell.parameters()]).requires_grad_()
-    fused = FusedCells([cell]), weights, state, p
+    fused = FusedMixedCells([cell]), weights, state, p
     assert (fused_cell_step(*fused) - exact).norm() <= allowed
 
     own, plain = least(lambda: fused_cell_step(*fused), lambda: plain_cell_step(cell, state, p))

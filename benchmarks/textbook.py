@@ -1,8 +1,10 @@
-"""The search step as the official code and its ports compute it: the peer that every ratio is taken against.
+"""The steps of a search and of a training as the official code and its ports compute them: the peers that
+every ratio is taken against.
 
-NCHW, every weight a tensor of its own, a second network that holds w', the Hessian-vector product by finite
-differences on weights that are moved and moved back in place, optimizers tensor by tensor. Nothing here is
-slowed: benchmarks/traffic.py counts its launches and bytes, and a test holds them to the published port's.
+NCHW, every weight a tensor of its own, optimizers tensor by tensor; in the search a second network that holds
+w', the Hessian-vector product by finite differences on weights that are moved and moved back in place.
+Nothing here is slowed: benchmarks/traffic.py counts launches and bytes, and a test holds those of the search
+to the published port's.
 """
 
 import copy
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast.config import SearchConfig
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.derived import DerivedNetwork
 from darts_fast.profiling import phase
 from darts_fast.supernet import Supernet
 
@@ -84,6 +87,31 @@ class TextbookStep:
         for group in self.weight_optimizer.param_groups:
             group["lr"] = lr
         self.weight_optimizer.step()
+
+
+class TextbookTraining:
+    """One step on the network of a genotype, which it changes in place."""
+
+    def __init__(self, network: DerivedNetwork, config: TrainConfig):
+        self.network, self.config = network, config
+        self.weights = list(network.parameters())
+        self.optimizer = torch.optim.SGD(
+            self.weights, config.lr, config.momentum, weight_decay=config.weight_decay, foreach=False
+        )
+
+    def take(self, images: Tensor, labels: Tensor) -> None:
+        with phase("forward"):
+            outputs = self.network(images)
+            logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = F.cross_entropy(logits, labels)
+            for other in auxiliary:
+                loss = loss + self.config.aux_weight * F.cross_entropy(other, labels)
+        with phase("backward"):
+            self.optimizer.zero_grad()
+            loss.backward()
+        with phase("weight update"):
+            torch.nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip, foreach=False)
+            self.optimizer.step()
 
 
 def _loss(network: Supernet, batch: Batch) -> Tensor:

@@ -1,7 +1,10 @@
-"""Counts the launches and the bytes of one second-order step without a GPU and without computing anything.
+"""Counts the launches and the bytes of one second-order step, or of a training step, without a GPU and
+without computing anything.
 
     python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--json F]
+    python benchmarks/traffic.py --train [--batch_size 96 --init_channels 36 --layers 20]
 
+`--train` is the training of DARTS_V2 with auxiliary head and drop path.
 The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view
 (darts_fast/traffic.py), or one that a backend returns for the calls of the cells' sweeps (kernels/plan.py);
 its bytes are those of the distinct elements of its tensor arguments and results; its operations, where
@@ -20,20 +23,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from textbook import TextbookStep  # noqa: E402
+from textbook import TextbookStep, TextbookTraining  # noqa: E402
 
-from darts_fast.config import SearchConfig  # noqa: E402
+from darts_fast import load_genotype, network  # noqa: E402
+from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
+from darts_fast.derived import auxiliary_fits  # noqa: E402
+from darts_fast.kernels import Plan  # noqa: E402
 from darts_fast.kernels.backends import collected, using  # noqa: E402
 from darts_fast.kernels.types import Call, Launch, launches, tensors  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.profiling import observed_phases  # noqa: E402
 from darts_fast.search import SearchStep  # noqa: E402
-from darts_fast.space import STEM_MULTIPLIER  # noqa: E402
+from darts_fast.space import STEM_MULTIPLIER, reduction_layers  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 from darts_fast.traffic import Count, Traffic  # noqa: E402
+from darts_fast.train import TrainStep  # noqa: E402
 
 
 class Counted(NamedTuple):
@@ -78,7 +84,14 @@ def temporaries(call: Call, found: Iterable[Launch]) -> int:
     return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in own}.values())
 
 
-def step_and_batch(
+class Step(NamedTuple):
+    """A step on a new network, and the plan of its cells, where kernels compute them."""
+
+    take: Callable[[], object]
+    plan: Plan | None
+
+
+def search_step(
     kernels: str | None,
     batch_size: int,
     channels: int,
@@ -86,20 +99,55 @@ def step_and_batch(
     size: int,
     device: str,
     dtype: torch.dtype,
-) -> tuple[SearchStep | TextbookStep, tuple[Tensor, Tensor]]:
-    """The step on a new network, with momenta as if it were not the first, and images and labels for it."""
+) -> Step:
+    """With momenta as if it were not the first."""
     with torch.device(device):
-        network = Supernet(channels, 10, layers, fused=kernels is not None)
+        supernet = Supernet(channels, 10, layers, fused=kernels is not None)
         batch = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
-    amp_dtype = None if dtype == torch.float32 else type_name(dtype)
     if kernels is not None:
-        step = SearchStep(network, SearchConfig(fused=True, amp_dtype=amp_dtype))
+        step = SearchStep(supernet, SearchConfig(fused=True, amp_dtype=_amp_dtype(dtype)))
         step.loss_scale = None  # the optimizers of meta tensors know of none
-        return step, batch
-    step = TextbookStep(network, SearchConfig())
-    for w in network.weights().values():
+        stem = batch_size, STEM_MULTIPLIER * channels, size, size
+        plan = supernet._fused_cells.plan([stem], dtype, torch.device(device), 2)
+        return Step(lambda: step(batch, batch, 0.025), plan)
+    step = TextbookStep(supernet, SearchConfig())
+    for w in supernet.weights().values():
         step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
-    return step, batch
+    return Step(lambda: step(batch, batch, 0.025), None)
+
+
+def training_step(
+    kernels: str | None,
+    batch_size: int,
+    channels: int,
+    layers: int,
+    size: int,
+    device: str,
+    dtype: torch.dtype,
+) -> Step:
+    """Of DARTS_V2, with drop path, and with the auxiliary head where the images are large enough."""
+    auxiliary = auxiliary_fits(size, size, "cifar")
+    with torch.device(device):
+        module = network(
+            load_genotype("DARTS_V2"), 10, channels, layers, auxiliary=auxiliary, fused=kernels is not None
+        )
+        images, labels = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
+    if kernels is not None:
+        step = TrainStep(module, TrainConfig(fused=True, amp_dtype=_amp_dtype(dtype), drop_path_prob=0.2))
+        step.loss_scale = None
+        stem = batch_size, STEM_MULTIPLIER * channels, size, size
+        outputs = ([reduction_layers(layers)[1]] if auxiliary else []) + [layers - 1]
+        plan = module.cells_on_kernels().plan([stem], dtype, torch.device(device), 1, True, tuple(outputs))
+        return Step(lambda: step.take(images, labels), plan)
+    step = TextbookTraining(module, TrainConfig())
+    module.drop_path_prob = torch.zeros((), device=device)
+    for w in step.weights:
+        step.optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    return Step(lambda: step.take(images, labels), None)
+
+
+def _amp_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.float32 else type_name(dtype)
 
 
 def count(
@@ -110,23 +158,21 @@ def count(
     size: int = 32,
     device: str = "meta",
     dtype: torch.dtype = torch.float32,
+    train: bool = False,
 ) -> Counted:
-    """The counts of one step with the fused cells on the kernels of this package ("triton", "native"), or of
-    the textbook's. On a real device, too, the kernels compute nothing.
+    """The counts of one step of a search, or with `train` of a training, with the fused cells on the kernels
+    of this package ("triton", "native"), or of the textbook's. On a real device, too, the kernels compute
+    nothing.
 
     With a 2-byte `dtype` the activations of the cells are of it.
     """
-    step, batch = step_and_batch(kernels, batch_size, channels, layers, size, device, dtype)
-    traffic, marks = Traffic(), [("", 0, Count())]
+    make, traffic, marks = training_step if train else search_step, Traffic(), [("", 0, Count())]
     with using(Idle()), collected() as calls:
-        kept = 0
-        if kernels is not None:
-            # Made beforehand: its tensors only stand for buffers, and are no memory.
-            stem = batch_size, STEM_MULTIPLIER * channels, size, size
-            plan = step.network._fused_cells.plan(stem, dtype, torch.device(device), True)
-            kept = plan.layouts["exact"].sizes["forward kept"]
+        # The plan is made beforehand: its tensors only stand for buffers, and are no memory.
+        step = make(kernels, batch_size, channels, layers, size, device, dtype)
+        kept = 0 if step.plan is None else step.plan.layouts["first order"].sizes["forward kept"]
         with traffic, observed_phases(lambda name: marks.append((name, len(calls), traffic.total))):
-            step(batch, batch, 0.025)
+            step.take()
     by_name, done, most, phases = dict(traffic.by_name), [(0, 0)], 0, {}
     for (_, start, before), (name, end, after) in pairwise(marks):
         phases[name] = Count(after.launches - before.launches, after.bytes - before.bytes)
@@ -155,19 +201,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--init_channels", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--train", action="store_true", help="a training step of DARTS_V2")
+    parser.add_argument("--batch_size", type=int, help="default 64, of --train 96")
+    parser.add_argument("--init_channels", type=int, help="default 16, of --train 36")
+    parser.add_argument("--layers", type=int, help="default 8, of --train 20")
     parser.add_argument("--only", choices=list(VARIANTS), nargs="+", default=list(VARIANTS))
     parser.add_argument("--top", type=int, default=8, help="operations that move most bytes, to be listed")
     parser.add_argument("--json", metavar="F", help="write the counts there too")
     args = parser.parse_args()
+    defaults = (
+        {"batch_size": 96, "init_channels": 36, "layers": 20}
+        if args.train
+        else {"batch_size": 64, "init_channels": 16, "layers": 8}
+    )
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     setting = f"batch {args.batch_size}, {args.init_channels} channels, {args.layers} layers, 32x32"
-    print(f"one second-order step, {setting}, torch {torch.__version__}, meta tensors")
+    what = "training step of DARTS_V2" if args.train else "second-order step"
+    print(f"one {what}, {setting}, torch {torch.__version__}, meta tensors")
     results = {}
     for name in args.only:
         found = count(
-            batch_size=args.batch_size, channels=args.init_channels, layers=args.layers, **VARIANTS[name]
+            batch_size=args.batch_size,
+            channels=args.init_channels,
+            layers=args.layers,
+            train=args.train,
+            **VARIANTS[name],
         )
         results[name] = found._asdict()
         print(f"\n{name:<32}{'launches':>10}{'GB':>9}")

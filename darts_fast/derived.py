@@ -4,8 +4,6 @@ import copy
 import math
 import os
 import reprlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from darts_fast.errors import InputError
 from darts_fast.files import Unreadable, read_tensors
-from darts_fast.fused import operation_on_kernels, update_running_statistics
+from darts_fast.fused import FusedDerivedCells
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
@@ -25,8 +23,6 @@ from darts_fast.state import check_keys, check_number, check_state
 # By how much each stem and the two reduction cells divide an image's sides: they have to be divisible by it.
 SIZE_MULTIPLE = {"cifar": 4, "imagenet": 32}
 SMALLEST_FOR_AUXILIARY = 6  # side of the auxiliary head's input: two windows of 5 that are not the same
-
-DropPath = Callable[[Tensor], Tensor]
 
 
 def network(
@@ -49,8 +45,8 @@ def network(
         auxiliary: with the auxiliary head. In training mode the module then returns (logits, auxiliary
             logits); the image behind the second reduction must be at least 6 x 6 (see `auxiliary_fits`).
         pool_batch_norm: a batch norm behind every pool, as in pt.darts; the official code has none.
-        fused: compute the cells' convolutions and pools by `darts_fast.kernels`: the same function of the
-            same parameters, faster. No part of a saved network.
+        fused: compute the cells by `darts_fast.kernels`: the same function of the same parameters, faster.
+            (Not in evaluation mode where gradients are wanted.) No part of a saved network.
 
     Raises:
         InputError: a size is other than that.
@@ -194,6 +190,7 @@ class DerivedNetwork(nn.Module):
         }  # fmt: skip
         self.drop_path_prob: float | Tensor = 0.0
         self.drop_path_generator: torch.Generator | None = None
+        self._fused_cells: FusedDerivedCells | None = None  # made when they are needed
         if stem == "cifar":
             width = STEM_MULTIPLIER * channels
             self.stem = nn.Sequential(
@@ -227,37 +224,81 @@ class DerivedNetwork(nn.Module):
             if auxiliary and layer == reduction_layers(layers)[1]:
                 self.auxiliary_head = AuxiliaryHead(previous, classes, last_batch_norm=stem == "cifar")
         self.classifier = nn.Linear(previous, classes)
+        edges = [edge for cell in self.cells for edge in cell.edges]
+        self._edges = len(edges)
+        # Those that drop path drops: never an identity (FractalNet's rule, kept by the official code).
+        droppable = [i for i, edge in enumerate(edges) if not isinstance(edge, nn.Identity)]
+        droppable = torch.tensor(droppable, dtype=torch.int64, device="cpu")  # also where all else is meta
+        self.register_buffer("_droppable", droppable, persistent=False)
 
     def forward(
-        self, images: Tensor, activations: torch.dtype | None = None
+        self, images: Tensor, activations: torch.dtype | None = None, cells: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`activations` is the type of what the cells compute, where it is not that of the weights (fused
-        only); stem, heads and logits are of the weights' in any case."""
-        probability, drop_path = self.drop_path_prob, None
-        if self.training and (isinstance(probability, Tensor) or probability > 0):
-            drop_path = partial(dropped, probability=probability, generator=self.drop_path_generator)
-        compute, observed = nn.Module.__call__, []
-        if self.fused:  # everything is channels-last, from the stem on
-            compute = partial(operation_on_kernels, observed=observed)
+        """See `network`.
+
+        Args:
+            activations: the type of what the cells compute, where it is not that of the weights (on kernels
+                only); stem, heads and logits are of the weights' in any case.
+            cells: the weights of all cells in a row, used in place of the parameters (on kernels only).
+        """
+        # The kernels have no derivatives in evaluation mode.
+        on_kernels = self.fused and (self.training or not torch.is_grad_enabled())
+        if on_kernels:  # which are channels-last; so is then everything from the stem on
             images = images.contiguous(memory_format=torch.channels_last)
         if self.arguments["stem"] == "cifar":
-            before_previous = previous = self.stem(images)
+            inputs = [self.stem(images)]
         else:
-            before_previous = self.stem0(images)
-            previous = self.stem1(before_previous)
-        wide = previous.dtype
-        if activations is not None:
-            before_previous, previous = before_previous.to(activations), previous.to(activations)
-        auxiliary_layer = reduction_layers(len(self.cells))[1]
-        for layer, cell in enumerate(self.cells):
-            output = cell(before_previous, previous, drop_path, compute)
-            before_previous, previous = previous, output
-            if self.training and self.arguments["auxiliary"] and layer == auxiliary_layer:
-                auxiliary_logits = self.auxiliary_head(output.to(wide))
-        if observed:
-            update_running_statistics(observed)
-        logits = self.classifier(previous.mean(dim=(2, 3), dtype=wide))
-        return (logits, auxiliary_logits) if self.training and self.arguments["auxiliary"] else logits
+            inputs = [self.stem0(images)]
+            inputs.append(self.stem1(inputs[0]))
+        wide = inputs[0].dtype
+        with_auxiliary = self.training and self.arguments["auxiliary"]
+        wanted = [reduction_layers(len(self.cells))[1]] if with_auxiliary else []
+        wanted.append(len(self.cells) - 1)
+        path_weights = None
+        if self.training and (isinstance(self.drop_path_prob, Tensor) or self.drop_path_prob > 0):
+            path_weights = self._path_weights(inputs[0])
+        if on_kernels:
+            if cells is None:
+                cells = torch.cat([p.flatten() for p in self.cells.parameters()])
+            dtype = activations or wide
+            inputs = [x.to(dtype) for x in inputs]
+            found = self.cells_on_kernels()(inputs, cells, dtype, path_weights, wanted)
+        else:
+            found = self._computed_cells(inputs, path_weights, wanted)
+        logits = self.classifier(found[-1].mean(dim=(2, 3), dtype=wide))
+        return (logits, self.auxiliary_head(found[0].to(wide))) if with_auxiliary else logits
+
+    def cells_on_kernels(self) -> FusedDerivedCells:
+        """The cells, computed by the kernels; from here on running statistics are views of common tensors."""
+        if self._fused_cells is None:
+            self._fused_cells = FusedDerivedCells(self.cells)
+        self._fused_cells.check_statistics()
+        return self._fused_cells
+
+    def _computed_cells(
+        self, inputs: list[Tensor], path_weights: Tensor | None, wanted: list[int]
+    ) -> list[Tensor]:
+        """The outputs of the cells of these numbers, by the modules."""
+        before_previous, previous = inputs[0], inputs[-1]
+        found, first = [], 0
+        for number, cell in enumerate(self.cells):
+            edges = slice(first, first + len(cell.edges))
+            output = cell(before_previous, previous, None if path_weights is None else path_weights[edges])
+            before_previous, previous, first = previous, output, edges.stop
+            if number in wanted:
+                found.append(output)
+        return found
+
+    def _path_weights(self, like: Tensor) -> Tensor:
+        """Drop path: what each edge of each image is multiplied by, [edges of all cells, N]: 0 with the
+        probability of dropping, else scaled up for it; an identity by 1."""
+        keep = 1.0 - self.drop_path_prob
+        drawn = torch.rand(  # from 0 to below 1
+            len(self._droppable), len(like), generator=self.drop_path_generator, device=like.device
+        )
+        weights = torch.ones(self._edges, len(like), dtype=like.dtype, device=like.device)
+        droppable = self._droppable.to(like.device)
+        return weights.index_copy_(0, droppable, (drawn < keep).to(like.dtype) / keep)
 
 
 class DerivedCell(nn.Module):
@@ -275,6 +316,7 @@ class DerivedCell(nn.Module):
     ):
         super().__init__()
         gene: Gene = genotype.reduce if reduction else genotype.normal
+        self.reduction = reduction
         self.concat = list(genotype.reduce_concat if reduction else genotype.normal_concat)
         self.sources = [[source for _, source in node] for node in gene]
         if previous_reduction:
@@ -288,23 +330,18 @@ class DerivedCell(nn.Module):
             for name, source in node
         )
 
-    def forward(
-        self,
-        before_previous: Tensor,
-        previous: Tensor,
-        drop_path: DropPath | None,
-        compute: Callable[[nn.Module, Tensor], Tensor],
-    ) -> Tensor:
-        """`compute` gives a module's output for a tensor."""
-        states = [compute(self.preprocess0, before_previous), compute(self.preprocess1, previous)]
-        edges = iter(self.edges)
+    def forward(self, before_previous: Tensor, previous: Tensor, path_weights: Tensor | None) -> Tensor:
+        """`path_weights` [edges, N] are what drop path multiplies each edge of each image by."""
+        states = [self.preprocess0(before_previous), self.preprocess1(previous)]
+        edges = iter(enumerate(self.edges))
         for sources in self.sources:
             paths = []
             for source in sources:
-                edge = next(edges)
-                path = compute(edge, states[source])
-                # An identity is never dropped (FractalNet's rule, kept by the official code).
-                paths.append(path if drop_path is None or isinstance(edge, nn.Identity) else drop_path(path))
+                number, edge = next(edges)
+                path = edge(states[source])
+                if path_weights is not None and not isinstance(edge, nn.Identity):
+                    path = path * path_weights[number, :, None, None, None]
+                paths.append(path)
             states.append(sum(paths[1:], start=paths[0]))
         return torch.cat([states[state] for state in self.concat], dim=1)
 
@@ -342,10 +379,3 @@ class PoolTo2x2(nn.Module):
         window = [max(5, math.ceil(side / 2)) for side in x.shape[2:]]
         stride = [side - length for side, length in zip(x.shape[2:], window, strict=True)]
         return F.avg_pool2d(x, window, stride)
-
-
-def dropped(x: Tensor, probability: float | Tensor, generator: torch.Generator | None) -> Tensor:
-    """Drop path: x [N, C, H, W] with each image zeroed with this probability, the others scaled up for it."""
-    keep = 1.0 - probability
-    drawn = torch.rand(x.shape[0], 1, 1, 1, generator=generator, device=x.device)  # from 0 to below 1
-    return x * ((drawn < keep).to(x.dtype) / keep)

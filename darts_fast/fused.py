@@ -1,15 +1,16 @@
-"""The cells of a supernet, its stem and the operations of a derived cell on `darts_fast.kernels`: the same
-sums as the modules' own of `reference`, shared and fused; their launches counted, and compiled ahead.
+"""The cells of a supernet and those of a genotype on `darts_fast.kernels`, and a supernet's stem: the same
+sums as the modules' own, shared and fused; their launches counted, and compiled ahead.
 
 Parameters, buffers and names are the reference's, so a checkpoint of one is read by the other.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,8 +18,18 @@ from darts_fast import kernels
 from darts_fast.kernels import aten, cell
 from darts_fast.kernels.aten.batch_norm import statistics_of
 from darts_fast.kernels.backends import collected
-from darts_fast.kernels.cell import Cell, Convolution, Edge, Half, Identity, Operation, Parameter, Pool
-from darts_fast.kernels.single import Geometry
+from darts_fast.kernels.cell import (
+    Cell,
+    Convolution,
+    Edge,
+    FactorizedConvolution,
+    Half,
+    Identity,
+    Norm,
+    Operation,
+    Parameter,
+    Pool,
+)
 from darts_fast.kernels.types import launches
 from darts_fast.reference import FactorizedReduce, MixedCell
 from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
@@ -93,18 +104,18 @@ def kernels_on(device: torch.device, dtype: torch.dtype) -> str:
     return kernels.used(device, dtype)
 
 
-class FusedCells:
-    """The cells of a supernet, `reference.MixedCell`s, computed by `darts_fast.kernels`: the same sums,
-    shared and fused. Parameters, buffers and names are the modules' own.
+class FusedCells(ABC):
+    """The cells of a network, modules, computed by `darts_fast.kernels`: the same sums, shared and fused.
+    Parameters, buffers and names are the modules' own.
 
     Running statistics are updated as by `nn.BatchNorm2d`, once a forward pass in training.
     """
 
-    def __init__(self, modules: Sequence[MixedCell]):
-        self._norms: list[nn.BatchNorm2d] = []
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._norms: list[nn.BatchNorm2d] = []  # in the order of their parameters
         self._size = 0  # numbers in all weights
         self.cells = [self._cell(module) for module in modules]
-        self._running, self._batches = self._joined_statistics()
+        self._join_statistics()
         self.tracking = True  # whether a forward pass in training updates the running statistics
         self._plans: dict[tuple, kernels.Plan] = {}
         self._blocks: dict[torch.device, kernels.Blocks] = {}  # which all plans of a device share
@@ -115,59 +126,36 @@ class FusedCells:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._running, self._batches = self._joined_statistics()  # a copy's may be copied one by one
+        self._join_statistics()  # a copy's may be copied one by one
 
-    def __call__(
-        self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """The last cell's output, [N, NODES * C, H', W'] in `dtype`, channels-last, valid as its graph is.
-
-        In training differentiable as `kernels.cells` is; in evaluation not at all.
-
-        Args:
-            x: the stem's output [N, C, H, W].
-            weights: those of all cells in a row, in the order of the modules' parameters.
-            probabilities: the softmaxed alphas of normal and of reduction cells, [14, 8] each.
-            dtype: of the activations.
-        """
-        training = self._norms[0].training
-        # `none`, the first column, adds nothing. Its alpha has its gradient through the softmax.
-        p = {kind: of_kind[:, 1:] for kind, of_kind in enumerate(probabilities)}
-        plan = self.plan(x.shape, dtype, x.device, training)
-        if not training:
-            return kernels.cells(plan, x, weights, p, self._constants())[0]
-        output, statistics = kernels.cells(plan, x, weights, p)
-        if self.tracking:
-            self._running.lerp_(statistics(), self._norms[0].momentum)
-            self._batches += 1
-        return output
+    @property
+    def training(self) -> bool:
+        return self._norms[0].training
 
     def plan(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, training: bool
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        derivatives: int,
+        drop_path: bool = False,
+        outputs: Sequence[int] | None = None,
     ) -> kernels.Plan:
-        """The plan for x of this shape and activations of this type; made once."""
+        """The plan for what the first cell reads, of these shapes; made once. See `kernels.Plan`."""
         backend = kernels.backend(device, dtype)
-        key = (*shape, dtype, device, training, backend)
+        key = (tuple(map(tuple, shapes)), dtype, device, derivatives, drop_path, outputs, backend)
         if key not in self._plans:
             norms = [norm.num_features for norm in self._norms]
             blocks = self._blocks.setdefault(device, kernels.Blocks(device))
             self._plans[key] = kernels.Plan(
-                self.cells, shape, dtype, self._size, norms, training, blocks, backend
+                self.cells, shapes, dtype, self._size, norms, derivatives, blocks, backend, drop_path, outputs
             )
         return self._plans[key]
 
     # The modules as data
 
-    def _cell(self, module: MixedCell) -> Cell:
-        edges = []
-        # The order of the parameters is that of the modules: preprocessing, then the edges.
-        preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
-        for (source, node), mixed in zip(EDGES, module.edges, strict=True):
-            stride = 2 if module.reduction and source < INPUTS else 1
-            operations = [self._operation(mixed[name]) for name in CANDIDATES if name != "none"]
-            edges.append(Edge(source, node, stride, tuple(operations)))
-        channels = module.preprocess1[1].out_channels
-        return Cell(channels, preprocessing, tuple(edges), NODES, kind=int(module.reduction))
+    @abstractmethod
+    def _cell(self, module: nn.Module) -> Cell: ...
 
     def _operation(self, module: nn.Module) -> Operation:
         if isinstance(module, nn.Identity):
@@ -175,11 +163,18 @@ class FusedCells:
         if isinstance(module, FactorizedReduce):
             pointwise = self._parameter(module.conv_1.weight), self._parameter(module.conv_2.weight)
             return cell.FactorizedReduce(pointwise, self._norm(module.bn))
-        layers = list(module)
+        layers = list(module) if isinstance(module, nn.Sequential) else [module]
         if isinstance(layers[0], (nn.MaxPool2d, nn.AvgPool2d)):
-            return Pool(int(isinstance(layers[0], nn.AvgPool2d)), self._norm(layers[1]))
+            return self._pool(*layers)
+        if len(layers) > 1 and layers[1].kernel_size[0] != layers[1].kernel_size[1]:
+            _, first, second, norm = layers
+            weights = self._parameter(first.weight), self._parameter(second.weight)
+            return FactorizedConvolution(weights, self._norm(norm), second.stride[0])
         ends = [i + 1 for i, layer in enumerate(layers) if isinstance(layer, nn.BatchNorm2d)]
         return Convolution(tuple(self._half(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)))
+
+    def _pool(self, pool: nn.Module, norm: nn.BatchNorm2d | None = None) -> Pool:
+        return Pool(int(isinstance(pool, nn.AvgPool2d)), norm and self._norm(norm))
 
     def _half(self, layers: list[nn.Module]) -> Half:
         _, *convolutions, norm = layers  # ReLU first
@@ -195,30 +190,144 @@ class FusedCells:
         start, self._size = self._size, self._size + weight.numel()
         return Parameter(start, tuple(weight.shape))
 
-    def _norm(self, norm: nn.BatchNorm2d) -> int:
+    def _norm(self, norm: nn.BatchNorm2d) -> Norm:
         self._norms.append(norm)
-        return len(self._norms) - 1
+        affine = None
+        if norm.affine:  # neighbours in the order of parameters
+            affine = Parameter(self._parameter(norm.weight).offset, (2, norm.num_features))
+            self._parameter(norm.bias)
+        return Norm(len(self._norms) - 1, affine)
 
     # Statistics
 
-    def _joined_statistics(self) -> tuple[Tensor, Tensor]:
-        """The running means and variances [2, channels of all batch norms], and the numbers of batches, of
-        which the modules' own are views from here on: an update is a few operations, and not hundreds."""
+    def _join_statistics(self) -> None:
+        """Makes the running means and variances one tensor [2, channels of all batch norms], and the numbers
+        of batches one, of which the modules' own are views from here on: an update is a few operations, and
+        not hundreds."""
         norms = self._norms
         means, variances = [n.running_mean for n in norms], [n.running_var for n in norms]
-        running = torch.stack([torch.cat(means), torch.cat(variances)])
-        batches = torch.stack([norm.num_batches_tracked for norm in norms])
+        self._running = torch.stack([torch.cat(means), torch.cat(variances)])
+        self._batches = torch.stack([norm.num_batches_tracked for norm in norms])
         sizes = [norm.num_features for norm in norms]
-        for norm, mean, variance, count in zip(
-            norms, *(row.split(sizes) for row in running), batches, strict=True
-        ):
+        self._views = list(
+            zip(*(row.split(sizes) for row in self._running), self._batches.unbind(), strict=True)
+        )
+        for norm, (mean, variance, count) in zip(norms, self._views, strict=True):
             norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, count
-        return running, batches
+
+    def check_statistics(self) -> None:
+        """Joins them again where the modules' buffers have been replaced: copied, moved or loaded."""
+        own = (tensor for norm in self._norms for tensor in norm._buffers.values())
+        if any(a is not b for a, b in zip(own, chain(*self._views), strict=True)):
+            self._join_statistics()
+
+    def _update_statistics(self, of_batch: Tensor) -> None:
+        """By the means and the unbiased variances of a batch, [2, channels of all batch norms]."""
+        self._running.lerp_(of_batch, self._norms[0].momentum)
+        self._batches += 1
 
     def _constants(self) -> Tensor:
         """What the batch norms normalise by in evaluation, [3, all their channels]."""
         mean, variance = self._running
         return torch.stack([mean, variance, (variance + self._norms[0].eps).rsqrt()])
+
+
+class FusedMixedCells(FusedCells):
+    """The cells of a search, `reference.MixedCell`s."""
+
+    def __call__(
+        self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The last cell's output, [N, NODES * C, H', W'] in `dtype`, channels-last, valid as its graph is.
+
+        In training differentiable as `kernels.cells` is; in evaluation not at all.
+
+        Args:
+            x: the stem's output [N, C, H, W].
+            weights: those of all cells in a row, in the order of the modules' parameters.
+            probabilities: the softmaxed alphas of normal and of reduction cells, [14, 8] each.
+            dtype: of the activations.
+        """
+        self.check_statistics()
+        # `none`, the first column, adds nothing. Its alpha has its gradient through the softmax.
+        p = {kind: of_kind[:, 1:] for kind, of_kind in enumerate(probabilities)}
+        plan = self.plan([x.shape], dtype, x.device, 2 if self.training else 0)
+        if not self.training:
+            return kernels.cells(plan, x, weights, p, self._constants())[0]
+        output, statistics = kernels.cells(plan, x, weights, p)
+        if self.tracking:
+            self._update_statistics(statistics())
+        return output
+
+    def _cell(self, module: MixedCell) -> Cell:
+        edges = []
+        # The order of the parameters is that of the modules: preprocessing, then the edges.
+        preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
+        for (source, node), mixed in zip(EDGES, module.edges, strict=True):
+            stride = 2 if module.reduction and source < INPUTS else 1
+            operations = [self._operation(mixed[name]) for name in CANDIDATES if name != "none"]
+            edges.append(Edge(source, node, stride, tuple(operations)))
+        channels = module.preprocess1[1].out_channels
+        concat = tuple(range(INPUTS, INPUTS + NODES))
+        return Cell(channels, preprocessing, tuple(edges), concat, kind=int(module.reduction))
+
+
+class FusedDerivedCells(FusedCells):
+    """The cells of a genotype, `derived.DerivedCell`s."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        # Which of all modules' edges are the cells' first, second, ... edges: int64
+        self._order = torch.empty(0, dtype=torch.int64)
+        super().__init__(modules)
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        dtype: torch.dtype,
+        path_weights: Tensor | None,
+        outputs: Sequence[int],
+    ) -> list[Tensor]:
+        """The outputs of the cells of these numbers, [N, C', H', W'] in `dtype`, channels-last, valid as
+        their graph is. In training differentiable once, in evaluation not at all.
+
+        Args:
+            inputs: what the first cell reads, one [N, C, H, W] or two.
+            weights: those of all cells in a row, in the order of the modules' parameters.
+            dtype: of the activations.
+            path_weights: with drop path, [edges of all modules, N], see `kernels.derived_cells`.
+        """
+        shapes, drop_path = [x.shape for x in inputs], path_weights is not None
+        device, derivatives = weights.device, int(self.training)
+        plan = self.plan(shapes, dtype, device, derivatives, drop_path, tuple(outputs))
+        if not self.training:
+            return kernels.derived_cells(plan, inputs, weights, self._constants())[0]
+        if drop_path:
+            self._order = self._order.to(device)
+            path_weights = path_weights[self._order]
+        found, statistics = kernels.derived_cells(plan, inputs, weights, path_weights=path_weights)
+        if self.tracking:
+            self._update_statistics(statistics())
+        return found
+
+    def _cell(self, module: nn.Module) -> Cell:
+        preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
+        pairs = [(node, source) for node, sources in enumerate(module.sources) for source in sources]
+        edges = []
+        for (node, source), operation in zip(pairs, module.edges, strict=True):
+            stride = 2 if module.reduction and source < INPUTS else 1
+            edges.append(Edge(source, node, stride, (self._operation(operation),)))
+
+        def key(number: int) -> tuple[int, bool]:
+            """A node's normalised operations come first: sums are taken of these alone."""
+            (operation,) = edges[number].operations
+            plain = isinstance(operation, Identity) or (isinstance(operation, Pool) and not operation.norm)
+            return edges[number].node, plain
+
+        order = sorted(range(len(edges)), key=key)
+        self._order = torch.cat([self._order, len(self._order) + torch.tensor(order)])
+        channels = module.preprocess1[1].out_channels
+        return Cell(channels, preprocessing, tuple(edges[number] for number in order), tuple(module.concat))
 
 
 def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
@@ -228,80 +337,14 @@ def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
     own took 19 (batch 16, 16 channels, 32x32, one CPU core).
     """
     convolution, norm = module
-    y, observed = convolution(images), []
-    found = _batch_norm(norm, y, statistics_of(y.detach()), observed) if norm.training else norm(y)
-    if observed:
-        update_running_statistics(observed)
-    return found
-
-
-class Observed(NamedTuple):
-    """A batch norm, the statistics [3, C] of a batch that its running ones are to take up, and from how many
-    values a channel they are."""
-
-    norm: nn.BatchNorm2d
-    statistics: Tensor
-    count: int
-
-
-def operation_on_kernels(module: nn.Module, x: Tensor, observed: list[Observed]) -> Tensor:
-    """What an operation of a derived cell (a module of `reference`, affine) gives for x, its 1x1, separable
-    and dilated convolutions and its pools computed by the kernels. Differentiable once.
-
-    Training and evaluation as in the module's own forward, but that running statistics are left to
-    `update_running_statistics` of what is added to `observed`. Affine batch norms and the 1x7 convolutions
-    are ATen's. With 2-byte x, the module's parameters are float32 and the result is of x's type.
-    """
-    if isinstance(module, FactorizedReduce):
-        tasks = [Geometry(stride=2, offset=offset) for offset in (0, 1)]
-        weights = [module.conv_1.weight, module.conv_2.weight]
-        y, statistics = kernels.sepconv(x, tasks, [None, None], weights)
-        return _batch_norm(module.bn, y, statistics, observed)
-    parts = list(module) if isinstance(module, nn.Sequential) else [module]
-    if isinstance(parts[0], (nn.MaxPool2d, nn.AvgPool2d)):
-        *pools, statistics = kernels.pool(x, parts[0].stride)
-        which = int(isinstance(parts[0], nn.AvgPool2d))
-        y = pools[which]
-        return _batch_norm(parts[1], y, statistics[which], observed) if parts[1:] else y
-    halves = [parts[i : i + 4] for i in range(0, len(parts), 4)] if len(parts) > 3 else [parts]
-    for part in halves:
-        convolutions = [layer for layer in part if isinstance(layer, nn.Conv2d)]
-        if not convolutions or convolutions[-1].kernel_size != (1, 1):
-            return _by_aten(parts, x)
-    for _, *convolutions, norm in halves:
-        depthwise = convolutions[0] if len(convolutions) == 2 else None
-        task = Geometry() if depthwise is None else Geometry(depthwise.stride[0], depthwise.dilation[0])
-        y, statistics = kernels.sepconv(
-            x, [task], [depthwise and depthwise.weight], [convolutions[-1].weight]
-        )
-        x = _batch_norm(norm, y, statistics, observed)
-    return x
-
-
-def _by_aten(layers: list[nn.Module], x: Tensor) -> Tensor:
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):  # which takes no weights of another type
-            x = F.conv2d(x, layer.weight.to(x.dtype), None, layer.stride, layer.padding)
-        else:
-            x = layer(x)
-    return x
-
-
-def _batch_norm(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor, observed: list[Observed]) -> Tensor:
-    """`norm` of y, whose statistics [3, C] are known."""
+    y = convolution(images)
     if not norm.training:
         return norm(y)
+    statistics = statistics_of(y.detach())
     if norm.track_running_stats:
-        observed.append(Observed(norm, statistics, y.numel() // y.shape[1]))
+        values = y.numel() // y.shape[1]
+        with torch.no_grad():
+            of_batch = [statistics[0], statistics[1] * (values / (values - 1))]
+            torch._foreach_lerp_([norm.running_mean, norm.running_var], of_batch, norm.momentum)
+            norm.num_batches_tracked += 1
     return kernels.normalize(y, statistics, norm.weight, norm.bias)
-
-
-def update_running_statistics(observed: list[Observed]) -> None:
-    """As `nn.BatchNorm2d`: each by the statistics of its batch."""
-    norms, statistics, counts = zip(*observed, strict=True)
-    running = [n.running_mean for n in norms] + [n.running_var for n in norms]
-    means = [s[0] for s in statistics]
-    with torch.no_grad():
-        variances = torch._foreach_mul([s[1] for s in statistics], [m / (m - 1) for m in counts])
-        torch._foreach_lerp_(running, means + list(variances), norms[0].momentum)
-        torch._foreach_add_([n.num_batches_tracked for n in norms], 1)

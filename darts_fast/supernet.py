@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.function import FunctionCtx
 
-from darts_fast.fused import FusedCells, fused_stem
+from darts_fast.fused import FusedMixedCells, fused_stem
 from darts_fast.reference import MixedCell
 from darts_fast.space import CANDIDATES, EDGES, NODES, STEM_MULTIPLIER, reduction_layers
 
@@ -26,8 +26,8 @@ class Supernet(nn.Module):
         classes: number of classes.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         image_channels: channels of the input images.
-        fused: compute the cells by `fused.FusedCells` instead of their own `forward`: the same function of
-            the same parameters, faster. (Not in evaluation mode where gradients are wanted.)
+        fused: compute the cells by `fused.FusedMixedCells` instead of their own `forward`: the same function
+            of the same parameters, faster. (Not in evaluation mode where gradients are wanted.)
 
     The alphas `alphas_normal` and `alphas_reduce` ([14, 8] each: edges in the order of `space.EDGES`,
     candidates in the order of `space.CANDIDATES`) are parameters, initialised at 1e-3 * randn; `weights()`
@@ -55,7 +55,7 @@ class Supernet(nn.Module):
         self.classifier = nn.Linear(previous, classes)
         for name in ALPHAS:
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES))))
-        self._fused_cells = FusedCells(self.cells) if fused else None
+        self._fused_cells = FusedMixedCells(self.cells) if fused else None
         # Those that are computed as modules; those that the kernels compute have one flag, see FusedCells.
         computed = self.stem if fused else self
         self._batch_norms = [module for module in computed.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -88,7 +88,7 @@ class Supernet(nn.Module):
         super()._apply(fn, recurse)
         self._flatten()
         if self.fused:
-            self._fused_cells = FusedCells(self.cells)  # of the new tensors
+            self._fused_cells = FusedMixedCells(self.cells)  # of the new tensors
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

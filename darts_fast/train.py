@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from darts_fast import capture, plot, precision
 from darts_fast.capture import Captured
@@ -27,7 +27,7 @@ from darts_fast.derived import (
     unpacked,
 )
 from darts_fast.errors import InputError
-from darts_fast.fused import kernels_on
+from darts_fast.fused import kernels_on, missing_on
 from darts_fast.loop import Loop, Means, batch_sizes, cosine, evaluated, hits, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
@@ -130,10 +130,19 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
         statistics = content["mean"], content["std"]
         batches = Batches(dataset.test_images, dataset.test_labels, where, statistics, seeded(where, 0))
         order = torch.arange(len(dataset.test_labels))
+        module.fused = config.fused and missing_on(where) is None
         what = f"a batch of {config.batch_size} images"
         with strict_float32(), refusing_what_does_not_fit(what, where):
             found[name] = evaluated(module.to(where), batches, order, config.batch_size)
     return found
+
+
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    """Moves the parameters into one new tensor, a leaf, of which they are views from here on."""
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for p, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = view.view_as(p)
+    return flat.requires_grad_(parameters[0].requires_grad)
 
 
 class TrainStep:
@@ -142,7 +151,8 @@ class TrainStep:
 
     Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
     rate, the drop-path probability and the share by which the average moves are on the device, and weights,
-    their gradients and momenta stay where they are.
+    their gradients and momenta stay where they are. All weights are views of one tensor, and so are their
+    gradients and momenta: an update is a few operations, and not some for each weight.
 
     Args:
         network: in training mode, of any floating dtype; its drop-path probability becomes a tensor where
@@ -153,31 +163,48 @@ class TrainStep:
 
     def __init__(self, network: DerivedNetwork, config: TrainConfig, average: DerivedNetwork | None = None):
         self.network, self.config, self.average = network, config, average
+        for module in (network, average):
+            if module is not None and module.fused:
+                module.cells_on_kernels()  # before the statistics are listed
         self.parameters = list(network.parameters())
-        like = self.parameters[0]
-        self.activations = precision.activations(config.amp, config.amp_dtype, like.device)
-        self.loss_scale = LossScale(like.device) if self.activations == torch.float16 else None
+        self.weights = flat = _joined(self.parameters)
+        self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
+        self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
         if config.drop_path_prob:
-            network.drop_path_prob = torch.zeros((), device=like.device)
-        self.lr = torch.tensor(config.lr, dtype=like.dtype, device=like.device)
+            network.drop_path_prob = torch.zeros((), device=flat.device)
+        self.lr = torch.tensor(config.lr, dtype=flat.dtype, device=flat.device)
+        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
+        lr = self.lr if fused else config.lr
         self.optimizer = torch.optim.SGD(
-            self.parameters, self.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+            [flat], lr, config.momentum, weight_decay=config.weight_decay, fused=fused
         )
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
-            # The optimizer would make it in its first step.
-            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.average_share = torch.zeros((), dtype=like.dtype, device=like.device)
-        modules = [] if average is None else [average, network]
-        self._averaged = [  # the average's weights and statistics, and those that they follow
-            [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-            for module in modules
+        flat.grad = torch.zeros_like(flat)
+        # The optimizer would make it in its first step.
+        self.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+        # What is differentiated by, and where the gradients go: with kernels the weights of all cells, which
+        # are neighbours, are one of them.
+        self.leaves, self.cells = self.parameters, None
+        if network.fused:
+            names = [name for name, _ in network.named_parameters()]
+            inside = [i for i, name in enumerate(names) if name.startswith("cells.")]
+            before, behind = self.parameters[: inside[0]], self.parameters[inside[-1] + 1 :]
+            start, end = (sum(p.numel() for p in self.parameters[:i]) for i in (inside[0], inside[-1] + 1))
+            self.cells = flat.detach()[start:end].requires_grad_()
+            self.leaves = [*before, self.cells, *behind]
+        self.gradients = [
+            g.view_as(leaf)
+            for g, leaf in zip(flat.grad.split([t.numel() for t in self.leaves]), self.leaves, strict=True)
         ]
+        self.average_share = torch.zeros((), dtype=flat.dtype, device=flat.device)
+        self._averaged: list[list[Tensor]] = []  # the average's weights and statistics; those they follow
+        if average is not None:
+            for module, weights in ((average, _joined(list(average.parameters()))), (network, flat.detach())):
+                self._averaged.append([weights, *(t for t in module.buffers() if t.is_floating_point())])
 
     def take(self, images: Tensor, labels: Tensor) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
         with phase("forward"):
-            outputs = self.network(images, self.activations)
+            outputs = self.network(images, self.activations, self.cells)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
             smoothing = self.config.label_smoothing
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -187,18 +214,17 @@ class TrainStep:
         with phase("backward"):
             scaled = loss if self.loss_scale is None else loss * self.loss_scale.value
             # Zeros for what the genotype's cells leave unused.
-            found = torch.autograd.grad(scaled, self.parameters, materialize_grads=True)
-            gradients = [p.grad for p in self.parameters]
-            torch._foreach_copy_(gradients, found)
+            found = torch.autograd.grad(scaled, self.leaves, materialize_grads=True)
+            torch._foreach_copy_(self.gradients, found)
         with phase("weight update"):
             if self.loss_scale is not None:
-                torch._foreach_div_(gradients, self.loss_scale.value)
+                self.weights.grad.div_(self.loss_scale.value)
                 self.loss_scale.check(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
             self.optimizer.step()
             if self.average is not None:
                 self._move_average()
-        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+            return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
     def set_average_share(self, steps: int) -> None:
         """The share by which the step after so many steps moves the average, 1 - decay. The decay begins as
@@ -214,15 +240,23 @@ class TrainStep:
 
     def tensors(self) -> list[Tensor]:
         """All that `take` changes, but gradients and the drop path's generator."""
-        momenta = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
+        momentum = self.optimizer.state[self.weights]["momentum_buffer"]
         scale = [] if self.loss_scale is None else [self.loss_scale.value]
         average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
-        return [*self.parameters, *self.network.buffers(), *momenta, *scale, *average]
+        return [self.weights, *self.network.buffers(), momentum, *scale, *average]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, running statistics, momenta, float16's loss scale, the moving average: the tensors
         themselves, no copies."""
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
+        momentum = self.optimizer.state[self.weights]["momentum_buffer"]
+        momenta = momentum.split([p.numel() for p in self.parameters])
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": {
+                i: {"momentum_buffer": m.view_as(p)}
+                for i, (m, p) in enumerate(zip(momenta, self.parameters, strict=True))
+            },
+        }
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.value
         if self.average is not None:
@@ -414,9 +448,7 @@ class Training(Loop):
         cells = "PyTorch's operations"
         if config.fused:
             dtype = activations or torch.float32
-            cells = (
-                f"fused, kernels: {kernels_on(self.device, dtype)}; batch norms and 1x7 convolutions: ATen"
-            )
+            cells = f"fused, kernels: {kernels_on(self.device, dtype)}; 1x7 convolutions: ATen"
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

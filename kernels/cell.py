@@ -9,6 +9,9 @@ that plan.py places in memory:
     tangent     xd    derivatives of the activations along v
     second      Xd    derivatives of the adjoints along v, and those of the gradients of p
 
+The cells of a search are weighed by p; those of a genotype have one operation an edge, batch norms with gamma
+and beta, and the first two sweeps alone.
+
 To be read beside docs/mathematics.md. Every class below is a part of a cell; its methods are its part of each
 sweep. The forward sweep is its constructor.
 """
@@ -45,12 +48,19 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Norm(NamedTuple):
+    """A batch norm."""
+
+    number: int
+    affine: Parameter | None = None  # [2, C]: gamma, beta
+
+
 class Half(NamedTuple):
     """ReLU, depthwise convolution (None: there is none), pointwise convolution, batch norm."""
 
     depthwise: Parameter | None
     pointwise: Parameter
-    norm: int  # number of its batch norm, as of all that follow
+    norm: Norm
     stride: int = 1
     dilation: int = 1
 
@@ -65,25 +75,33 @@ class FactorizedReduce(NamedTuple):
     """ReLU, two 1x1 convolutions of stride 2 that start a pixel apart, side by side; batch norm."""
 
     pointwise: tuple[Parameter, Parameter]
-    norm: int
+    norm: Norm
+
+
+class FactorizedConvolution(NamedTuple):
+    """ReLU, a 1 x k convolution that strides over columns, a k x 1 one that strides over rows; batch norm."""
+
+    weights: tuple[Parameter, Parameter]  # [C, C, 1, k], [C, C, k, 1]
+    norm: Norm
+    stride: int = 1
 
 
 class Pool(NamedTuple):
-    """3x3 max (0) or average (1) pool, batch norm."""
+    """3x3 max (0) or average (1) pool, batch norm (None: there is none)."""
 
     kind: int
-    norm: int
+    norm: Norm | None
 
 
 class Identity(NamedTuple):
-    """The skip connection of stride 1."""
+    """The skip connection of stride 1, which drop path never drops."""
 
 
-Operation = Convolution | FactorizedReduce | Pool | Identity
+Operation = Convolution | FactorizedReduce | FactorizedConvolution | Pool | Identity
 
 
 class Edge(NamedTuple):
-    """From a state to a node, with the candidate operations that p weighs (`none` is not among them)."""
+    """From a state to a node, with its operations (`none` is not among them)."""
 
     source: int
     node: int
@@ -95,14 +113,19 @@ class Cell(NamedTuple):
     """Two preprocessed states and nodes behind them; state 2 + n is node n.
 
     Edges are in the order of their nodes. p of a cell is one vector: its edges one after the other, each with
-    its candidates.
+    its operations.
     """
 
     channels: int
     preprocessing: tuple[Convolution | FactorizedReduce, Convolution | FactorizedReduce]
     edges: tuple[Edge, ...]
-    nodes: int
-    kind: int  # 0 (normal) or 1 (reduction): cells of a kind are weighed by one vector p
+    concat: tuple[int, ...]  # the states that are the output, side by side: nodes
+    # 0 (normal) or 1 (reduction): the cells of a kind are weighed by one vector p. None: not weighed
+    kind: int | None = None
+
+    @property
+    def nodes(self) -> int:
+        return 1 + max(edge.node for edge in self.edges)
 
     def stride(self, state: int) -> int:
         """That of the edges which leave the state: they share what they compute of it."""
@@ -114,15 +137,18 @@ class Cell(NamedTuple):
 
 
 class Sweeps:
-    """The four sweeps of a network's cells, on meta tensors.
+    """The sweeps of a network's cells, on meta tensors.
 
     Args:
         cells: at least one.
-        shape: of x [N, C, H, W], which the first cell reads twice.
+        shapes: [N, C, H, W] of what the first cell reads: of one tensor, which it reads twice, or of two.
         dtype: of the activations.
         parameters: numbers in all weights of the cells.
         norms: channels of each batch norm, by its number.
-        training: normalise by the batch. Else by constants, and there is the forward sweep alone.
+        derivatives: 2 for all sweeps, 1 for the first two; 0 for the forward sweep of an evaluation, which
+            normalises by constants. Else batch norms normalise by the batch.
+        drop_path: every operation but the identity has a weight for each image.
+        outputs: the numbers of the cells whose outputs are wanted; None: of the last.
 
     Raises:
         ValueError: sizes that cannot be halved, or a single value a channel, which has no variance.
@@ -131,66 +157,94 @@ class Sweeps:
     def __init__(
         self,
         cells: Sequence[Cell],
-        shape: Sequence[int],
+        shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
         parameters: int,
         norms: Sequence[int],
-        training: bool,
+        derivatives: int,
+        drop_path: bool = False,
+        outputs: Sequence[int] | None = None,
     ):
-        self.training, self.dtype, self.wide = training, dtype, accumulator(dtype)
+        self.derivatives, self.dtype, self.wide = derivatives, dtype, accumulator(dtype)
+        self.training = derivatives > 0
         self.calls: dict[str, list[Call]] = {}
         self.batch_statistics: dict[int, Tensor] = {}  # [3, C] by number of the batch norm, of this pass
         self.values: dict[int, int] = {}  # images times pixels that these are of
         self._gradient_parts: list[tuple[int, Parameter]] = []  # where a gradient lies in `gradients`
         self._gradient_size = 0
-        lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in cells}
+        lengths = {
+            cell.kind: sum(len(edge.operations) for edge in cell.edges)
+            for cell in cells
+            if cell.kind is not None
+        }
 
         with self._sweep("forward"):
-            self.x = images(1, shape, dtype, "meta")[0]
+            self.inputs = [images(1, shape, dtype, "meta")[0] for shape in shapes]
             self.weights = self.numbers(parameters)
             self.p = {kind: self.numbers(length) for kind, length in lengths.items()}
-            self.constants = None if training else self.numbers(3, sum(norms))
+            # By edge, those of the first cell first. A row is a multiple of 64 bytes: no kernel in Triton is
+            # compiled anew for another number of images.
+            edges, n = sum(len(cell.edges) for cell in cells), shapes[0][0]
+            self.path_weights = self.numbers(edges, -(-n // 16) * 16)[:, :n] if drop_path else None
+            self.constants = None if self.training else self.numbers(3, sum(norms))
             self._norms = [slice(sum(norms[:i]), sum(norms[: i + 1])) for i in range(len(norms))]
             cells_of = {kind: sum(cell.kind == kind for cell in cells) for kind in lengths}
             self.p_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             self.p_seconds = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
-            rows = dict.fromkeys(lengths, 0)
-            outputs = [Image(self.x)] * 2
+            rows, path = dict.fromkeys(lengths, 0), 0
+            read = [Image(x) for x in self.inputs]
+            self._images = read.copy()  # these, then each cell's output
+            read = read * 2 if len(read) == 1 else read
             self._cells: list[LoweredCell] = []
             for cell in cells:
-                lowered = LoweredCell(self, cell, outputs[-2:], rows[cell.kind])
+                lowered = LoweredCell(self, cell, read[-2:], rows.get(cell.kind, 0), path)
                 self._cells.append(lowered)
-                outputs.append(lowered.output)
-                rows[cell.kind] += 1
-            self._outputs = outputs[1:]  # x, then each cell's
-            self.output = outputs[-1].y
-        if training:
+                self._images.append(lowered.output)
+                read.append(lowered.output)
+                path += len(cell.edges)
+                if cell.kind is not None:
+                    rows[cell.kind] += 1
+            self._wanted = [len(shapes) + i for i in outputs or [len(cells) - 1]]  # of `_images`
+            self.outputs = [self._images[i].y for i in self._wanted]
+        if self.training:
             self._differentiate()
 
     def _differentiate(self) -> None:
         self.gradients = self.numbers(self._gradient_size)
         with self._sweep("backward"):
-            self.adjoint = self.like(self.output)
-            self.x_adjoint = self._backward(self.adjoint, second=False)
+            self.adjoints = [self.like(y) for y in self.outputs]
+            self.input_adjoints = self._backward(self.adjoints, second=False)
+        if self.derivatives == 1:
+            return
         with self._sweep("tangent"):
-            self.x_tangent, self.weight_tangents = self.like(self.x), self.numbers(self.weights.numel())
-            self._outputs[0].tangent = self.x_tangent
+            self.input_tangents = [self.like(x) for x in self.inputs]
+            self.weight_tangents = self.numbers(self.weights.numel())
+            for image, tangent in zip(self._images, self.input_tangents, strict=False):
+                image.tangent = tangent
             for cell in self._cells:
                 cell.tangent()
-            self.output_tangent = self._outputs[-1].tangent
+            self.output_tangents = [self._images[i].tangent for i in self._wanted]
         with self._sweep("second"):
-            self.second = self.like(self.output)
-            self.x_second = self._backward(self.second, second=True)
+            self.seconds = [self.like(y) for y in self.outputs]
+            self.input_seconds = self._backward(self.seconds, second=True)
 
-    def _backward(self, adjoint: Tensor, second: bool) -> Tensor:
+    def _backward(self, adjoints: Sequence[Tensor], second: bool) -> list[Tensor]:
         """The cells in reverse. A cell's output is read by the next two, whose adjoints of it are summed."""
-        terms: dict[int, list[Tensor]] = {i: [] for i in range(len(self._outputs))}
-        terms[len(self._cells)].append(adjoint)
+        terms: list[list[Tensor]] = [[] for _ in self._images]
+        for i, adjoint in zip(self._wanted, adjoints, strict=True):
+            terms[i].append(adjoint)
+        inputs = len(self.inputs)
         for i in reversed(range(len(self._cells))):
-            before_previous, previous = self._cells[i].backward(self.sum(terms.pop(i + 1)), second)
-            terms[max(i - 1, 0)].append(before_previous)
-            terms[i].append(previous)
-        return self.sum(terms.pop(0))
+            own = i + inputs
+            adjoint = self.sum(terms[own], self._images[own].y)
+            read = max(own - 2, 0), own - 1
+            given = [terms[j] for j in read]
+            terms[read[0]], terms[read[1]] = [], []
+            if read[0] == read[1]:
+                given[1] = []
+            for j, found in zip(read, self._cells[i].backward(adjoint, given, second), strict=True):
+                terms[j].append(found)
+        return [self.sum(terms[i], x) for i, x in enumerate(self.inputs)]
 
     @contextmanager
     def _sweep(self, name: str) -> Iterator[None]:
@@ -210,24 +264,31 @@ class Sweeps:
     def like(self, x: Tensor) -> Tensor:
         return self.images(1, x.shape)[0]
 
-    def sum(self, terms: Sequence[Tensor]) -> Tensor:
+    def sum(self, terms: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The sum of the adjoints that the readers of a tensor like this hand back: zeros if there are
+        none."""
         if len(terms) == 1:
             return terms[0]
-        out = self.like(terms[0])
-        self.k.add(tuple(terms), out=out)
-        return out
+        out = self.images(1, like.shape)
+        if terms:
+            self.k.add(tuple(terms), out=out[0])
+        else:
+            self.k.fan_out_backward((Source(like),), ((),), out=out)
+        return out[0]
 
     def parameter(self, p: Parameter | None, of: Tensor) -> Tensor | None:
         """That weight of all weights, or of all tangents."""
         return None if p is None else of[p.offset : p.offset + math.prod(p.shape)].view(p.shape)
 
-    def statistics(self, norm: int, of_batch: Tensor | None, values: int) -> Tensor:
-        """What a batch norm normalises by, [3, C]; `values` is how many values a channel has."""
-        if not self.training:
-            return self.constants[:, self._norms[norm]]
-        refuse_single_value(values)
-        self.batch_statistics[norm], self.values[norm] = of_batch, values
-        return of_batch
+    def normalised(self, y: Tensor, norm: Norm, of_batch: Tensor | None) -> "Image":
+        """y, to be read through its batch norm; `of_batch` are the statistics of y, [3, C], in training."""
+        if self.training:
+            values = y.numel() // y.shape[1]
+            refuse_single_value(values)
+            self.batch_statistics[norm.number], self.values[norm.number] = of_batch, values
+        else:
+            of_batch = self.constants[:, self._norms[norm.number]]
+        return Image(y, of_batch, norm.affine, self.parameter(norm.affine, self.weights))
 
     def place_gradients(self, tasks: Sequence["HalfTask"]) -> tuple[int, tuple[int, int]]:
         """Where the gradients of a call's weights go: first number, shape."""
@@ -238,9 +299,39 @@ class Sweeps:
             self._gradient_parts.append((start + i * row, task.pointwise))
             if task.depthwise is not None:
                 self._gradient_parts.append((start + i * row + k * c, task.depthwise))
-        # A multiple of 16 bytes: every call's gradients are as aligned as the first's.
-        self._gradient_size = start + -(-len(tasks) * row // 4) * 4
+        self._end_gradients(start + len(tasks) * row)
         return start, (len(tasks), row)
+
+    def place_gradient(self, p: Parameter) -> int:
+        """Where the gradient of a weight goes: its first number."""
+        start = self._gradient_size
+        self._gradient_parts.append((start, p))
+        self._end_gradients(start + math.prod(p.shape))
+        return start
+
+    def place_sums(self, read: Sequence["Image"]) -> int | None:
+        """Where the sums [2, images, C] of a part that reads these images go, if they are gradients: those of
+        G are of beta, those of G u of gamma."""
+        if all(image.affine is None for image in read):
+            return None
+        start, c = self._gradient_size, read[0].y.shape[1]
+        for i, image in enumerate(read):
+            if image.affine is not None:
+                offset = image.affine.offset
+                self._gradient_parts.append((start + (len(read) + i) * c, Parameter(offset, (c,))))
+                self._gradient_parts.append((start + i * c, Parameter(offset + c, (c,))))
+        self._end_gradients(start + 2 * len(read) * c)
+        return start
+
+    def _end_gradients(self, end: int) -> None:
+        # A multiple of 16 bytes: every call's gradients are as aligned as the first's.
+        self._gradient_size = -(-end // 4) * 4
+
+    def sums(self, at: int | None, entries: int, c: int) -> Tensor:
+        """For the sums of G and G u, [2, entries, C]: where `place_sums` says."""
+        if at is None:
+            return self.numbers(2, entries, c)
+        return self.gradients[at : at + 2 * entries * c].view(2, entries, c)
 
     def gradient_order(self) -> Tensor:
         """int64 [parameters]: gradients[order] is the gradient of the weights."""
@@ -260,17 +351,34 @@ class Image:
     """A tensor of a cell, its tangent, and the parts that read it as a candidate or normalise it on load,
     each with its number there. They hand back the adjoint of what they read, see `types.Reader`."""
 
-    def __init__(self, y: Tensor, statistics: Tensor | None = None):
-        self.y, self.statistics = y, statistics
+    def __init__(
+        self,
+        y: Tensor,
+        statistics: Tensor | None = None,
+        affine: Parameter | None = None,
+        gamma_beta: Tensor | None = None,
+    ):
+        """`affine` is the place of gamma and beta, `gamma_beta` are they, [2, C]."""
+        self.y, self.statistics, self.affine, self.gamma_beta = y, statistics, affine, gamma_beta
         self.tangent: Tensor | None = None
         self.readers: list[tuple[Mix | Halves | Norms, int]] = []
 
     def source(self) -> Source:
-        return Source(self.y, self.statistics)
+        return Source(self.y, self.statistics, self.gamma_beta)
 
     def first(self) -> tuple[Reader, ...]:
+        gamma = None if self.gamma_beta is None else self.gamma_beta[0]
+        normalised = self.statistics is not None
         return tuple(
-            Reader(self.y, self.statistics, i, part.adjoints[i], part.sums, part.p)
+            Reader(
+                self.y,
+                self.statistics,
+                i,
+                part.adjoints[i],
+                part.sums if normalised else None,
+                part.weights_of(i),
+                gamma,
+            )
             for part, i in self.readers
         )
 
@@ -309,8 +417,6 @@ class Halves:
     y = P (D * relu(h)) of each; h is an input, or its batch norm.
     """
 
-    p = None  # as a reader of its inputs
-
     def __init__(
         self, s: Sweeps, inputs: Sequence[Image], parts: Sequence[tuple[int, Half | FactorizedReduce]]
     ):
@@ -339,32 +445,37 @@ class Halves:
         y = s.images(len(parts), shape)
         statistics = s.numbers(len(parts), 3, shape[1]) if s.training else None
         s.k.sepconv_forward(self.sources, self.tasks, y=y, statistics=statistics)
-        values = n * shape[2] * shape[3]
         self.outputs = [
-            Image(y[i], s.statistics(part.norm, statistics[i] if s.training else None, values))
+            s.normalised(y[i], part.norm, statistics[i] if s.training else None)
             for i, (_, part) in enumerate(parts)
         ]
         self.gradients_at = s.place_gradients(flat)
         if self.normalised:
+            self.sums_at = s.place_sums(inputs)
             for i, image in enumerate(inputs):
                 image.readers.append((self, i))
 
-    def _adjoint_and_sums(self) -> tuple[Tensor, Tensor | None]:
-        return self.s.images(len(self.inputs), self.inputs[0].y.shape), self._sums(2)
+    def weights_of(self, _: int) -> None:
+        """p of an input."""
+
+    def _adjoint(self) -> Tensor:
+        return self.s.images(len(self.inputs), self.inputs[0].y.shape)
 
     def _sums(self, rows: int) -> Tensor | None:
         c = self.inputs[0].y.shape[1]
         return self.s.numbers(rows, len(self.inputs), c) if self.normalised else None
 
-    def backward(self) -> Tensor:
-        """H of each input, [inputs, N, C, H, W]."""
+    def backward(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+        """H of each input, [inputs, N, C, H, W], plus its terms."""
         s, (start, shape) = self.s, self.gradients_at
-        self.adjoints, self.sums = self._adjoint_and_sums()
-        self.tangent_sums = self._sums(3)
+        self.adjoints, self.tangent_sums = self._adjoint(), self._sums(3)
+        c = self.inputs[0].y.shape[1]
+        self.sums = s.sums(self.sums_at, len(self.inputs), c) if self.normalised else None
         s.k.sepconv_backward(
             self.sources,
             self.tasks,
             tuple(image.first()[0] for image in self.outputs),
+            tuple(map(tuple, terms)),
             adjoint=self.adjoints,
             sums=self.sums,
             gradients=s.gradients[start : start + math.prod(shape)].view(shape),
@@ -393,14 +504,15 @@ class Halves:
         for image, tangent in zip(self.outputs, y, strict=True):
             image.tangent = tangent
 
-    def second(self) -> Tensor:
-        """Hd of each input."""
-        self.seconds, self.second_sums = self._adjoint_and_sums()
+    def second(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Hd of each input, plus its terms."""
+        self.seconds, self.second_sums = self._adjoint(), self._sums(2)
         self.s.k.sepconv_second(
             self.sources,
             self.tasks,
             self.weight_tangents,
             tuple(image.second()[0] for image in self.outputs),
+            tuple(map(tuple, terms)),
             adjoint=self.seconds,
             sums=self.second_sums,
         )
@@ -410,8 +522,6 @@ class Halves:
 class Norms:
     """Batch norms of several images alike, each by itself: what preprocessing ends in."""
 
-    p = None
-
     def __init__(self, s: Sweeps, inputs: Sequence[Image]):
         self.s, self.inputs = s, inputs
         self.sources = tuple(image.source() for image in inputs)
@@ -419,12 +529,17 @@ class Norms:
         out = s.images(len(inputs), self.shape)
         s.k.norm_forward(self.sources, out=out)
         self.outputs = [Image(y) for y in out]
+        self.sums_at = s.place_sums(inputs)
         for i, image in enumerate(inputs):
             image.readers.append((self, i))
 
+    def weights_of(self, _: int) -> None:
+        """p of an input."""
+
     def backward(self, adjoints: Sequence[Tensor]) -> None:
         self.adjoints = tuple(adjoints)
-        self.sums, self.tangent_sums = (self.s.numbers(n, len(self.inputs), self.shape[1]) for n in (2, 3))
+        count, c = len(self.inputs), self.shape[1]
+        self.sums, self.tangent_sums = self.s.sums(self.sums_at, count, c), self.s.numbers(3, count, c)
         self.s.k.norm_backward(self.sources, self.adjoints, sums=self.sums)
 
     def tangent(self) -> None:
@@ -439,29 +554,94 @@ class Norms:
         self.s.k.norm_backward(self.sources, self.seconds, sums=self.second_sums)
 
 
+class Factorized:
+    """A factorized convolution of a state. It has no part in the last two sweeps."""
+
+    def __init__(self, s: Sweeps, state: Image, part: FactorizedConvolution):
+        self.s, self.part, self.x = s, part, state.y
+        n, c, height, width = state.y.shape
+        self.weights = tuple(s.parameter(p, s.weights) for p in part.weights)
+        columns = -(-width // part.stride)
+        self.middle = s.images(1, (n, c, height, columns))[0]
+        y = s.images(1, (n, c, -(-height // part.stride), columns))[0]
+        statistics = s.numbers(3, c) if s.training else None
+        s.k.convolution_forward(
+            self.x, self.weights, part.stride, middle=self.middle, y=y, statistics=statistics
+        )
+        self.output = s.normalised(y, part.norm, statistics)
+        self.gradients_at = [s.place_gradient(p) for p in part.weights]
+
+    def backward(self) -> Tensor:
+        """The adjoint of the state."""
+        s, adjoint = self.s, self.s.like(self.x)
+        gradients = (
+            s.gradients[start : start + w.numel()].view(w.shape)
+            for start, w in zip(self.gradients_at, self.weights, strict=True)
+        )
+        s.k.convolution_backward(
+            self.x,
+            self.weights,
+            self.part.stride,
+            self.middle,
+            self.output.first()[0],
+            adjoint=adjoint,
+            gradients=tuple(gradients),
+        )
+        return adjoint
+
+
 class Mix:
-    """A node: o = sum over the candidates k of all its edges of p_k h_k (the paper's equations 1 and 2)."""
+    """A node: o = sum over the candidates k of all its edges of p_k h_k (the paper's equations 1 and 2); in a
+    genotype's cell the sum of its operations."""
 
     def __init__(
-        self, s: Sweeps, candidates: Sequence[Image], slot: Tensor, own: bool, p: Tensor, *gradients: Tensor
+        self,
+        s: Sweeps,
+        candidates: Sequence[Image],
+        slot: Tensor | None,
+        like: Tensor,
+        own: bool,
+        p: Tensor | None,
+        kept: Sequence[int] = (),
+        gradients: Sequence[Tensor] = (),
     ):
-        """`slot` is the node's slice of the cell's output; `own`: it is read by other nodes, and is written
-        by itself, too. (A stencil on slices of 16 channels of 2 bytes in rows of 64 would touch 16 cache
-        lines a load of a warp, in place of 4.) `gradients`: those of p in both backward sweeps."""
-        self.s, self.candidates, self.p, self.gradients = s, candidates, p, gradients
+        """`slot` is the node's slice of the cell's output, if it has one; `own`: it is read by other nodes,
+        and is written by itself, too, like a tensor `like`. (A stencil on slices of 16 channels of 2 bytes in
+        rows of 64 would touch 16 cache lines a load of a warp, in place of 4.) p is a number a candidate; or
+        one an image, [candidates, N], and drop path keeps those numbered `kept` in every image. `gradients`:
+        those of p in both backward sweeps."""
+        self.s, self.candidates, self.p, self.kept, self.gradients = s, candidates, p, kept, gradients
         self.sources = tuple(image.source() for image in candidates)
-        self.own = own
-        outs = (s.like(slot), slot) if own else (slot,)
+        self.own = own or slot is None
+        outs = (*([s.like(like)] if self.own else []), *([] if slot is None else [slot]))
         s.k.mix_forward(self.sources, p, outs=outs)
         self.output = Image(outs[0])
         for i, image in enumerate(candidates):
             image.readers.append((self, i))
+        # The sums of how many candidates are taken: where p has a gradient of all, else up to the last that
+        # is normalised.
+        self.summed = len(candidates)
+        while not gradients and self.summed and candidates[self.summed - 1].statistics is None:
+            self.summed -= 1
+        self.sums_at = s.place_sums(candidates[: self.summed]) if self.summed else None
+
+    def weights_of(self, candidate: int) -> Tensor | None:
+        """p, unless it is 1."""
+        return None if candidate in self.kept else self.p
 
     def backward(self, adjoint: Tensor) -> None:
         count, c = len(self.candidates), adjoint.shape[1]
         self.adjoints = (adjoint,) * count
-        self.sums, self.tangent_sums = self.s.numbers(2, count, c), self.s.numbers(3, count, c)
-        self.s.k.mix_backward(self.sources, adjoint, sums=self.sums, weight_gradient=self.gradients[0])
+        self.sums, self.tangent_sums = self.s.sums(self.sums_at, self.summed, c), self.s.numbers(3, count, c)
+        by_image = self.p is not None and self.p.dim() == 2
+        if self.summed:
+            self.s.k.mix_backward(
+                self.sources[: self.summed],
+                self.p[: self.summed] if by_image else None,
+                adjoint,
+                sums=self.sums,
+                weight_gradient=self.gradients[0] if self.gradients else None,
+            )
 
     def tangent(self, slot: Tensor) -> None:
         s = self.s
@@ -500,13 +680,10 @@ class Stage:
         self.s, self.state, self.stride = s, state, stride
         self.candidates: dict[tuple[int, int], Image] = {}  # by edge and number of the operation
         operations = {(e, i): op for e, edge in edges.items() for i, op in enumerate(edge.operations)}
-        self.fanned: list[Image] = []  # what several nodes read: pools, the identity
         self._pools({key: op for key, op in operations.items() if isinstance(op, Pool)})
         identities = [key for key, op in operations.items() if isinstance(op, Identity)]
         self.identity = Image(state.y) if identities else None
-        if self.identity:
-            self.fanned.append(self.identity)
-            self.candidates |= dict.fromkeys(identities, self.identity)
+        self.candidates |= dict.fromkeys(identities, self.identity)
         reduces = {key: op for key, op in operations.items() if isinstance(op, FactorizedReduce)}
         self.halves: list[Halves] = []
         if reduces:
@@ -515,27 +692,36 @@ class Stage:
         if parts:
             self._add([state], {key: (0, halves[0]) for key, halves in parts.items()})
         twice = {key: halves for key, halves in parts.items() if len(halves) > 1}
+        factorized = {key: op for key, op in operations.items() if isinstance(op, FactorizedConvolution)}
+        self.factorized = [Factorized(s, state, op) for op in factorized.values()]
+        self.candidates |= zip(factorized, (part.output for part in self.factorized), strict=True)
         if twice:
             inputs = [self.candidates[key] for key in twice]
             self._add(inputs, {key: (i, halves[1]) for i, (key, halves) in enumerate(twice.items())})
 
     def _pools(self, pools: dict[tuple[int, int], Pool]) -> None:
+        # Of the maximum and of the average, each with its batch norms: one image, where all are alike.
+        self.pools: tuple[list[Image], list[Image]] = [], []
         self.position = None
         if not pools:
             return
         s, (n, c, height, width) = self.s, self.state.y.shape
         self.pooled = n, c, -(-height // self.stride), -(-width // self.stride)
-        both = s.images(2, self.pooled)
+        self.both = both = s.images(2, self.pooled)
         self.position = images(1, self.pooled, torch.uint8, "meta")[0]
-        statistics = s.numbers(2, 3, c) if s.training else None
+        normalised = s.training and any(op.norm for op in pools.values())
+        statistics = s.numbers(2, 3, c) if normalised else None
         s.k.pool_forward(self.state.y, self.stride, pools=both, position=self.position, statistics=statistics)
-        if s.training:
-            self.fanned += [Image(y, of_y) for y, of_y in zip(both, statistics, strict=True)]
         for key, op in pools.items():
-            # In training a pool is normalised alike on every edge; in evaluation each edge has statistics.
-            of_batch = statistics[op.kind] if s.training else None
-            found = s.statistics(op.norm, of_batch, n * self.pooled[2] * self.pooled[3])
-            self.candidates[key] = self.fanned[op.kind] if s.training else Image(both[op.kind], found)
+            y, found = both[op.kind], self.pools[op.kind]
+            image = Image(y)
+            if op.norm:
+                image = s.normalised(y, op.norm, statistics[op.kind] if normalised else None)
+            # In training what has no parameters is alike on every edge; in evaluation each has statistics.
+            alike = image.statistics is None or (s.training and image.affine is None)
+            if not found or not alike:
+                found.append(image)
+            self.candidates[key] = found[-1]
 
     def _add(
         self, inputs: Sequence[Image], parts: dict[tuple[int, int], tuple[int, Half | FactorizedReduce]]
@@ -547,40 +733,72 @@ class Stage:
     def backward(self, terms: list[Tensor], second: bool) -> Tensor:
         """The adjoint of the state, or the second one; `terms` are added to it."""
         s = self.s
-        for halves in reversed(self.halves):
-            adjoints = halves.second() if second else halves.backward()
-            if halves.inputs[0] is self.state:
-                terms.append(adjoints[0])
-        if not self.fanned:
-            return s.sum(terms)
-        out = s.images(len(self.fanned), self.fanned[0].y.shape)
-        sources = tuple(image.source() for image in self.fanned)
-        if second:
-            s.k.fan_out_second(sources, tuple(image.second() for image in self.fanned), out=out)
-        else:
-            s.k.fan_out_backward(sources, tuple(image.first() for image in self.fanned), out=out)
-        if self.identity:
-            terms.append(out[-1])
+        terms += [part.backward() for part in self.factorized]
         if self.position is None:
-            return s.sum(terms)
+            terms += self._adjoints_of_identity(second)
+        for halves in reversed(self.halves):
+            # The last of those that read the state takes the terms; of a pooled state its pools do.
+            last = halves is self.halves[0] and self.position is None
+            given = [terms if last else ()] + [()] * (len(halves.inputs) - 1)
+            found = halves.second(given) if second else halves.backward(given)
+            if last:
+                return found[0]
+            if halves.inputs[0] is self.state:
+                terms.append(found[0])
+        if self.position is None:
+            return s.sum(terms, self.state.y)
+        read = list(zip(self.pools, self.both, strict=True))
+        if self.identity and not self._identity_is_plain():
+            read.append(([self.identity], self.state.y))
+        elif self.identity:
+            terms += self._adjoints_of_identity(second)
+        adjoints = self._fan_out(read, second)
+        terms += adjoints[2:].unbind()
         found = s.like(self.state.y)
-        s.k.pool_backward(self.position, self.stride, out[:2], tuple(terms), out=found)
+        s.k.pool_backward(self.position, self.stride, adjoints[:2], tuple(terms), out=found)
         return found
+
+    def _identity_is_plain(self) -> bool:
+        """Whether its readers take it as it is, so that its adjoint is theirs."""
+        return all(reader.weights is None for reader in self.identity.first())
+
+    def _adjoints_of_identity(self, second: bool) -> list[Tensor]:
+        if self.identity is None:
+            return []
+        if self._identity_is_plain():
+            return [reader.adjoint for reader in self.identity.first()]
+        return list(self._fan_out([([self.identity], self.state.y)], second))
+
+    def _fan_out(self, read: Sequence[tuple[list[Image], Tensor]], second: bool) -> Tensor:
+        """The adjoints of tensors that several nodes read, each as these images, [tensors, N, C, H, W]."""
+        s = self.s
+        out = s.images(len(read), read[0][1].shape)
+        sources = [images[0].source()._replace(affine=None) if images else Source(y) for images, y in read]
+        readers = [
+            tuple(reader for image in images for reader in (image.second() if second else image.first()))
+            for images, _ in read
+        ]
+        function = s.k.fan_out_second if second else s.k.fan_out_backward
+        function(tuple(sources), tuple(readers), out=out)
+        return out
 
     def tangent(self) -> None:
         s = self.s
         if self.position is not None:
-            pools, images = s.images(2, self.pooled), self.fanned[:2]
+            pools = s.images(2, self.pooled)
             s.k.pool_tangent(
                 self.state.tangent,
                 self.position,
                 self.stride,
-                tuple(image.first() for image in images),
+                tuple(tuple(r for image in of_kind for r in image.first()) for of_kind in self.pools),
                 pools=pools,
-                sums=tuple(image.tangent_sums() for image in images),
+                sums=tuple(
+                    tuple(t for image in of_kind for t in image.tangent_sums()) for of_kind in self.pools
+                ),
             )
-            for image, tangent in zip(images, pools, strict=True):
-                image.tangent = tangent
+            for of_kind, tangent in zip(self.pools, pools, strict=True):
+                for image in of_kind:
+                    image.tangent = tangent
         if self.identity:
             self.identity.tangent = self.state.tangent
         for halves in self.halves:
@@ -588,36 +806,39 @@ class Stage:
 
 
 class LoweredCell:
-    """A cell in its four sweeps."""
+    """A cell in its sweeps."""
 
-    def __init__(self, s: Sweeps, cell: Cell, inputs: Sequence[Image], row: int):
-        """`inputs` are the outputs of the two cells before; `row` is the cell's in the gradients of p."""
+    def __init__(self, s: Sweeps, cell: Cell, inputs: Sequence[Image], row: int, path: int):
+        """`inputs` are the outputs of the two cells before; `row` is the cell's in the gradients of p, `path`
+        the row of its first edge in the weights of drop path."""
         self.s, self.cell, self.inputs = s, cell, inputs
         self._preprocess()
         states = [image for norms in self.norms for image in norms.outputs]
         n, c, height, width = self._node_shape(states)
-        self.output = Image(s.images(1, (n, cell.nodes * c, height, width))[0])
+        self.output = Image(s.images(1, (n, len(cell.concat) * c, height, width))[0])
         self.stages: dict[int, Stage] = {}
         self.nodes: list[Mix] = []
         candidates: dict[int, list[Image]] = {}  # by edge
         start = 0
         for state in range(2 + cell.nodes):
             if state >= 2:
-                node = state - 2
-                mixed = [
-                    image for e, edge in enumerate(cell.edges) if edge.node == node for image in candidates[e]
-                ]
-                p, *gradients = (
-                    of_p[start : start + len(mixed)]
-                    for of_p in (
-                        s.p[cell.kind],
-                        s.p_gradients[cell.kind][row],
-                        s.p_seconds[cell.kind][row],
-                    )
-                )
+                numbers = [e for e, edge in enumerate(cell.edges) if edge.node == state - 2]
+                mixed = [image for e in numbers for image in candidates[e]]
+                found = slice(start, start + len(mixed))
                 start += len(mixed)
+                p, kept, gradients = None, (), ()
+                if cell.kind is not None:
+                    p = s.p[cell.kind][found]
+                    gradients = [of_p[cell.kind][row][found] for of_p in (s.p_gradients, s.p_seconds)]
+                elif s.path_weights is not None:
+                    p = s.path_weights[path + found.start : path + found.stop]
+                if cell.kind is None:
+                    kept = [
+                        i for i, e in enumerate(numbers) if isinstance(cell.edges[e].operations[0], Identity)
+                    ]
                 own = any(edge.source == state for edge in cell.edges)
-                self.nodes.append(Mix(s, mixed, self._slot(self.output.y, node), own, p, *gradients))
+                slot, like = self._slot(self.output.y, state), s.images(1, (n, c, height, width))[0]
+                self.nodes.append(Mix(s, mixed, slot, like, own, p, kept, gradients))
                 states.append(self.nodes[-1].output)
             edges = {e: edge for e, edge in enumerate(cell.edges) if edge.source == state}
             if edges:
@@ -643,22 +864,27 @@ class LoweredCell:
 
     def _node_shape(self, states: Sequence[Image]) -> tuple[int, int, int, int]:
         n, _, height, width = states[0].y.shape
-        stride = self.cell.stride(0)
+        stride = self.cell.edges[0].stride  # the first node reads preprocessed states alone
         return n, self.cell.channels, -(-height // stride), -(-width // stride)
 
-    def _slot(self, whole: Tensor, node: int) -> Tensor:
-        c = self.cell.channels
-        return whole[:, node * c : (node + 1) * c]
+    def _slot(self, whole: Tensor, state: int) -> Tensor | None:
+        """The channels of the cell's output, or of its adjoint, that are this state."""
+        if state not in self.cell.concat:
+            return None
+        i, c = self.cell.concat.index(state), self.cell.channels
+        return whole[:, i * c : (i + 1) * c]
 
-    def backward(self, adjoint: Tensor, second: bool) -> list[Tensor]:
-        """The adjoints of both inputs, or the second ones, from that of the output."""
+    def backward(self, adjoint: Tensor, others: Sequence[Sequence[Tensor]], second: bool) -> list[Tensor]:
+        """The adjoints of both inputs, or the second ones, from that of the output; to each the others of it
+        are added."""
         of_states: list[Tensor] = []
         for state in reversed(range(len(self.states))):
-            terms = [self._slot(adjoint, state - 2)] if state >= 2 else []
+            slot = self._slot(adjoint, state)
+            terms = [] if slot is None else [slot]
             if state in self.stages:
                 found = self.stages[state].backward(terms, second)
             else:
-                (found,) = terms
+                found = self.s.sum(terms, self.states[state].y)
             if state < 2:
                 of_states.insert(0, found)
             elif second:
@@ -667,13 +893,15 @@ class LoweredCell:
                 self.nodes[state - 2].backward(found)
         of_inputs: list[Tensor] = []
         for halves, norms in zip(self.preprocessing, self.norms, strict=True):
-            given, of_states = of_states[: len(norms.inputs)], of_states[len(norms.inputs) :]
+            count = len(norms.inputs)
+            given, of_states = of_states[:count], of_states[count:]
+            own, others = others[:count], others[count:]
             if second:
                 norms.second(given)
-                of_inputs += halves.second().unbind()
+                of_inputs += halves.second(own).unbind()
             else:
                 norms.backward(given)
-                of_inputs += halves.backward().unbind()
+                of_inputs += halves.backward(own).unbind()
         return of_inputs
 
     def tangent(self) -> None:
@@ -683,6 +911,6 @@ class LoweredCell:
         self.output.tangent = self.s.like(self.output.y)
         for state in range(len(self.states)):
             if state >= 2:
-                self.nodes[state - 2].tangent(self._slot(self.output.tangent, state - 2))
+                self.nodes[state - 2].tangent(self._slot(self.output.tangent, state))
             if state in self.stages:
                 self.stages[state].tangent()

@@ -1,4 +1,5 @@
-"""The one autograd function through which a network calls the sweeps of its cells.
+"""The autograd functions through which a network calls the sweeps of its cells: that of a genotype's cells,
+differentiable once, and that of a search's cells, differentiable twice:
 
     forward     output = cells(x, weights, p)
     backward    adjoints of x and p, gradients of the weights: itself a function, whose
@@ -22,45 +23,46 @@ from darts_fast.kernels.types import Backend, Call
 
 
 class Plan:
-    """The sweeps of a network's cells for one shape of x, bound to memory of a device.
+    """The sweeps of a network's cells for one shape of what they read, bound to memory of a device.
 
-    Args: see `cell.Sweeps`; `blocks` is the memory, `backend` computes.
+    Args: `blocks` is the memory, `backend` computes; for the others see `cell.Sweeps`.
     """
 
     def __init__(
         self,
         cells: Sequence[Cell],
-        shape: Sequence[int],
+        shapes: Sequence[Sequence[int]],
         dtype: torch.dtype,
         parameters: int,
         norms: Sequence[int],
-        training: bool,
+        derivatives: int,
         blocks: Blocks,
         backend: Backend,
+        drop_path: bool = False,
+        outputs: Sequence[int] | None = None,
     ):
-        self.sweeps = s = Sweeps(cells, shape, dtype, parameters, norms, training)
+        self.sweeps = s = Sweeps(cells, shapes, dtype, parameters, norms, derivatives, drop_path, outputs)
         self.backend, self.blocks = backend, blocks
         self._bound: dict[tuple, Bound] = {}
         self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
-        given = [[s.x, s.weights, *s.p.values(), *([] if training else [s.constants])]]
-        results = [[s.output, *s.batch_statistics.values()]]
-        if not training:
-            self.layouts["exact"] = place(["forward"], [s.calls["forward"]], given, results)
-            return
-        # The output is read as long as there is a graph: later sweeps must not write over it.
-        given += [[s.adjoint, s.output], [s.x_tangent, s.weight_tangents], [s.second]]
-        results += [
-            [s.x_adjoint, s.gradients, *s.p_gradients.values()],
-            [s.output_tangent],
-            [s.x_second, *s.p_seconds.values()],
-        ]
-        names = list(s.calls)
-        exact = place(names, list(s.calls.values()), given, results)
+        extra = [t for t in (s.constants, s.path_weights) if t is not None]
+        given = [[*s.inputs, s.weights, *s.p.values(), *extra]]
+        results = [[*s.outputs, *s.batch_statistics.values()]]
+        names, calls = list(s.calls), list(s.calls.values())
+        if s.training:
+            # The output is read as long as there is a graph: later sweeps must not write over it.
+            given.append([*s.adjoints, *s.outputs])
+            results.append([*s.input_adjoints, s.gradients, *s.p_gradients.values()])
+        if derivatives == 2:
+            given += [[*s.input_tangents, s.weight_tangents], s.seconds]
+            results += [s.output_tangents, [*s.input_seconds, *s.p_seconds.values()]]
+            exact = self.layouts["exact"] = place(names, calls, given, results)
         # Without a second derivative the backward sweep keeps nothing. What the forward sweep keeps lies the
         # same, because whether there will be one is not known then.
-        kept = {key: at for key, at in exact.places.items() if at.block == "forward kept"}
-        calls = [s.calls[name] for name in names[:2]]
-        self.layouts = {"exact": exact, "first order": place(names[:2], calls, given[:2], results[:2], kept)}
+        kept = None
+        if derivatives == 2:
+            kept = {key: at for key, at in exact.places.items() if at.block == "forward kept"}
+        self.layouts["first order"] = place(names[:2], calls[:2], given[:2], results[:2], kept)
         # What is never alive at the same time has one size, so that one block serves it: the scratch of all
         # sweeps; and what the forward sweep of the validation batch and the tangent sweep of the training
         # batch keep.
@@ -69,13 +71,14 @@ class Plan:
             most = max(layout.sizes.get(block, 0) for layout in self.layouts.values() for block in group)
             for layout in self.layouts.values():
                 layout.sizes.update(dict.fromkeys(group, most))
-        self.gradient_order = s.gradient_order().to(blocks.device)
-        self._find_statistics()
+        if s.training:
+            self.gradient_order = s.gradient_order().to(blocks.device)
+            self._find_statistics()
 
     def _find_statistics(self) -> None:
         s, order, unbiased, end = self.sweeps, [], [], 0
         for norm, of_batch in sorted(s.batch_statistics.items()):
-            block, start = self.layouts["exact"].number(of_batch)
+            block, start = self.layouts["first order"].number(of_batch)
             if block != "forward kept":
                 raise RuntimeError(f"the statistics of batch norm {norm} are not kept for the later sweeps")
             c, values = of_batch.shape[1], s.values[norm]
@@ -126,23 +129,32 @@ class Pass:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.leases = {"forward kept": plan.lease("exact", "forward kept")}
+        self.leases = {"forward kept": plan.lease("first order", "forward kept")}
         # Between the tangent sweep and the second one: the autograd pass they are in, and the leases of both.
         self.pending: tuple[int, dict[str, Lease]] | None = None
 
-    def forward(self, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None) -> Tensor:
-        s, scratch = self.plan.sweeps, self.plan.lease("exact", "forward scratch")
-        bound = self.plan.bound("forward", "exact", self.leases | {"forward scratch": scratch})
-        self._x = x.shape, x.stride(), x.dtype
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        p: dict[int, Tensor],
+        constants: Tensor | None = None,
+        path_weights: Tensor | None = None,
+    ) -> list[Tensor]:
+        s, scratch = self.plan.sweeps, self.plan.lease("first order", "forward scratch")
+        bound = self.plan.bound("forward", "first order", self.leases | {"forward scratch": scratch})
+        self._inputs = [(x.shape, x.stride(), x.dtype) for x in inputs]
         self._p = [of_kind.shape for of_kind in p.values()]
-        bound.at(s.x).copy_(x)
+        for slot, x in zip(s.inputs, inputs, strict=True):
+            bound.at(slot).copy_(x)
         bound.at(s.weights).copy_(weights)
         for kind, of_kind in p.items():
             bound.at(s.p[kind]).view(of_kind.shape).copy_(of_kind)
-        if constants is not None:
-            bound.at(s.constants).copy_(constants)
+        for slot, value in ((s.constants, constants), (s.path_weights, path_weights)):
+            if value is not None:
+                bound.at(slot).copy_(value)
         bound.run()
-        return bound.at(s.output).detach()  # a tensor of its own: autograd hangs the graph on it
+        return [bound.at(y).detach() for y in s.outputs]  # tensors of their own: autograd hangs the graph on
 
     def statistics(self) -> Tensor:
         """The means and the unbiased variances of the batch, [2, channels of all batch norms]."""
@@ -153,20 +165,23 @@ class Pass:
         return found
 
     def backward(
-        self, adjoint: Tensor, gradients: bool, exact: bool
-    ) -> tuple[dict[str, Lease], Tensor, Tensor | None, list[Tensor]]:
-        """Returns the leases that the tangent sweep needs (with `exact`), the adjoint of x, the gradient of
-        the weights if it is wanted, and those of p."""
+        self, adjoints: Sequence[Tensor | None], gradients: bool, exact: bool
+    ) -> tuple[dict[str, Lease], list[Tensor], Tensor | None, list[Tensor]]:
+        """Takes the adjoints of the outputs (None: zero). Returns the leases that the tangent sweep needs
+        (with `exact`), the adjoints of the inputs, the gradient of the weights if it is wanted, and those of
+        p."""
         plan, s = self.plan, self.plan.sweeps
         layout = "exact" if exact else "first order"
         kept = {"backward kept": plan.lease(layout, "backward kept")} if exact else {}
         leases = self.leases | kept
         scratch = {"backward scratch": plan.lease(layout, "backward scratch")}
         bound = plan.bound("backward", layout, leases | scratch, gradients)
-        bound.at(s.adjoint).copy_(adjoint)
+        for slot, adjoint in zip(s.adjoints, adjoints, strict=True):
+            _fill(bound.at(slot), adjoint)
         bound.run()
         of_weights = bound.at(s.gradients).index_select(0, plan.gradient_order) if gradients else None
-        return leases, self._like_x(bound.at(s.x_adjoint)), of_weights, self._like_p(bound, s.p_gradients)
+        of_inputs = self._like_inputs(bound, s.input_adjoints)
+        return leases, of_inputs, of_weights, self._like_p(bound, s.p_gradients)
 
     def tangent(self, leases: dict[str, Lease], x: Tensor | None, weights: Tensor | None) -> Tensor:
         """The tangent of the output, from those of x and the weights (None: zero)."""
@@ -174,11 +189,11 @@ class Pass:
         leases = leases | {"tangent kept": plan.lease("exact", "tangent kept")}
         scratch = {"tangent scratch": plan.lease("exact", "tangent scratch")}
         bound = plan.bound("tangent", "exact", leases | scratch)
-        for slot, tangent in ((bound.at(s.x_tangent), x), (bound.at(s.weight_tangents), weights)):
-            slot.zero_() if tangent is None else slot.copy_(tangent)
+        _fill(bound.at(s.input_tangents[0]), x)
+        _fill(bound.at(s.weight_tangents), weights)
         bound.run()
         self.pending = torch._C._current_graph_task_id(), leases
-        return bound.at(s.output_tangent)
+        return bound.at(s.output_tangents[0])
 
     def second(self, adjoint: Tensor | None, of_x: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The second adjoints of x, if it is wanted, and of p, from that of the output (None: zero)."""
@@ -186,14 +201,18 @@ class Pass:
         self.pending = None
         scratch = {"second scratch": plan.lease("exact", "second scratch")}
         bound = plan.bound("second", "exact", leases | scratch, of_x=of_x)
-        slot = bound.at(s.second)
-        slot.zero_() if adjoint is None else slot.copy_(adjoint)
+        _fill(bound.at(s.seconds[0]), adjoint)
         bound.run()
-        return self._like_x(bound.at(s.x_second)) if of_x else None, self._like_p(bound, s.p_seconds)
+        of_inputs = self._like_inputs(bound, s.input_seconds) if of_x else [None]
+        return of_inputs[0], self._like_p(bound, s.p_seconds)
 
-    def _like_x(self, adjoint: Tensor) -> Tensor:
-        shape, stride, dtype = self._x
-        return torch.empty_strided(shape, stride, dtype=dtype, device=adjoint.device).copy_(adjoint)
+    def _like_inputs(self, bound: Bound, adjoints: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            torch.empty_strided(shape, stride, dtype=dtype, device=self.plan.blocks.device).copy_(
+                bound.at(adjoint)
+            )
+            for (shape, stride, dtype), adjoint in zip(self._inputs, adjoints, strict=True)
+        ]
 
     def _like_p(self, bound: Bound, by_kind: dict[int, Tensor]) -> list[Tensor]:
         """What the cells of each kind give, summed."""
@@ -203,15 +222,21 @@ class Pass:
         ]
 
 
+def _fill(slot: Tensor, value: Tensor | None) -> None:
+    """With the value; None: with zeros."""
+    slot.zero_() if value is None else slot.copy_(value)
+
+
 def cells(
     plan: Plan, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None = None
 ) -> tuple[Tensor, Callable[[], Tensor] | None]:
-    """The output of the last cell.
+    """The output of the last cell of a search.
 
     Differentiable once with respect to x, weights and p; and the gradients of x and weights once more with
     respect to x and p, along tangents of x and of the weights.
 
     Args:
+        plan: with `derivatives` 2, or 0 in evaluation.
         x: [N, C, H, W] in the plan's dtype; the first cell reads it twice.
         weights: all weights of the cells, in a row: float64 for float64 x, else float32.
         p: by kind of cell, the probabilities of its candidates, of the weights' type; in any shape.
@@ -227,12 +252,66 @@ def cells(
     """
     current = Pass(plan)
     if not plan.sweeps.training:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *p.values())):
-            raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
-        return current.forward(x, weights, p, constants).clone(), None
+        return _evaluated(current, [x], weights, p, constants)[0], None
     x, weights = with_node(x), with_node(weights)
     output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
     return output, current.statistics
+
+
+def derived_cells(
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    constants: Tensor | None = None,
+    path_weights: Tensor | None = None,
+) -> tuple[list[Tensor], Callable[[], Tensor] | None]:
+    """The outputs that the plan names, of cells of a genotype.
+
+    Differentiable once with respect to the inputs and the weights.
+
+    Args:
+        plan: with `derivatives` 1, or 0 in evaluation.
+        inputs: one or two [N, C, H, W] in the plan's dtype: what the first cell reads.
+        weights, constants, and what is returned: as in `cells`.
+        path_weights: in training with drop path, [edges of all cells, N]: what each operation of each image
+            is multiplied by. That of an identity is 1.
+
+    Raises:
+        RuntimeError: when another derivative is asked for.
+    """
+    current = Pass(plan)
+    if not plan.sweeps.training:
+        return _evaluated(current, inputs, weights, {}, constants), None
+    outputs = _DerivedCells.apply(current, path_weights, weights, *inputs)
+    return list(outputs), current.statistics
+
+
+def _evaluated(
+    current: Pass,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    p: dict[int, Tensor],
+    constants: Tensor | None,
+) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, weights, *p.values())):
+        raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
+    return [y.clone() for y in current.forward(inputs, weights, p, constants)]
+
+
+class _DerivedCells(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, current: Pass, path_weights: Tensor | None, weights: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.current = current
+        ctx.set_materialize_grads(False)
+        return tuple(current.forward(inputs, weights, {}, path_weights=path_weights))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, of_inputs, of_weights, _ = ctx.current.backward(adjoints, gradients=True, exact=False)
+        return None, None, of_weights, *of_inputs
 
 
 class _Cells(torch.autograd.Function):
@@ -248,7 +327,8 @@ class _Cells(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         token = x.new_empty(0)
         ctx.save_for_backward(token)
-        return current.forward(x, weights, dict(zip(kinds, p, strict=True)), None), token
+        (output,) = current.forward([x], weights, dict(zip(kinds, p, strict=True)))
+        return output, token
 
     @staticmethod
     def backward(ctx: FunctionCtx, adjoint: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -271,7 +351,7 @@ class _CellsBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.current = current
         ctx.set_materialize_grads(False)
-        leases, x, weights, p = current.backward(adjoint, gradients, exact)
+        leases, (x,), weights, p = current.backward([adjoint], gradients, exact)
         ctx.leases = leases if exact else None
         return x, weights, *p
 

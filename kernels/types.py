@@ -20,7 +20,9 @@ class Source(NamedTuple):
     """A tensor that is read as h: as it is, or normalised on load."""
 
     x: Tensor  # [N, C, H, W]
-    statistics: Tensor | None = None  # [3, C]: mean, biased variance, r; h = (x - mean) r. None: h is x
+    statistics: Tensor | None = None  # [3, C]: mean, biased variance, r; u = (x - mean) r. None: h is x
+    # [2, C]: gamma, beta; h = gamma u + beta. None: h is u. The last two sweeps take none.
+    affine: Tensor | None = None
 
 
 class Weights(NamedTuple):
@@ -46,23 +48,26 @@ class Task(NamedTuple):
 
 class Reader(NamedTuple):
     """What reads a tensor y: candidate number `index` of a node, a source of second halves, or a
-    preprocessed state. It hands back the adjoint G of what it reads, h, so that dL/dy = p B(G):
+    preprocessed state. It hands back the adjoint G of what it reads, so that dL/dy = gamma B(p G):
 
-        B(G) = r (G - mean(G) - h mean(G h))
+        B(G) = r (G - mean(G) - u mean(G u)),    u = (y - mean) r
 
-    Without statistics h is y, and B(G) is G.
+    Without statistics B(G) is G.
     """
 
     y: Tensor
     statistics: Tensor | None  # [3, C], of y itself
     index: int
     adjoint: Tensor  # G, like y; may be a slice of channels
-    sums: Tensor | None  # [2, entries, C]: of G, G h; None: y has no statistics, and they are not read
-    weights: Tensor | None  # p [entries]; None: p is 1
+    # [2, entries, C]: of G, G u, where p is by image of p G, p G u; None: y has no statistics, and they are
+    # not read
+    sums: Tensor | None
+    weights: Tensor | None  # p [entries], or by image [entries, N]; None: p is 1
+    gamma: Tensor | None = None  # [C]; None: 1
 
 
 class SecondReader(NamedTuple):
-    """The same in the second backward sweep: the derivative of p B(G) along v, which is
+    """The same in the second backward sweep, where u is h: the derivative of p B(G) along v, which is
 
         p ( B(Gd) - r (t B(G) + s hd + u h) ),    t = mean(h yd), s = mean(G h), u = mean(G hd)
 
@@ -126,9 +131,10 @@ class Backend(Protocol):
         sources: Sequence[Source],
         tasks: Sequence[Task],
         readers: Sequence[Reader],  # one an output
+        terms: Sequence[Sequence[Tensor]],  # of each source that is not normalised, what is added to its H
         *,
         adjoint: Tensor,  # [sources, N, C, H, W]: H = dL/dh = [h > 0] (D' * P' Y), summed over the tasks
-        sums: Tensor | None,  # [2, sources, C]: of H, H h; None: no source is normalised
+        sums: Tensor | None,  # [2, sources, C]: of H, H u; None: no source is normalised
         # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k];
         # the rest of a row is not written. None: the gradients are not wanted
         gradients: Tensor | None,
@@ -154,17 +160,44 @@ class Backend(Protocol):
         tasks: Sequence[Task],
         weight_tangents: Sequence[Weights],
         readers: Sequence[SecondReader],  # one an output
+        terms: Sequence[Sequence[Tensor]],  # as above, of Hd
         *,
         adjoint: Tensor,  # [sources, N, C, H, W]: Hd = [h > 0] (D' * (P' Yd + Pd' Y) + Dd' * P' Y), summed
         sums: Tensor | None,  # [2, sources, C]: of Hd, Hd h; None: no source is normalised
     ) -> list[Launch]: ...
 
-    # A node: o = sum over candidates k of p_k h_k. In all sums h of a candidate without statistics is y.
+    # Factorized convolutions: relu(x) -> 1 x k, which strides over columns -> k x 1, which strides over rows;
+    # padded to `same`. They have no part in the last two sweeps.
+
+    def convolution_forward(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor],  # [C, C, 1, k], [C, C, k, 1]
+        stride: int,
+        *,
+        middle: Tensor,  # [N, C, H, W']: between both
+        y: Tensor,  # [N, C, H', W']
+        statistics: Tensor | None,  # [3, C]: those of y; None: they are not wanted
+    ) -> list[Launch]: ...
+
+    def convolution_backward(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor],
+        stride: int,
+        middle: Tensor,
+        reader: Reader,
+        *,
+        adjoint: Tensor,  # [N, C, H, W]: dL/dx
+        gradients: tuple[Tensor, Tensor],  # of the weights
+    ) -> list[Launch]: ...
+
+    # A node: o = sum over candidates k of p_k h_k. In all sums u of a candidate without statistics is y.
 
     def mix_forward(
         self,
         candidates: Sequence[Source],
-        weights: Tensor,  # p [candidates]
+        weights: Tensor | None,  # p [candidates], or by image [candidates, N]; None: 1
         *,
         outs: Sequence[Tensor],  # o, written to each of these; they may be slices of channels
     ) -> list[Launch]: ...
@@ -172,10 +205,11 @@ class Backend(Protocol):
     def mix_backward(
         self,
         candidates: Sequence[Source],
+        weights: Tensor | None,  # p by image [candidates, N]; None: it is not by image
         adjoint: Tensor,  # G = dL/do; may be a slice of channels
         *,
-        sums: Tensor,  # [2, candidates, C]: of G, G h
-        weight_gradient: Tensor,  # dL/dp [candidates]
+        sums: Tensor,  # [2, candidates, C]: of G, G u; where p is by image of p G, p G u
+        weight_gradient: Tensor | None,  # dL/dp [candidates], without affine; None: it is not wanted
     ) -> list[Launch]: ...
 
     def mix_tangent(
@@ -212,7 +246,7 @@ class Backend(Protocol):
         sources: Sequence[Source],
         adjoints: Sequence[Tensor],  # G of each, or Gd
         *,
-        sums: Tensor,  # [2, sources, C]: of G, G h
+        sums: Tensor,  # [2, sources, C]: of G, G u
     ) -> list[Launch]: ...
 
     def norm_tangent(
@@ -231,7 +265,7 @@ class Backend(Protocol):
         sources: Sequence[Source],
         readers: Sequence[Sequence[Reader]],  # of each source; may be none
         *,
-        out: Tensor,  # [sources, N, C, H, W]: the sum over readers of p B(G)
+        out: Tensor,  # [sources, N, C, H, W]: the sum over readers of gamma B(p G)
     ) -> list[Launch]: ...
 
     def fan_out_second(

@@ -376,15 +376,18 @@ class Sepconv(NamedTuple):
         expected = torch.stack([statistics_of(t.value) for t in y])
         r.compare_each("statistics", out_statistics.transpose(0, 1), expected.transpose(0, 1))
 
-        readers = self.readers(r, of)
+        readers, generator = self.readers(r, of), torch.Generator().manual_seed(7)
+        random = lambda: torch.randn(self.shape, generator=generator).bfloat16().double().to(r.device)  # noqa: E731
         adjoint = r.empty_images(len(x), self.shape)
         out_sums = r.empty(2, len(x), self.shape[1]) if self.norm else None
         k, c = w[0].pointwise.value.shape[:2]
         taps = max(kind.kernel**2 for kind in self.kinds)
         gradients = r.empty(len(tasks), c * (k + taps)) if self.gradients else None
-        r("sepconv_backward", sources, tasks, [second.first for second in readers],
+        terms = [[] if self.norm else [r.slice(random()), r.image(random())][: i + 1] for i in range(len(x))]
+        added = torch.stack([sum((t.double() for t in its), torch.zeros_like(x[0].value)) for its in terms])
+        r("sepconv_backward", sources, tasks, [second.first for second in readers], terms,
           adjoint=adjoint, sums=out_sums, gradients=gradients)  # fmt: skip
-        r.compare("H", adjoint, torch.stack([t.adjoint for t in h]))
+        r.compare("H", adjoint, added + torch.stack([t.adjoint for t in h]))
         if self.norm:
             expected = torch.stack([sums(t.adjoint, t.adjoint * t.value) for t in h], dim=1)
             r.compare_each("sums of H, H h", out_sums, expected)
@@ -408,8 +411,8 @@ class Sepconv(NamedTuple):
 
         adjoint = r.empty_images(len(x), self.shape)
         out_sums = r.empty(2, len(x), c) if self.norm else None
-        r("sepconv_second", sources, tasks, moved, readers, adjoint=adjoint, sums=out_sums)
-        r.compare("Hd", adjoint, torch.stack([t.second for t in h]))
+        r("sepconv_second", sources, tasks, moved, readers, terms, adjoint=adjoint, sums=out_sums)
+        r.compare("Hd", adjoint, added + torch.stack([t.second for t in h]))
         if self.norm:
             expected = torch.stack([sums(t.second, t.second * t.value) for t in h], dim=1)
             r.compare_each("sums of Hd, Hd h", out_sums, expected)
@@ -525,7 +528,7 @@ class Mix(NamedTuple):
 
         as_read = r.slice if "s" in kinds else r.image
         out_sums, gradient = r.empty(2, count, c), r.empty(count)
-        r("mix_backward", candidates, as_read(g.value), sums=out_sums, weight_gradient=gradient)
+        r("mix_backward", candidates, None, as_read(g.value), sums=out_sums, weight_gradient=gradient)
         first = torch.stack([sums(g.value, g.value * t.value) for t in h], dim=1)
         r.compare_each("sums of G, G h", out_sums, first)
         r.compare("dL/dp", gradient, p.adjoint)
@@ -648,6 +651,185 @@ class FanOut(NamedTuple):
         r("fan_out_second", sources, seconds, out=out)
         for i, (result, t) in enumerate(zip(out, x, strict=True)):
             r.compare(f"the second adjoint of source {i}", result, t.second)
+
+
+class Genotype(NamedTuple):
+    """The first two sweeps of a node of a genotype: halves of two sources with gamma and beta, whose outputs,
+    with gamma and beta, the node sums with a state as it is; and a tensor that two nodes read."""
+
+    shape: tuple[int, int, int, int]
+    kinds: tuple[Kind, ...]
+    stride: int = 1
+    outputs: int | None = None  # channels of a task; None: as many as come in
+    drop_path: bool = True  # each output has a weight for each image
+
+    def graph(self, device):
+        g, (n, c, *_) = Graph(8, device), self.shape
+        k = self.outputs or c
+        values, leaves = {}, []
+
+        def leaf(name, *shape, scale=1.0, shift=0.0):
+            values[name] = g.random(*shape, scale=scale, shift=shift).requires_grad_()
+            leaves.append(name)
+            return values[name]
+
+        def affine(name, y):
+            gamma_beta = leaf(f"affine {name}", 2, y.shape[1])
+            gamma_beta.data[0, 0] = 0.0  # of a channel that is off
+            return normalised(y) * gamma_beta[0, :, None, None] + gamma_beta[1, :, None, None]
+
+        def weighed(name, h):
+            values[f"w {name}"] = g.random(n, shift=1.0) if self.drop_path else torch.ones_like(h[:, 0, 0, 0])
+            return h * values[f"w {name}"][:, None, None, None]
+
+        def inner(name, t):
+            values[name] = t
+            t.retain_grad()
+            return t
+
+        h = [inner(f"h{i}", affine(f"x{i}", leaf(f"x{i}", *self.shape, scale=1.5, shift=i))) for i in (0, 1)]
+        total = 0
+        for i, (kernel, dilation, source, offset) in enumerate(self.kinds):
+            d, p = leaf(f"d{i}", c, 1, kernel, kernel, scale=0.4), leaf(f"p{i}", k, c, 1, 1, scale=0.4)
+            y = inner(
+                f"y{i}", half(h[source], Task(source, Weights(d, p), self.stride, dilation, offset), d, p)
+            )
+            total = total + weighed(f"y{i}", affine(f"y{i}", y))
+        z, shared = leaf("z", *y.shape), leaf("shared", *y.shape, scale=2, shift=1)
+        values["o"] = total + z
+        values["g"] = g.random(*y.shape, shift=0.25)
+        loss = (values["o"] * values["g"]).sum()
+        for j in (0, 1):
+            values[f"g{j}"] = g.random(*y.shape, shift=0.25)
+            loss = loss + (weighed(f"reader {j}", affine(f"reader {j}", shared)) * values[f"g{j}"]).sum()
+        loss.backward()
+        return {
+            name: Sweeps(t.detach(), t.grad if t.retains_grad or t.is_leaf else None, None, None)
+            for name, t in values.items()
+        }
+
+    def check(self, r, of):
+        value = {name: t.value for name, t in of.items()}
+        gradient = {name: t.adjoint for name, t in of.items()}
+        c, count = self.shape[1], len(self.kinds)
+        y = [value[f"y{i}"] for i in range(count)]
+        k, drop_path = y[0].shape[1], self.drop_path
+
+        def affine(name):
+            return r.numbers(value[f"affine {name}"])
+
+        def sources_of(names):
+            images = r.images([value[name] for name in names])
+            return [
+                Source(x, r.numbers(statistics_of(value[name])), affine(name))
+                for x, name in zip(images, names, strict=True)
+            ]
+
+        def weights(names):
+            """Of other entries, too, which are NaN."""
+            found = torch.full((len(names) + 1, self.shape[0]), float("nan"), dtype=torch.float64)
+            for i, name in enumerate(names):
+                found[i] = value[f"w {name}"]
+            return r.numbers(found)
+
+        sources = sources_of(["x0", "x1"])
+        out = r.empty_images(2, self.shape)
+        r("norm_forward", sources, out=out)
+        r.compare("h", out, torch.stack([value["h0"], value["h1"]]))
+
+        pairs = [Weights(value[f"d{i}"], value[f"p{i}"]) for i in range(count)]
+        tasks = [
+            Task(kind.source, r.weights(w), self.stride, kind.dilation, kind.offset)
+            for kind, w in zip(self.kinds, pairs, strict=True)
+        ]
+        out, statistics = r.empty_images(count, y[0].shape), r.empty(count, 3, k)
+        r("sepconv_forward", sources, tasks, y=out, statistics=statistics)
+        r.compare("y", out, torch.stack(y))
+
+        names = [f"y{i}" for i in range(count)]
+        candidates, of_paths = sources_of(names), weights(names) if drop_path else None
+        if drop_path:
+            of_paths[count] = 1.0
+        out = r.empty_slice(y[0].shape)
+        r("mix_forward", [*candidates, Source(r.image(value["z"]))], of_paths, outs=[out])
+        r.compare("o", out, value["o"])
+
+        out_sums, g = r.empty(2, count, k), r.slice(value["g"])
+        by_image = of_paths[:count] if drop_path else None
+        r("mix_backward", candidates, by_image, g, sums=out_sums, weight_gradient=None)
+        expected = torch.stack([gradient[f"affine {name}"].flip(0) for name in names], dim=1)
+        r.compare_each("the gradients of beta, gamma of y", out_sums, expected)
+
+        sums_of_y = r.numbers(expected)
+        of_outputs = [
+            Reader(s.x, s.statistics, i, g, sums_of_y, of_paths, s.affine[0])
+            for i, s in enumerate(candidates)
+        ]
+        adjoint, out_sums = r.empty_images(2, self.shape), r.empty(2, 2, c)
+        taps = max(kind.kernel**2 for kind in self.kinds)
+        gradients = r.empty(count, c * (k + taps))
+        r("sepconv_backward", sources, tasks, of_outputs, [(), ()],
+          adjoint=adjoint, sums=out_sums, gradients=gradients)  # fmt: skip
+        # The mask is on what the equation's h is before the convolution: dL/dh, of which autograd has that.
+        r.compare("H", adjoint, torch.stack([gradient["h0"], gradient["h1"]]))
+        expected = torch.stack([gradient[f"affine x{i}"].flip(0) for i in (0, 1)], dim=1)
+        r.compare_each("the gradients of beta, gamma of x", out_sums, expected)
+        for i, w in enumerate(pairs):
+            r.compare(f"dP {i}", gradients[i, : k * c], gradient[f"p{i}"].flatten())
+            found = gradients[i, k * c : k * c + w.depthwise.numel()]
+            r.compare(f"dD {i}", found, gradient[f"d{i}"].flatten())
+
+        names = ["reader 0", "reader 1"]
+        expected = torch.stack([gradient[f"affine {name}"].flip(0) for name in names], dim=1)
+        shared, of_paths = r.image(value["shared"]), weights(names) if drop_path else None
+        statistics, out_sums = r.numbers(statistics_of(value["shared"])), r.numbers(expected)
+        its = [
+            Reader(shared, statistics, j, r.slice(value[f"g{j}"]), out_sums, of_paths, affine(name)[0])
+            for j, name in enumerate(names)
+        ]
+        out = r.empty_images(1, shared.shape)
+        r("fan_out_backward", [Source(shared, statistics)], [its], out=out)
+        r.compare("the adjoint of what two nodes read", out[0], gradient["shared"])
+
+
+class Factorized(NamedTuple):
+    """A 1 x k convolution and a k x 1 one, which stride over columns and rows."""
+
+    shape: tuple[int, int, int, int]
+    stride: int
+
+    def graph(self, device):
+        g, c = Graph(9, device), self.shape[1]
+        x = g.random(*self.shape).requires_grad_()
+        first, second = (g.random(c, c, *kernel, scale=0.3).requires_grad_() for kernel in ((1, 5), (5, 1)))
+        middle = F.conv2d(x.relu(), first, None, (1, self.stride), (0, 2))
+        y = F.conv2d(middle, second, None, (self.stride, 1), (2, 0))
+        adjoint, p = g.random(*y.shape, shift=0.25), 0.75
+        (normalised(y) * adjoint).sum().mul(p).backward()
+        found = {"x": x, "first": first, "second": second, "middle": middle, "y": y, "g": adjoint}
+        return {
+            name: Sweeps(t.detach(), t.grad if t.is_leaf else None, None, None) for name, t in found.items()
+        }
+
+    def check(self, r, of):
+        value = {name: t.value for name, t in of.items()}
+        x, pair = r.image(value["x"]), (r.numbers(value["first"]), r.numbers(value["second"]))
+        middle, y = r.empty_image(value["middle"].shape), r.empty_image(value["y"].shape)
+        statistics = r.empty(3, self.shape[1])
+        r("convolution_forward", x, pair, self.stride, middle=middle, y=y, statistics=statistics)
+        r.compare("middle", middle, value["middle"])
+        r.compare("y", y, value["y"])
+        r.compare("statistics", statistics, statistics_of(value["y"]))
+        h, g = normalised(value["y"]), value["g"]
+        of_y = r.numbers(torch.stack([sums(g, g * h)], dim=1))
+        read = Reader(r.image(value["y"]), r.numbers(statistics_of(value["y"])), 0, r.slice(g), of_y,
+                      r.numbers(torch.tensor([0.75], dtype=torch.float64)))  # fmt: skip
+        adjoint, gradients = r.empty_image(self.shape), [torch.empty_like(w) for w in pair]
+        r("convolution_backward", x, pair, self.stride, r.image(value["middle"]), read,
+          adjoint=adjoint, gradients=tuple(gradients))  # fmt: skip
+        r.compare("dL/dx", adjoint, of["x"].adjoint)
+        for name, gradient in zip(("first", "second"), gradients, strict=True):
+            r.compare(f"the gradient of the {name} weight", gradient, of[name].adjoint)
 
 
 class Pool(NamedTuple):
@@ -787,6 +969,12 @@ CASES = {
     "pools, stride 2": Pool((2, 20, 4, 6), 2, readers=(0, 3)),
     "pools that nobody reads": Pool((1, 3, 4, 5), 1, readers=(0, 0)),
     "pools, read as they are": Pool((1, 3, 4, 5), 2, readers=(1, 2), read_as_it_is=True),
+    "genotype": Genotype((3, 4, 5, 6), (Kind(3), Kind(5, 2), Kind(3, source=1))),
+    "genotype, stride 2, no drop path": Genotype(
+        (2, 5, 7, 6), (Kind(3), Kind(5, source=1)), 2, outputs=6, drop_path=False
+    ),
+    "factorized convolution": Factorized((2, 3, 6, 7), 1),
+    "factorized convolution, stride 2": Factorized((2, 3, 6, 8), 2),
     "add": Add((2, 5, 3, 4), 3),
     "add two": Add((1, 20, 4, 4), 2),
 }
@@ -854,6 +1042,12 @@ MORE_CASES = (
         for stride in (1, 2)
     }
     | {f"add {shape}": Add(shape, 4) for shape in SHAPES}
+    | {
+        f"genotype {shape}, stride {stride}": Genotype(shape, TWO_SOURCES, stride)
+        for shape in SHAPES
+        if shape[1] > 1
+        for stride in (1, 2)
+    }
 )
 
 

@@ -182,7 +182,7 @@ def changed(found):
     else:
         step, network = found.train_step, found.network
         weights, generators, more = (
-            step.parameters,
+            [step.weights],
             [network.drop_path_generator],
             [network.drop_path_prob, step.average_share],
         )
@@ -246,6 +246,7 @@ def test_the_traffic_of_a_step_is_said():
     """By ATen's kernels; what is counted of the C++ ones is in test_native.py."""
     found, given = loop("training"), inputs("training", 1)
     with using(aten_backend):
+        found._take(**given)  # which makes what is made once
         with Traffic() as counted:
             found._take(**given)
         launches, moved = counted.total

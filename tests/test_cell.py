@@ -13,6 +13,7 @@ from darts_fast.kernels.cell import (
     FactorizedReduce,
     Half,
     Identity,
+    Norm,
     Parameter,
     Pool,
     Sweeps,
@@ -31,7 +32,7 @@ class Book:
 
     def norm(self, c):
         self.channels.append(c)
-        return len(self.channels) - 1
+        return Norm(len(self.channels) - 1)
 
     def pointwise(self, c, k):
         return Convolution((Half(None, self.parameter(k, c, 1, 1), self.norm(k)),))
@@ -137,9 +138,13 @@ MIXED = everything, one_pool, without_pools, convolutions
 
 def network(nodes, operations, reduction):
     """Two cells, the second of which may halve the image; images have 5 channels."""
-    book, c = Book(), 4
+    book, c, concat = Book(), 4, tuple(range(2, 2 + nodes))
     first = Cell(
-        c, (book.pointwise(5, c), book.pointwise(5, c)), search_edges(book, c, nodes, 1, operations), nodes, 0
+        c,
+        (book.pointwise(5, c), book.pointwise(5, c)),
+        search_edges(book, c, nodes, 1, operations),
+        concat,
+        0,
     )
     stride = 2 if reduction else 1
     k = 6
@@ -147,7 +152,7 @@ def network(nodes, operations, reduction):
         k,
         (book.pointwise(5, k), book.pointwise(nodes * c, k)),
         search_edges(book, k, nodes, stride, operations),
-        nodes,
+        concat,
         int(reduction),
     )
     third = Cell(
@@ -162,7 +167,7 @@ def network(nodes, operations, reduction):
             for node in range(nodes)
             for source in range(2 + node)
         ),
-        nodes,
+        concat,
         2,
     )
     return book, [first, second, third]
@@ -175,7 +180,7 @@ def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
     torch.manual_seed(0)
     book, data = network(nodes, operations, reduction)
     shape = 2, 5, 8, 6
-    plan = Plan(data, shape, torch.float64, book.size, book.channels, True, Blocks(torch.device("cpu")), aten)
+    plan = Plan(data, [shape], torch.float64, book.size, book.channels, 2, Blocks(torch.device("cpu")), aten)
     lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in data}
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()
@@ -203,7 +208,7 @@ def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
 def test_every_weight_has_one_gradient():
     """In a network with every operation, no two weights are given the same place among the gradients."""
     book, data = network(3, everything, True)
-    sweeps = Sweeps(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True)
+    sweeps = Sweeps(data, [(2, 5, 8, 8)], torch.float64, book.size, book.channels, 2)
     order = sweeps.gradient_order()
     assert order.shape == (book.size,) and order.unique().numel() == book.size
 
@@ -211,10 +216,10 @@ def test_every_weight_has_one_gradient():
 def test_sizes_that_cannot_be_halved():
     book, data = network(1, everything, True)
     with pytest.raises(ValueError, match="a 7x8 image cannot be halved"):
-        Sweeps(data, (2, 5, 7, 8), torch.float64, book.size, book.channels, True)
+        Sweeps(data, [(2, 5, 7, 8)], torch.float64, book.size, book.channels, 2)
 
 
 def test_a_single_value_a_channel():
     book, data = network(1, convolutions, False)
     with pytest.raises(ValueError, match="more than one value a channel"):
-        Sweeps(data, (1, 5, 1, 1), torch.float64, book.size, book.channels, True)
+        Sweeps(data, [(1, 5, 1, 1)], torch.float64, book.size, book.channels, 2)

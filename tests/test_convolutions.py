@@ -35,11 +35,14 @@ def test_convolutions_stay_within_their_memory(instructions):
 
 def every_operation():
     """Forward, backward and second backward pass of all that the networks convolve by, at few channels and in
-    both memory layouts; and the first two of the same by the kernels of ATen. Prints each before it runs."""
+    both memory layouts; and the first two of a cell of the same by the kernels of ATen. Prints each before it
+    runs."""
     import torch
     from torch import nn
 
-    from darts_fast.fused import operation_on_kernels
+    from darts_fast import Genotype
+    from darts_fast.derived import DerivedCell
+    from darts_fast.fused import FusedDerivedCells
     from darts_fast.kernels import aten
     from darts_fast.kernels.backends import using
     from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
@@ -63,9 +66,22 @@ def every_operation():
                 operands = [x, *module.parameters()]
                 gradients = torch.autograd.grad(module(x).pow(3).sum(), operands, create_graph=True)
                 torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), operands)
-                if not name.startswith("stem"):
-                    with using(aten):
-                        operation_on_kernels(module, x, []).sum().backward()
+
+    for channels in (1, 2, 3, 4, 5, 6, 7, 8, 12):
+        for name in [name for name, primitive in PRIMITIVES.items() if "conv" in primitive.kind]:
+            for reduction in (False, True):
+                print(f"{name} on kernels, {channels} channels, reduction: {reduction}", flush=True)
+                gene, previous_reduction = [[(name, 0), (name, 1)]], channels % 2 == 0
+                genotype = Genotype(gene, [2], gene, [2])
+                cell = DerivedCell(
+                    genotype, channels, channels, channels, reduction, previous_reduction, False
+                )
+                halved, whole = (torch.randn(2, channels, side, side, requires_grad=True) for side in (8, 16))
+                weights = torch.cat([p.flatten() for p in cell.parameters()])
+                inputs = [whole if previous_reduction else halved, halved]
+                with using(aten):
+                    (y,) = FusedDerivedCells([cell])(inputs, weights, torch.float32, None, [0])
+                    y.pow(3).sum().backward()
 
 
 if __name__ == "__main__":

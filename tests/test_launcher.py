@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from darts_fast import kernels
 from darts_fast.config import SearchConfig, TrainConfig
 from darts_fast.datasets import read_data
 from darts_fast.loop import Loop
@@ -27,10 +26,10 @@ import cuda_stand_in  # noqa: E402
 import triton.compiler  # noqa: E402
 
 from darts_fast.kernels import triton as kernels_in_triton  # noqa: E402
-from darts_fast.kernels.backends import collected, using  # noqa: E402
+from darts_fast.kernels.backends import using  # noqa: E402
 from darts_fast.kernels.triton import compilation  # noqa: E402
 from darts_fast.kernels.triton.launch import Launch  # noqa: E402
-from darts_fast.kernels.types import launches  # noqa: E402
+from darts_fast.kernels.types import Call, images, launches  # noqa: E402
 
 LACKING = compilation.missing_for_launches()
 # Triton compiles its launcher with the host's compiler and Python's headers, here as on a GPU.
@@ -139,6 +138,11 @@ def runs() -> Iterator[Loop]:
     yield Training(training, read_data(training, (images, labels, images, labels)))
 
 
+def addition(device: str) -> Call:
+    x, out = images(2, (2, 4, 8, 8), torch.float32, device)
+    return Call("add", {"terms": (x, x)}, {"out": out})
+
+
 def count(calls: Path) -> int:
     return len(calls.read_text().splitlines())
 
@@ -148,17 +152,14 @@ def compiled_ahead() -> None:
     driver, and by the launch. The compiler is a script that notes its calls."""
     calls = Path(os.environ["CC"]).with_name("calls")
     calls.touch()
-    with collected() as pool, torch.device("meta"):
-        kernels.pool(torch.zeros(2, 4, 8, 8), 1)
-    planned = list(launches(kernels_in_triton, pool))
+    planned = list(launches(kernels_in_triton, [addition("meta")]))
     errors = compilation.compile_ahead(planned, [80], 1, lambda *result: result[-1], launchers=True)
     assert list(errors) == [""]
     ahead = count(calls)
     records: list[cuda_stand_in.Record] = []
     cuda_stand_in.install(records.append)
     loaded = count(calls)
-    with using(kernels_in_triton):
-        kernels.pool(torch.zeros(2, 4, 8, 8), 1)
+    kernels_in_triton.program([addition("cpu")])()
     assert len(records) == 1
     print(ahead, loaded - ahead, count(calls) - loaded)
 

@@ -40,7 +40,11 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.parametrize("name", [*sweeps.CASES, *LARGE_CASES])
+# Factorized convolutions are ATen's, whose sums are cut by the number of threads.
+OWN_CASES = [name for name in sweeps.CASES if not name.startswith("factorized convolution")]
+
+
+@pytest.mark.parametrize("name", [*OWN_CASES, *LARGE_CASES])
 def test_the_bits_do_not_depend_on_the_number_of_threads(name, monkeypatch):
     """The results of one thread are right; those of others are the same."""
     monkeypatch.setattr(native, "threads", torch.get_num_threads)  # whatever a quota says
@@ -203,10 +207,10 @@ def test_the_bytes_that_are_counted():
     assert counted(found) == [size(x, y, y, *task.weights)]
     written = {"adjoint": out[None], "sums": None, "gradients": None}
     reader = Reader(y, statistics[0], 0, adjoint, sums, None)
-    found = native.sepconv_backward([Source(x)], [task], [reader], **written)
+    found = native.sepconv_backward([Source(x)], [task], [reader], [()], **written)
     assert counted(found) == [size(x, y, statistics, adjoint, sums, out, *task.weights)]
     reader = Reader(y, None, 0, adjoint, None, None)
-    found = native.sepconv_backward([Source(x)], [task], [reader], **written)
+    found = native.sepconv_backward([Source(x)], [task], [reader], [()], **written)
     assert counted(found) == [size(x, adjoint, out, *task.weights)]
     weights, read = torch.empty(2), [Source(x), Source(x)]
     assert counted(native.mix_forward(read, weights, outs=[out])) == [size(x, weights, out)]

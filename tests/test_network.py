@@ -24,7 +24,7 @@ def setting(monkeypatch):
     monkeypatch.setattr(Blocks, "take", poisoned)
     torch.manual_seed(0)
     book, data = network(2, everything, True)
-    plan = Plan(data, SHAPE, torch.float64, book.size, book.channels, True, Blocks(torch.device("cpu")), aten)
+    plan = Plan(data, [SHAPE], torch.float64, book.size, book.channels, 2, Blocks(torch.device("cpu")), aten)
     lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in data}
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()
@@ -186,7 +186,7 @@ def test_evaluation_is_not_differentiated(setting):
     plan, x, weights, p = setting
     book, data = network(2, everything, True)
     evaluation = Plan(
-        data, SHAPE, torch.float64, book.size, book.channels, False, Blocks(torch.device("cpu")), aten
+        data, [SHAPE], torch.float64, book.size, book.channels, 0, Blocks(torch.device("cpu")), aten
     )
     constants = torch.ones(3, sum(book.channels), dtype=torch.float64)
     with pytest.raises(RuntimeError, match="in training mode only"):

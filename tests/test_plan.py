@@ -58,7 +58,7 @@ def test_reading_what_nothing_wrote_raises():
 def plan():
     book, data = network(3, everything, True)
     blocks = Blocks(torch.device("cpu"))
-    return Plan(data, (2, 5, 8, 8), torch.float64, book.size, book.channels, True, blocks, aten)
+    return Plan(data, [(2, 5, 8, 8)], torch.float64, book.size, book.channels, 2, blocks, aten)
 
 
 def test_buffers_that_are_alive_together_do_not_overlap(plan):
@@ -110,7 +110,7 @@ def test_blocks_are_used_again():
 
 def test_launches_are_counted_without_running():
     book, data = network(1, everything, False)
-    sweeps = Sweeps(data, (2, 5, 8, 8), torch.float32, book.size, book.channels, True)
+    sweeps = Sweeps(data, [(2, 5, 8, 8)], torch.float32, book.size, book.channels, 2)
     found = list(launches(aten, sweeps.calls["forward"]))
     assert [launch.name for launch in found] == [call.function for call in sweeps.calls["forward"]]
     pool = next(launch for launch in found if launch.name == "pool_forward")

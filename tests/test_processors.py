@@ -10,6 +10,7 @@ import torch
 
 from darts_fast.kernels import native
 from darts_fast.kernels.processors import processors, quota, threads
+from darts_fast.kernels.types import Call, images
 from darts_fast.loop import within_quota
 
 V1 = {"cpu/c/cpu.cfs_quota_us": "150000\n", "cpu/c/cpu.cfs_period_us": "100000\n"}
@@ -81,7 +82,8 @@ def test_a_sweep_has_no_more_threads_than_the_quota(three, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(native.loaded(), "darts_sweep", lambda records, count, threads: made.append(threads))
-    native.program([])()
+    x, out = images(2, (1, 4, 2, 2), torch.float32)
+    native.program([Call("add", {"terms": (x, x)}, {"out": out})])()
     assert made == [3]
 
 

@@ -184,8 +184,8 @@ def test_label_smoothing_is_that_of_the_paper(data):
     norm = torch.stack([g.norm() for g in expected]).norm()
     loss, *_ = step.take(images, labels)
     assert relative_error(loss, (parts[0] + 0.4 * parts[1]).detach()) < 1e-12
-    for p, g in zip(step.parameters, expected, strict=True):
-        assert relative_error(p.grad, g * min(1, 5 / (norm + 1e-6))) < 1e-9
+    for found, g in zip(step.gradients, expected, strict=True):
+        assert relative_error(found, g * min(1, 5 / (norm + 1e-6))) < 1e-9
 
 
 def test_the_moving_average_is_that_of_the_steps(data, in_tmp, signal_at):

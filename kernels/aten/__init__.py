@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from darts_fast.kernels.aten.convolution import convolution_backward, convolution_forward
 from darts_fast.kernels.aten.mix import (
     add,
     fan_out_backward,

@@ -18,8 +18,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1]"""
-    return x[None, :, None, None]
+    """[C] or, by image, [N, C] -> [1 or N, C, 1, 1]"""
+    return x[..., None, None] if x.dim() == 2 else x[None, :, None, None]
 
 
 def statistics_of(y: Tensor) -> Tensor:
@@ -36,11 +36,13 @@ def normalise(source: Source) -> Tensor:
     x = wide(source.x)
     if source.statistics is None:
         return x
-    return F.batch_norm(x, source.statistics[0], source.statistics[1], training=False, eps=EPSILON)
+    gamma, beta = (None, None) if source.affine is None else source.affine
+    mean, variance, _ = source.statistics
+    return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=EPSILON)
 
 
 def sums_with(g: Tensor, source: Source) -> Tensor:
-    """Returns the sums of g and of g h per channel, [2, C], without writing the product g h: the gradients of
+    """Returns the sums of g and of g u per channel, [2, C], without writing the product g u: the gradients of
     a bias and of a weight of the batch norm."""
     x = wide(source.x)
     one = x.new_ones(x.shape[1])  # the weight: on CUDA, ATen returns no gradient of one that is None
@@ -69,7 +71,8 @@ def normalise_tangent(tangent: Tensor, source: Source, sums: Tensor | None) -> T
 
 
 class Terms(NamedTuple):
-    """A sum `constant + y_factor y + factor x + ...`, of which the constant and all factors are [C]."""
+    """A sum `constant + y_factor y + factor x + ...`, of which the constant and all factors are [C]; a factor
+    may be by image, [N, C]."""
 
     others: list[tuple[Tensor, Tensor]]  # x, factor
     constant: Tensor | None = None  # None: the sum has neither a constant nor y
@@ -77,14 +80,17 @@ class Terms(NamedTuple):
 
 
 def first_terms(reader: Reader) -> Terms:
-    """Returns p B(G), see `types.Reader`."""
+    """Returns gamma B(p G), see `types.Reader`."""
     g = wide(reader.adjoint)
     p = g.new_ones(()) if reader.weights is None else reader.weights[reader.index]
     if reader.statistics is None:
-        return Terms([(g, p.expand(g.shape[1]))])
+        return Terms([(g, p[..., None].expand(*p.shape, g.shape[1]))])
     mean, _, r = reader.statistics
     g_mean, s = reader.sums[:, reader.index] / (g.numel() / g.shape[1])
-    return _with_h([(g, p * r)], -p * r * g_mean, -p * r * s, mean, r)
+    scale = r if reader.gamma is None else r * reader.gamma
+    if p.dim():  # by image: the sums are of p G
+        return _with_h([(g, p[:, None] * scale)], -scale * g_mean, -scale * s, mean, r)
+    return _with_h([(g, p * scale)], -p * scale * g_mean, -p * scale * s, mean, r)
 
 
 def second_terms(reader: SecondReader) -> Terms:

@@ -17,20 +17,26 @@ from darts_fast.kernels.aten.batch_norm import (
     wide,
 )
 from darts_fast.kernels.aten.launch import as_launch
-from darts_fast.kernels.types import Reader, SecondReader, Source
+from darts_fast.kernels.types import Reader, SecondReader, Source, accumulator
 
 # A node: o = sum over candidates k of p_k h_k.
 
 
 @as_launch
-def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> None:
-    constant, factors = weights.new_zeros(1, 1, 1, 1), []
-    for candidate, p in zip(candidates, weights, strict=True):
-        factors.append(p)
+def mix_forward(candidates: Sequence[Source], weights: Tensor | None, *, outs: Sequence[Tensor]) -> None:
+    like, factors = outs[0], []
+    constant = torch.zeros(1, 1, 1, 1, dtype=accumulator(like.dtype), device=like.device)
+    for k, candidate in enumerate(candidates):
+        p = constant.new_ones(1) if weights is None else weights[k][..., None]
+        scale = shift = None
         if candidate.statistics is not None:
             mean, _, r = candidate.statistics
-            constant = constant - per_channel(p * r * mean)
-            factors[-1] = per_channel(p * r)
+            scale, shift = p * r, -p * r * mean
+            if candidate.affine is not None:
+                gamma, beta = candidate.affine
+                scale, shift = scale * gamma, shift * gamma + p * beta
+            constant = constant + per_channel(shift)
+        factors.append(per_channel(p if scale is None else scale))
     total = torch.addcmul(constant, wide(candidates[0].x), factors[0])
     for candidate, factor in zip(candidates[1:], factors[1:], strict=True):
         total.addcmul_(wide(candidate.x), factor)
@@ -40,12 +46,18 @@ def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence
 
 @as_launch
 def mix_backward(
-    candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
+    candidates: Sequence[Source],
+    weights: Tensor | None,
+    adjoint: Tensor,
+    *,
+    sums: Tensor,
+    weight_gradient: Tensor | None,
 ) -> None:
     g = wide(adjoint)
     for k, candidate in enumerate(candidates):
-        sums[:, k] = sums_with(g, candidate)
-    torch.sum(sums[1], 1, out=weight_gradient)
+        sums[:, k] = sums_with(g if weights is None else g * weights[k][:, None, None, None], candidate)
+    if weight_gradient is not None:
+        torch.sum(sums[1], 1, out=weight_gradient)
 
 
 @as_launch

@@ -42,6 +42,7 @@ def sepconv_backward(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     readers: Sequence[Reader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
@@ -68,7 +69,7 @@ def sepconv_backward(
                     gradient = depthwise_weight_gradient(z, planes, d, task)
                     row[p.numel() : p.numel() + d.numel()].view_as(d).copy_(gradient)
             total = depthwise_adjoint(z, d, task, a, total)
-        _write_adjoint(total, a, source, number, adjoint, sums)
+        _write_adjoint(total, a, source, number, terms[number], adjoint, sums)
 
 
 @as_launch
@@ -106,6 +107,7 @@ def sepconv_second(
     tasks: Sequence[Task],
     weight_tangents: Sequence[Weights],
     readers: Sequence[SecondReader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
@@ -125,7 +127,7 @@ def sepconv_second(
             total = depthwise_adjoint(zd, d, task, a, total)
             if d is not None:
                 total = depthwise_adjoint(pointwise_adjoint(y, p), dd, task, a, total)
-        _write_adjoint(total, a, source, number, adjoint, sums)
+        _write_adjoint(total, a, source, number, terms[number], adjoint, sums)
 
 
 def _destinations(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, slice]]:
@@ -137,7 +139,7 @@ def _destinations(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, s
 def _of_channels(reader: Reader | SecondReader, channels: slice) -> Reader | SecondReader:
     """Returns the reader for these channels alone."""
     parts = {
-        name: value[..., channels] if name in ("statistics", "sums", "tangent_sums") else value[:, channels]
+        name: value[:, channels] if value.dim() == 4 else value[..., channels]
         for name, value in reader._asdict().items()
         if isinstance(value, Tensor) and name != "weights"
     }
@@ -147,10 +149,18 @@ def _of_channels(reader: Reader | SecondReader, channels: slice) -> Reader | Sec
 
 
 def _write_adjoint(
-    total: Tensor, a: Tensor, source: Source, number: int, adjoint: Tensor, sums: Tensor | None
+    total: Tensor,
+    a: Tensor,
+    source: Source,
+    number: int,
+    terms: Sequence[Tensor],
+    adjoint: Tensor,
+    sums: Tensor | None,
 ) -> None:
-    """Writes [h > 0] total for the source of this number, and its sums; `total` is overwritten."""
+    """Writes [h > 0] total + terms for the source of this number, and its sums; `total` is overwritten."""
     aten.threshold_backward.grad_input(total, a, 0, grad_input=total)
+    for term in terms:
+        total.add_(term)
     adjoint[number].copy_(total)
     if sums is not None:
         sums[:, number] = sums_with(total, source)

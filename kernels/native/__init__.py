@@ -8,9 +8,12 @@ Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 
+from darts_fast.kernels.aten.convolution import convolution_backward, convolution_forward
+from darts_fast.kernels.aten.launch import AtenLaunch
 from darts_fast.kernels.native.library import (
     LEVELS,
     absence,
@@ -39,14 +42,14 @@ from darts_fast.kernels.native.sepconv import (
     sepconv_second,
     sepconv_tangent,
 )
-from darts_fast.kernels.native.table import Record, Table, size_of
+from darts_fast.kernels.native.table import Launch, Record, Table, size_of
 from darts_fast.kernels.processors import threads
 from darts_fast.kernels.types import Call, launches
 
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
-    """Returns a function that runs the calls one after the other, in one call of C++; under PyTorch's
-    profiler in one each, so that its trace has them by name.
+    """Returns a function that runs the calls one after the other, in one call of C++, but where ATen computes
+    between; under PyTorch's profiler in one each, so that its trace has them by name.
 
     Raises:
         TypeError: a tensor is not on the CPU.
@@ -57,16 +60,30 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
     library = loaded()
-    records = Table([Record(address_of(library, launch.name), launch.call.address) for launch in found])
+    # What C++ runs in a row, as a table and its launches; or one launch of ATen.
+    parts: list[tuple[Table, list[Launch]] | AtenLaunch] = []
+    for of_aten, group in groupby(found, lambda launch: isinstance(launch, AtenLaunch)):
+        if of_aten:
+            parts += group
+            continue
+        run = list(group)
+        records = [Record(address_of(library, launch.name), launch.call.address) for launch in run]
+        parts.append((Table(records), run))
 
+    @torch.no_grad()
     def run() -> None:
-        count = threads()
-        if not torch.autograd._profiler_enabled():
-            library.darts_sweep(records.address, records.count, count)
-            return
-        for i, launch in enumerate(found):
-            with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", launch.tensors):
-                library.darts_sweep(records.address + i * size_of(Record), 1, count)
+        count, profiled = threads(), torch.autograd._profiler_enabled()
+        for part in parts:
+            if isinstance(part, AtenLaunch):
+                part.run()
+                continue
+            records, of_part = part
+            if not profiled:
+                library.darts_sweep(records.address, records.count, count)
+                continue
+            for i, launch in enumerate(of_part):
+                with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", launch.tensors):
+                    library.darts_sweep(records.address + i * size_of(Record), 1, count)
 
     run.launches = found  # which keep their tables and tensors
     return run

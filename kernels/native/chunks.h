@@ -15,4 +15,16 @@ struct Chunks {
   int64_t last(int64_t chunk, int64_t m) const { return (chunk + 1) * pixels < m ? (chunk + 1) * pixels : m; }
 };
 
+// Calls body(image, first pixel, behind the last one) for these pixels: image by image where something is by image,
+// else at once, as if they were all of image 0.
+template <class Body>
+INLINE void for_images(bool by_image, int64_t pixels, int64_t first, int64_t last, const Body& body) {
+  if (!by_image) return body(int64_t(0), first, last);
+  for (int64_t image = first / pixels; first < last; ++image) {
+    int64_t end = (image + 1) * pixels < last ? (image + 1) * pixels : last;
+    body(image, first, end);
+    first = end;
+  }
+}
+
 }  // namespace

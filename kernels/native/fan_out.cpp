@@ -48,6 +48,14 @@ void fan_out(const FanOut& q, Team& team) {
           const Reader& reader = tensor.readers[k];
           const Matrix g = SECOND ? reader.second : reader.adjoint, before = reader.adjoint;
           V of_g = factor(k, OF_G);
+          if (!SECOND && by_image(reader.weight)) {
+            for_images(true, q.pixels, first, last, [&](int64_t image, int64_t from, int64_t to) {
+              V scale = weight_of(reader.weight, image) * of_g;
+              for (int64_t j = from; j < to; ++j)
+                store(lanes, out + j * q.c, load(lanes, out + j * q.c) + scale * load_ahead(lanes, g.row(j) + i));
+            });
+            continue;
+          }
           if (normalised && SECOND) {
             V of_first = factor(k, OF_FIRST);
             for (int64_t j = first; j < last; ++j)
@@ -65,7 +73,7 @@ void fan_out(const FanOut& q, Team& team) {
 
 }  // namespace
 
-// The adjoint of every tensor: the sum over its readers of p B(G)
+// The adjoint of every tensor: the sum over its readers of gamma B(p G)
 extern "C" void darts_fan_out_backward(const void* table, Team& team) {
   fan_out<false>(*static_cast<const FanOut*>(table), team);
 }

@@ -20,7 +20,8 @@ struct Norms {
   }
 };
 
-INLINE float weight_of(const Candidate& candidate) { return candidate.weight ? *candidate.weight : 1.f; }
+// Whether p is by image: of all candidates or of none
+inline bool by_image(const Mix& q) { return by_image(q.candidates[0].weight); }
 
 // A chunk of the node, or of its tangent, which one thread sums: in an output that is no slice of channels, if there
 // is one, else in memory of the thread. At the end it is copied into the other outputs, from the cache.
@@ -63,8 +64,8 @@ double sum_of_g_hd(const Mix& q, int64_t k) {
   return total;
 }
 
-// Writes the sums over pixels of g and g h, where g is the call's adjoint; and the gradient of each weight, which is
-// the sum of g h over channels, too, and in the second backward sweep of G hd.
+// Writes the sums over pixels of g and g u, where g is the call's adjoint, times p where that is by image; and the
+// gradient of each weight, which is the sum of g h over channels, too, and in the second backward sweep of G hd.
 void adjoint_sums(const Mix& q, Team& team) {
   Norms norms(q);
   Chunks chunks(q);
@@ -73,22 +74,28 @@ void adjoint_sums(const Mix& q, Team& team) {
   team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     for_channels(q.c, [&](auto lanes, int64_t i) {
-      float* into = partial + chunk * width + i;
       const float* g = q.adjoint.data + i;
-      V sum = {};
-      for (int64_t j = first; j < last; ++j) sum += load(lanes, g + j * row);
-      for (int64_t k = 0; k < q.count; ++k, into += 2 * q.c) {
-        const float* y = q.candidates[k].y + i;
-        V mean = load(lanes, norms.mean + k * q.c + i), even = {}, odd = {};
-        int64_t j = first;
-        for (; j + 2 <= last; j += 2) {
-          even += load(lanes, g + j * row) * (load_ahead(lanes, y + j * q.c) - mean);
-          odd += load(lanes, g + (j + 1) * row) * (load_ahead(lanes, y + (j + 1) * q.c) - mean);
+      float* start = partial + chunk * width + i;
+      for (float* into = start; into < start + width; into += q.c) store(lanes, into, V{});
+      for_images(by_image(q), q.pixels, first, last, [&](int64_t image, int64_t from, int64_t to) {
+        float* into = start;
+        V sum = {};
+        for (int64_t j = from; j < to; ++j) sum += load(lanes, g + j * row);
+        for (int64_t k = 0; k < q.count; ++k, into += 2 * q.c) {
+          const float* y = q.candidates[k].y + i;
+          V mean = load(lanes, norms.mean + k * q.c + i), even = {}, odd = {};
+          int64_t j = from;
+          for (; j + 2 <= to; j += 2) {
+            even += load(lanes, g + j * row) * (load_ahead(lanes, y + j * q.c) - mean);
+            odd += load(lanes, g + (j + 1) * row) * (load_ahead(lanes, y + (j + 1) * q.c) - mean);
+          }
+          if (j < to) even += load(lanes, g + j * row) * (load(lanes, y + j * q.c) - mean);
+          float p = by_image(q) ? weight_of(q.candidates[k].weight, image) : 1.f;
+          V with_u = (even + odd) * load(lanes, norms.r + k * q.c + i);
+          store(lanes, into + SUM_G * q.c, load(lanes, into + SUM_G * q.c) + p * sum);
+          store(lanes, into + SUM_G_H * q.c, load(lanes, into + SUM_G_H * q.c) + p * with_u);
         }
-        if (j < last) even += load(lanes, g + j * row) * (load(lanes, y + j * q.c) - mean);
-        store(lanes, into + SUM_G * q.c, sum);
-        store(lanes, into + SUM_G_H * q.c, (even + odd) * load(lanes, norms.r + k * q.c + i));
-      }
+      });
     });
   });
   const double* totals = over_parts(partial, chunks.count, width, of_call);
@@ -111,33 +118,43 @@ extern "C" void darts_mix_forward(const void* table, Team& team) {
   of_call.reset();
   Norms norms(q);
   Chunks chunks(q);
-  float* scale = of_call.take(q.count * q.c);
+  float *scale = of_call.take(q.count * q.c), *shift = of_call.zeros(q.count * q.c);
   for (int64_t k = 0; k < q.count; ++k)
-    for (int64_t i = 0; i < q.c; ++i) scale[k * q.c + i] = weight_of(q.candidates[k]) * norms.r[k * q.c + i];
+    for (int64_t i = 0; i < q.c; ++i) {
+      const Matrix& affine = q.candidates[k].affine;
+      scale[k * q.c + i] = affine.data ? norms.r[k * q.c + i] * affine.row(0)[i] : norms.r[k * q.c + i];
+      if (affine.data) shift[k * q.c + i] = affine.row(1)[i];
+    }
   team.each(chunks.count, [&](int64_t chunk) {
     int64_t first = chunk * chunks.pixels, last = chunks.last(chunk, q.m);
     Node node(q, first, last);
-    for (int64_t k = 0; k < q.count; k += 4) {  // four at a time, for a fourth of the loads and stores of the node
-      int64_t n = q.count - k < 4 ? q.count - k : 4;
-      for_channels(q.c, [&](auto lanes, int64_t i) {
-        const float* y[4];
-        V s[4], mean[4];  // the mean is subtracted first: one offset for all would cancel, and lose digits
-        for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first one again, times 0
-          y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
-          s[l] = l < n ? load(lanes, scale + (k + l) * q.c + i) : V{};
-          mean[l] = l < n ? load(lanes, norms.mean + (k + l) * q.c + i) : V{};
-        }
-        for (int64_t j = first; j < last; ++j) {
-          float* out = node.at(j) + i;
-          V sum = k == 0 ? V{} : load(lanes, out);
-          sum += s[0] * (load_ahead(lanes, y[0] + j * q.c) - mean[0]);
-          if (n > 1) sum += s[1] * (load_ahead(lanes, y[1] + j * q.c) - mean[1]);
-          if (n > 2) sum += s[2] * (load_ahead(lanes, y[2] + j * q.c) - mean[2]);
-          if (n > 3) sum += s[3] * (load_ahead(lanes, y[3] + j * q.c) - mean[3]);
-          store(lanes, out, sum);
-        }
-      });
-    }
+    for_images(by_image(q), q.pixels, first, last, [&](int64_t image, int64_t from, int64_t to) {
+      for (int64_t k = 0; k < q.count; k += 4) {  // four at a time, for a fourth of the loads and stores of the node
+        int64_t n = q.count - k < 4 ? q.count - k : 4;
+        for_channels(q.c, [&](auto lanes, int64_t i) {
+          const float* y[4];
+          V s[4], mean[4], one = {};  // the mean is subtracted first: as a part of `one` it would cancel, and lose digits
+          for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first one again, times 0
+            y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
+            s[l] = mean[l] = V{};
+            if (l >= n) continue;
+            float p = weight_of(q.candidates[k + l].weight, image);
+            s[l] = p * load(lanes, scale + (k + l) * q.c + i);
+            mean[l] = load(lanes, norms.mean + (k + l) * q.c + i);
+            one += p * load(lanes, shift + (k + l) * q.c + i);
+          }
+          for (int64_t j = from; j < to; ++j) {
+            float* out = node.at(j) + i;
+            V sum = k == 0 ? one : load(lanes, out) + one;
+            sum += s[0] * (load_ahead(lanes, y[0] + j * q.c) - mean[0]);
+            if (n > 1) sum += s[1] * (load_ahead(lanes, y[1] + j * q.c) - mean[1]);
+            if (n > 2) sum += s[2] * (load_ahead(lanes, y[2] + j * q.c) - mean[2]);
+            if (n > 3) sum += s[3] * (load_ahead(lanes, y[3] + j * q.c) - mean[3]);
+            store(lanes, out, sum);
+          }
+        });
+      }
+    });
   });
 }
 
@@ -174,7 +191,7 @@ extern "C" void darts_mix_tangent(const void* table, Team& team) {
     for (int64_t k = 0; k < q.count; ++k) {
       const Candidate& candidate = q.candidates[k];
       for_channels(q.c, [&](auto lanes, int64_t i) {
-        V scale = weight_of(candidate) * load(lanes, norms.r + k * q.c + i);
+        V scale = weight_of(candidate.weight, 0) * load(lanes, norms.r + k * q.c + i);
         float* out = node.at(first) - first * q.c;
         if (products[k]) {
           V product = {};

@@ -5,20 +5,38 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from darts_fast.kernels.native import table
-from darts_fast.kernels.native.table import Launch, Table, image, numbers, pixels, read_of, reader, rows
+from darts_fast.kernels.native.table import (
+    Launch,
+    Table,
+    image,
+    numbers,
+    pixels,
+    read_of,
+    reader,
+    rows,
+    weight,
+)
 from darts_fast.kernels.types import Reader, SecondReader, Source, tensors
 
 # A node
 
 
-def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> list[Launch]:
+def mix_forward(
+    candidates: Sequence[Source], weights: Tensor | None, *, outs: Sequence[Tensor]
+) -> list[Launch]:
     return [_mix("mix_forward", candidates, weights, outs=outs)]
 
 
 def mix_backward(
-    candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
+    candidates: Sequence[Source],
+    weights: Tensor | None,
+    adjoint: Tensor,
+    *,
+    sums: Tensor,
+    weight_gradient: Tensor | None,
 ) -> list[Launch]:
-    return [_mix("mix_backward", candidates, adjoint=adjoint, sums=sums, weight_gradient=weight_gradient)]
+    writes = {"sums": sums, "weight_gradient": weight_gradient}
+    return [_mix("mix_backward", candidates, weights, adjoint=adjoint, **writes)]
 
 
 def mix_tangent(
@@ -99,7 +117,8 @@ def _mix(
             table.Candidate(
                 y=image(candidate.x),
                 statistics=rows(candidate.statistics),
-                weight=numbers(None if weights is None else weights[k]),
+                affine=rows(candidate.affine),
+                weight=weight(weights, k),
                 tangent=image(tangents and tangents[k]),
             )
             for k, candidate in enumerate(candidates)
@@ -111,6 +130,7 @@ def _mix(
         count=of_candidates.count,
         m=n * height * width,
         c=c,
+        pixels=height * width,
         adjoint=pixels(adjoint),
         outs=of_outs.address,
         n_outs=of_outs.count,
@@ -156,8 +176,11 @@ def _fan_out(
             for source, of_source, adjoint in zip(sources, of_readers, out, strict=True)
         ]
     )
-    c = out.shape[2]
-    call = table.FanOut(of_shared.address, of_shared.count, m=out[0].numel() // c, c=c)
+    _, n, c, height, width = out.shape
+    pixels_of_image = height * width
+    call = table.FanOut(
+        of_shared.address, of_shared.count, m=n * pixels_of_image, c=c, pixels=pixels_of_image
+    )
     read = [read_of(read) for of_source in readers for read in of_source]
     return [Launch(name, list(tensors([read, out])), Table([call]), [of_shared, *of_readers])]
 

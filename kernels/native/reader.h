@@ -1,10 +1,12 @@
-// The adjoint of a tensor y, computed from the adjoint G of its batch norm: p B(G), and in the second sweep its
-// derivative along v. Both are sums of tensors with a factor for each channel:
+// The adjoint of a tensor y, computed from the adjoint G of its batch norm: gamma B(p G), and in the second sweep the
+// derivative of p B(G) along v. Both are sums of tensors with a factor for each channel:
 //
 //     OF_G G + OF_Y (y - mean) + OF_ONE
 //     OF_G Gd + OF_Y (y - mean) + OF_ONE + OF_FIRST G + OF_TANGENT yd
 //
 // The mean is subtracted from y first: as a part of OF_ONE it would cancel, and lose digits.
+//
+// Where p is by image, OF_G is to be multiplied by it.
 //
 // And the sums of the tangent yd, which the derivative along v needs.
 #pragma once
@@ -36,22 +38,27 @@ struct Factors {
   }
 };
 
+// p of an image
+INLINE float weight_of(const Matrix& weight, int64_t image) { return weight.data ? *weight.row(image) : 1.f; }
+
+inline bool by_image(const Matrix& weight) { return weight.data && weight.stride; }
+
 // Writes the factors of c channels, whose sums are over m pixels, into rows that are `row` apart. Without statistics
 // OF_G is p and the others are 0.
 //
-//     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y))
+//     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y)) (u, where there is gamma)
 //     p ( B(Gd) - r (t B(G) + s hd + u h) ),       hd = r (yd - mean(yd) - h t)
 //
 // with t = mean(h yd), s = mean(G h) and u = mean(G hd) = r (mean(G yd) - mean(G) mean(yd) - s t)
 inline void write_factors(const Reader& reader, int64_t c, double m, bool second, float* into, int64_t row) {
-  double p = reader.weight ? double(*reader.weight) : 1.0;
+  double p = by_image(reader.weight) ? 1.0 : double(weight_of(reader.weight, 0));
   for (int64_t i = 0; i < c; ++i, ++into) {
     double of_g = p, of_y = 0, of_one = 0, of_first = 0, of_tangent = 0;
     if (reader.statistics.data) {
       auto mean_of = [&](const Matrix& sums, int quantity) { return double(sums.row(quantity)[i]) / m; };
       double r = double(reader.statistics.row(R)[i]), g = mean_of(reader.sums, SUM_G);
       double s = mean_of(reader.sums, SUM_G_H);
-      of_g = p * r;
+      of_g = reader.gamma ? p * r * double(reader.gamma[i]) : p * r;
       if (second) {
         double yd = mean_of(reader.tangent_sums, SUM_YD), t = mean_of(reader.tangent_sums, SUM_YD_H);
         double u = r * (mean_of(reader.tangent_sums, SUM_YD_G) - g * yd - s * t);

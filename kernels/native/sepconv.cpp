@@ -14,14 +14,15 @@ namespace {
 // keep little.
 constexpr int64_t STREAMED = 1 << 20;
 
-// The adjoint Y = p B(G) of a task's output, and its derivative Yd along v, in lanes
+// The adjoint Y = gamma B(p G) of a task's output, and its derivative Yd along v, in lanes
 class Adjoint {
  public:
   Adjoint() = default;
   Adjoint(const Half& half, bool second, Arena& memory) : k_(half.k), reader_(half.task.reader) {
-    plain_ = reader_.statistics.data == nullptr && reader_.weight == nullptr;
+    plain_ = reader_.statistics.data == nullptr && reader_.weight.data == nullptr;
+    pixels_ = half.ho * half.wo;
     if (plain_) return;
-    int64_t m = half.n * half.ho * half.wo;
+    int64_t m = half.n * pixels_;
     row_ = half.kb * LANES;
     mean_ = memory.zeros(row_);
     if (reader_.statistics.data)
@@ -33,27 +34,28 @@ class Adjoint {
     write_factors(reader_, half.k, double(m), true, second_, row_);
   }
 
-  // Y, or Yd, of n pixels from number `pixel` on: in `scratch`, or in G itself, where that is Y, in lanes.
+  // Y, or Yd, of n pixels of one image from number `pixel` on: in `scratch`, or in G itself, where that is Y, in lanes.
   const float* lanes(int64_t pixel, int64_t n, bool second, float* scratch, ptrdiff_t block) const {
     const Matrix& g = second ? reader_.second : reader_.adjoint;
     if (plain_) return in_lanes(g.row(pixel), n, k_, g.stride, scratch, block);
+    float p = weight_of(reader_.weight, pixel / pixels_);
     for_channels(k_, [&](auto lanes, int64_t i) {
       float* into = scratch + i / LANES * block;
       if (reader_.statistics.data == nullptr)
-        for (int64_t j = 0; j < n; ++j)
-          store(into + j * LANES, *reader_.weight * load(lanes, g.row(pixel + j) + i));
+        for (int64_t j = 0; j < n; ++j) store(into + j * LANES, p * load(lanes, g.row(pixel + j) + i));
       else if (second)
-        write<true>(lanes, g, pixel, n, i, into);
+        write<true>(lanes, g, pixel, n, i, 1.f, into);
       else
-        write<false>(lanes, g, pixel, n, i, into);
+        write<false>(lanes, g, pixel, n, i, by_image(reader_.weight) ? p : 1.f, into);
     });
     return scratch;
   }
 
  private:
   template <bool SECOND, class Lanes>
-  void write(Lanes lanes, const Matrix& of_g, int64_t pixel, int64_t n, int64_t i, float* into) const {
+  void write(Lanes lanes, const Matrix& of_g, int64_t pixel, int64_t n, int64_t i, float p, float* into) const {
     Factors factors((SECOND ? second_ : first_) + i, row_, load(mean_ + i));
+    factors.g *= p;
     const float *g = of_g.row(pixel) + i, *y = reader_.y.row(pixel) + i;
     const float *first = nullptr, *yd = nullptr;
     if (SECOND) first = reader_.adjoint.row(pixel) + i, yd = reader_.tangent.row(pixel) + i;
@@ -68,7 +70,7 @@ class Adjoint {
     }
   }
 
-  int64_t k_ = 0;
+  int64_t k_ = 0, pixels_ = 0;  // of an image
   Reader reader_ = {};
   bool plain_ = true;
   int64_t row_ = 0;
@@ -78,7 +80,8 @@ class Adjoint {
 // The batch norm of a source, for its channels, padded to whole blocks
 struct Norm {
   bool present = false;
-  float *mean = nullptr, *r = nullptr;     // h = (x - mean) r
+  float *mean = nullptr, *r = nullptr;         // u = (x - mean) r
+  float *scale = nullptr, *shift = nullptr;    // h = (x - mean) scale + shift, with gamma and beta
   float *xd_mean = nullptr, *t = nullptr;  // hd = r (xd - mean(xd) - h mean(h xd))
 
   explicit Norm(const Source& s) : present(s.statistics.data != nullptr) {
@@ -88,6 +91,11 @@ struct Norm {
     xd_mean = of_call.zeros(padded), t = of_call.zeros(padded);
     std::memcpy(mean, s.statistics.row(MEAN), size_t(s.c) * sizeof(float));
     std::memcpy(r, s.statistics.row(R), size_t(s.c) * sizeof(float));
+    scale = r, shift = of_call.zeros(padded);
+    if (s.affine.data) {
+      scale = of_call.zeros(padded);
+      for (int64_t i = 0; i < s.c; ++i) scale[i] = r[i] * s.affine.row(0)[i], shift[i] = s.affine.row(1)[i];
+    }
     for (int64_t i = 0; s.tangent && i < s.c; ++i) {
       double m = double(s.n * s.h * s.w);
       xd_mean[i] = float(double(s.tangent_sums.row(SUM_YD)[i]) / m);
@@ -96,18 +104,18 @@ struct Norm {
   }
 };
 
-// One row of relu(h) of a block of channels, and of its tangent
+// One row of relu(h) of a block of channels, and of its tangent; with a tangent the scale is r, and the shift 0.
 template <bool NORM, bool TANGENT, class Lanes>
-INLINE void rectify_row(Lanes lanes, const float* x, const float* xd, int64_t n, int64_t c, V mean, V r, V xd_mean,
-                        V t, float* out, float* tangent) {
+INLINE void rectify_row(Lanes lanes, const float* x, const float* xd, int64_t n, int64_t c, V mean, V scale, V shift,
+                        V xd_mean, V t, float* out, float* tangent) {
   for (int64_t j = 0; j < n; ++j) {
     V h = load_ahead(lanes, x + j * c);
-    if (NORM) h = (h - mean) * r;
+    if (NORM) h = (h - mean) * scale + shift;
     V rectified = relu(h);
     store(out + j * LANES, rectified);
     if (TANGENT) {
       V hd = load_ahead(lanes, xd + j * c);
-      if (NORM) hd = r * (hd - xd_mean - h * t);
+      if (NORM) hd = scale * (hd - xd_mean - h * t);
       store(tangent + j * LANES, masked(hd, rectified));
     }
   }
@@ -121,17 +129,21 @@ void rectify(const Source& s, const Norm& norm, const Padded& in, int64_t image,
   in.clear_border(a);
   if (TANGENT) in.clear_border(a + in.image);
   for_channels(s.c, [&](auto lanes, int64_t i) {
-    V mean = {}, r = {}, xd_mean = {}, t = {};
-    if (norm.present)
-      mean = load(norm.mean + i), r = load(norm.r + i), xd_mean = load(norm.xd_mean + i), t = load(norm.t + i);
+    V mean = {}, scale = {}, shift = {}, xd_mean = {}, t = {};
+    if (norm.present) {
+      mean = load(norm.mean + i), scale = load(norm.scale + i), shift = load(norm.shift + i);
+      xd_mean = load(norm.xd_mean + i), t = load(norm.t + i);
+    }
     for (int64_t y = 0; y < s.h; ++y) {
       float* out = a + i / LANES * in.block + in.at(y, 0);
       ptrdiff_t at = y * s.w * s.c + i;
       const float* row_of_xd = TANGENT ? xd + at : nullptr;
       if (norm.present)
-        rectify_row<true, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, r, xd_mean, t, out, out + in.image);
+        rectify_row<true, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, scale, shift, xd_mean, t, out,
+                                   out + in.image);
       else
-        rectify_row<false, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, r, xd_mean, t, out, out + in.image);
+        rectify_row<false, TANGENT>(lanes, x + at, row_of_xd, s.w, s.c, mean, scale, shift, xd_mean, t, out,
+                                    out + in.image);
     }
   });
 }
@@ -259,26 +271,32 @@ void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, 
   }
 }
 
-// One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES]; and, where they are wanted, the sums
-// of H and of H h. As a = relu(h), H h is H a.
-void mask_image(const Source& s, const Padded& in, const float* g, const float* a, int64_t image, bool streamed,
-                double* sums, double* sums_with_h) {
+// One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES], to which its terms are added; and, where they are wanted, the sums
+// of H and of H u. Without gamma and beta u is h, and as a = relu(h), H h is H a.
+void mask_image(const Source& s, const Norm& norm, const Padded& in, const float* g, const float* a, int64_t image,
+                bool streamed, double* sums, double* sums_with_u) {
   float* out = s.adjoint + image * s.h * s.w * s.c;
+  const float* x = s.x + image * s.h * s.w * s.c;
   bool past = streamed && s.c % LANES == 0 && aligned(out);
   for_channels(s.c, [&](auto lanes, int64_t i) {
     int64_t b = i / LANES;
+    V mean = {}, r = {};
+    if (s.affine.data) mean = load(norm.mean + i), r = load(norm.r + i);
     for (int64_t y = 0; y < s.h; ++y) {
       const float* ga = g + (b * s.h + y) * s.w * LANES;
       const float* aa = a + b * in.block + in.at(y, 0);
-      V total = {}, with_h = {};
+      V total = {}, with_u = {};
       for (int64_t j = 0; j < s.w; ++j) {
         V rectified = load(aa + j * LANES), found = masked(load(ga + j * LANES), rectified);
         total += found;
-        with_h += found * rectified;
-        float* at = out + (y * s.w + j) * s.c + i;
+        int64_t place = (y * s.w + j) * s.c + i;
+        with_u += found * (s.affine.data ? (load(lanes, x + place) - mean) * r : rectified);
+        for (const Matrix* term = s.terms; term < s.terms + s.n_terms; ++term)
+          found += load_ahead(lanes, term->row(image * s.h * s.w + y * s.w + j) + i);
+        float* at = out + place;
         past ? stream(at, found) : store(lanes, at, found);
       }
-      if (s.sums.data) flush(lanes, sums + i, total), flush(lanes, sums_with_h + i, with_h);
+      if (s.sums.data) flush(lanes, sums + i, total), flush(lanes, sums_with_u + i, with_u);
     }
   });
 }
@@ -413,7 +431,8 @@ extern "C" void darts_sepconv_backward(const void* table, Team& team) {
         adjoint(half, of_task.backward, z_adjoint, g, add);
         add = true;
       }
-      mask_image(source, in, g, a, image, call.streamed, sums.at(s, part, SUM_G), sums.at(s, part, SUM_G_H));
+      mask_image(source, call.norms[s], in, g, a, image, call.streamed, sums.at(s, part, SUM_G),
+                 sums.at(s, part, SUM_G_H));
     }
   });
   sums.write();
@@ -533,7 +552,8 @@ extern "C" void darts_sepconv_second(const void* table, Team& team) {
         adjoint(half, of_task.stencils, z_adjoint, g, add);
         add = true;
       }
-      mask_image(source, in, g, a, image, call.streamed, sums.at(s, part, SUM_G), sums.at(s, part, SUM_G_H));
+      mask_image(source, call.norms[s], in, g, a, image, call.streamed, sums.at(s, part, SUM_G),
+                 sums.at(s, part, SUM_G_H));
     }
   });
   sums.write();

@@ -29,13 +29,14 @@ def sepconv_backward(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     readers: Sequence[Reader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
     writes = {"adjoint": adjoint, "sums": sums, "gradients": gradients}
-    return _sepconv("sepconv_backward", sources, tasks, readers=readers, **writes)
+    return _sepconv("sepconv_backward", sources, tasks, readers=readers, terms=terms, **writes)
 
 
 def sepconv_tangent(
@@ -58,11 +59,12 @@ def sepconv_second(
     tasks: Sequence[Task],
     weight_tangents: Sequence[Weights],
     readers: Sequence[SecondReader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> list[Launch]:
-    reads = {"weight_tangents": weight_tangents, "readers": readers}
+    reads = {"weight_tangents": weight_tangents, "readers": readers, "terms": terms}
     return _sepconv("sepconv_second", sources, tasks, **reads, adjoint=adjoint, sums=sums)
 
 
@@ -74,6 +76,7 @@ def _sepconv(
     source_sums: Tensor | None = None,
     weight_tangents: Sequence[Weights] | None = None,
     readers: Sequence[Reader | SecondReader] | None = None,
+    terms: Sequence[Sequence[Tensor]] | None = None,
     y: Tensor | None = None,
     statistics: Tensor | None = None,
     adjoint: Tensor | None = None,
@@ -86,15 +89,18 @@ def _sepconv(
         read = [read_of(of_one) for of_one in readers or ()]
     else:
         read = readers = [read_in_tangent(of_one) for of_one in readers]
-    of_sources = []
+    of_sources, of_terms = [], [Table([pixels(t) for t in its]) for its in terms or [()] * len(sources)]
     for i, source in enumerate(sources):
         n, c, height, width = source.x.shape
         of_sources.append(
             table.Source(
                 x=image(source.x),
                 statistics=rows(source.statistics),
+                affine=rows(source.affine),
                 tangent=image(source_tangents and source_tangents[i]),
                 tangent_sums=rows(None if source_sums is None else source_sums[:, i]),
+                terms=of_terms[i].address,
+                n_terms=of_terms[i].count,
                 adjoint=image(None if adjoint is None else adjoint[i]),
                 sums=rows(None if sums is None else sums[:, i]),
                 n=n,
@@ -132,6 +138,6 @@ def _sepconv(
     tables = Table(of_sources), Table(of_tasks)
     call = table.SepConv(tables[0].address, tables[0].count, tables[1].address, tables[1].count)
     weights = [task.weights for task in tasks]
-    reads = sources, weights, source_tangents, source_sums, weight_tangents, read
+    reads = sources, weights, source_tangents, source_sums, weight_tangents, read, terms
     found = tensors([reads, y, statistics, adjoint, sums, gradients, tangent_sums])
-    return [Launch(name, list(found), Table([call]), tables)]
+    return [Launch(name, list(found), Table([call]), [*tables, *of_terms])]

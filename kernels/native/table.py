@@ -25,7 +25,8 @@ class Reader(NamedTuple):
     statistics: Matrix = Matrix()
     adjoint: Matrix = Matrix()
     sums: Matrix = Matrix()
-    weight: int = 0
+    weight: Matrix = Matrix()
+    gamma: int = 0
     tangent: Matrix = Matrix()
     tangent_sums: Matrix = Matrix()
     second: Matrix = Matrix()
@@ -35,8 +36,11 @@ class Reader(NamedTuple):
 class Source(NamedTuple):
     x: int = 0
     statistics: Matrix = Matrix()
+    affine: Matrix = Matrix()
     tangent: int = 0
     tangent_sums: Matrix = Matrix()
+    terms: int = 0
+    n_terms: int = 0
     adjoint: int = 0
     sums: Matrix = Matrix()
     n: int = 0
@@ -73,7 +77,8 @@ class SepConv(NamedTuple):
 class Candidate(NamedTuple):
     y: int = 0
     statistics: Matrix = Matrix()
-    weight: int = 0
+    affine: Matrix = Matrix()
+    weight: Matrix = Matrix()
     tangent: int = 0
 
 
@@ -82,6 +87,7 @@ class Mix(NamedTuple):
     count: int = 0
     m: int = 0
     c: int = 0
+    pixels: int = 0
     adjoint: Matrix = Matrix()
     outs: int = 0
     n_outs: int = 0
@@ -104,6 +110,7 @@ class FanOut(NamedTuple):
     count: int = 0
     m: int = 0
     c: int = 0
+    pixels: int = 0
 
 
 class Sum(NamedTuple):
@@ -220,6 +227,14 @@ def rows(x: Tensor | None) -> Matrix:
     return Matrix(x.data_ptr(), x.stride(0))
 
 
+def weight(weights: Tensor | None, entry: int) -> Matrix:
+    """p of an entry: [entries], one number for all images, or [entries, N]."""
+    if weights is None:
+        return Matrix()
+    of_entry = weights[entry]
+    return Matrix(numbers(of_entry), of_entry.dim())
+
+
 def numbers(x: Tensor | None) -> int:
     """Weights, gradients or positions, one behind the other."""
     if x is None:
@@ -256,7 +271,8 @@ def reader(
         statistics=rows(of_channels(first.statistics)),
         adjoint=pixels(of_channels(first.adjoint)),
         sums=sums_of(first.sums),
-        weight=numbers(None if first.weights is None else first.weights[first.index]),
+        weight=weight(first.weights, first.index),
+        gamma=numbers(None if first.gamma is None else first.gamma[channels]),
         tangent=pixels(of_channels(second.tangent)),
         tangent_sums=of_tangent,
         second=pixels(of_channels(second.adjoint)),

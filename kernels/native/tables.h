@@ -18,8 +18,9 @@ struct Matrix {
 // What reads a tensor y, or the channels of it that one task writes.
 struct Reader {
   Matrix y, statistics;  // without statistics both backward sweeps do not read y
-  Matrix adjoint, sums;  // G; the sums of G, G h
-  const float* weight;   // p; null: 1
+  Matrix adjoint, sums;  // G; the sums of G, G u, where p is by image of p G, p G u
+  Matrix weight;         // p, a number a row, which is an image's; all images have one if the stride is 0; null: 1
+  const float* gamma;    // [c]; null: 1
   Matrix tangent;        // yd, whose pixels are as far apart as those of y
   Matrix tangent_sums;   // the sums of yd, yd h, yd G, which the tangent sweep writes
   // Of the second backward sweep:
@@ -31,10 +32,13 @@ struct Reader {
 struct Source {
   const float* x;        // [n, h, w, c]
   Matrix statistics;     // mean, variance, r; null: x is read as it is
+  Matrix affine;         // gamma, beta; null: 1, 0
   const float* tangent;  // xd
   Matrix tangent_sums;   // the sums of xd, xd h
+  const Matrix* terms;   // what is added to its adjoint
+  int64_t n_terms;
   float* adjoint;        // H, or in the second backward sweep Hd
-  Matrix sums;           // the sums of H, H h, or of Hd, Hd h; null: they are not wanted
+  Matrix sums;           // the sums of H, H u, or of Hd, Hd h; null: they are not wanted
   int64_t n, h, w, c;
 };
 
@@ -58,17 +62,18 @@ struct SepConv {
 struct Candidate {
   const float* y;        // [m, c]
   Matrix statistics;     // null: h is y
-  const float* weight;   // p; null: 1
+  Matrix affine;         // gamma, beta; null: 1, 0
+  Matrix weight;         // p, as in Reader
   const float* tangent;  // yd
 };
 
 struct Mix {
   const Candidate* candidates;
-  int64_t count, m, c;
+  int64_t count, m, c, pixels;  // pixels of an image
   Matrix adjoint;  // G, or in the second backward sweep Gd
   const Matrix* outs;
   int64_t n_outs;
-  // Sums, whose rows are [count, c]: of the adjoint, the adjoint times h; of G, G h; of yd, yd h, yd G
+  // Sums, whose rows are [count, c]: of the adjoint, the adjoint times u; of G, G u; of yd, yd h, yd G
   Matrix sums, first_sums, tangent_sums;
   float* products;         // [count, c]: the sums of yd G, of candidates without statistics
   float* weight_gradient;  // [count]; null: it is not wanted
@@ -85,7 +90,7 @@ struct Shared {
 
 struct FanOut {
   const Shared* tensors;
-  int64_t count, m, c;
+  int64_t count, m, c, pixels;  // pixels of an image
 };
 
 struct Sum {

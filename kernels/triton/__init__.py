@@ -10,6 +10,9 @@ a fixed order.
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
+from darts_fast.kernels.aten.convolution import convolution_backward, convolution_forward
 from darts_fast.kernels.triton.mix import (
     add,
     fan_out_backward,
@@ -36,6 +39,7 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     """Returns a function that launches the calls one after the other. Partial sums, and other tensors that
     only one call needs, are allocated when it is launched, and freed behind it."""
 
+    @torch.no_grad()
     def run() -> None:
         for launch in launches(sys.modules[__name__], calls):
             launch.run()

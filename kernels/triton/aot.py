@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from darts_fast.kernels import single
 from darts_fast.kernels import triton as backend
-from darts_fast.kernels.backends import collected
 from darts_fast.kernels.cell import (
     Cell,
     Convolution,
@@ -38,6 +37,7 @@ from darts_fast.kernels.cell import (
     FactorizedReduce,
     Half,
     Identity,
+    Norm,
     Operation,
     Parameter,
     Pool,
@@ -46,23 +46,43 @@ from darts_fast.kernels.cell import (
 from darts_fast.kernels.triton import compilation
 from darts_fast.kernels.triton.compilation import source, unique
 from darts_fast.kernels.triton.launch import Launch
-from darts_fast.kernels.types import accumulator, images, launches
+from darts_fast.kernels.types import Call, launches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block takes 1 KiB besides its own
 
 BATCH = 64
 
-# The stages of a derived network of 36 channels: nodes' channels and image size, and the channels that
-# preprocessing reads (the stem's 108; the cells before have 4 times their nodes' channels).
-DERIVED_STAGES = ((36, 32, (108, 144)), (72, 16, (144, 288)), (144, 8, (288, 576)))
+# Genotypes, normal and reduction cell: pairs of an operation and a state by node. DARTS_V2, and one with what
+# it lacks.
+SEPARABLE, WIDER, DILATED, WIDER_DILATED, MAXIMUM, AVERAGE, SKIP = range(7)
+GENOTYPES = (
+    (
+        (
+            ((SEPARABLE, 0), (SEPARABLE, 1)),
+            ((SEPARABLE, 0), (SEPARABLE, 1)),
+            ((SEPARABLE, 1), (SKIP, 0)),
+            ((SKIP, 0), (DILATED, 2)),
+        ),
+        (
+            ((MAXIMUM, 0), (MAXIMUM, 1)),
+            ((SKIP, 2), (MAXIMUM, 1)),
+            ((MAXIMUM, 0), (SKIP, 2)),
+            ((SKIP, 2), (MAXIMUM, 1)),
+        ),
+    ),
+    (
+        (((WIDER, 0), (DILATED, 1)), ((WIDER_DILATED, 2), (AVERAGE, 1)), ((SKIP, 2), (WIDER_DILATED, 3))),
+        (((SEPARABLE, 0), (WIDER, 1)), ((SKIP, 0), (DILATED, 1)), ((WIDER_DILATED, 1), (AVERAGE, 0))),
+    ),
+)
 
 
-class Supernet:
-    """The cells of the paper's supernet as data, and what `Sweeps` has to know of them."""
+class Network:
+    """The cells of a network as data, and what `Sweeps` has to know of them."""
 
-    def __init__(self, channels: int, layers: int, nodes: int = 4):
-        self.parameters, self.norms, self.cells = 0, [], []
+    def __init__(self, channels: int, layers: int, nodes: int, affine: bool):
+        self.parameters, self.norms, self.cells, self.affine = 0, [], [], affine
         before = [3 * channels, 3 * channels]  # the channels of the last two cells' outputs
         halved = False
         for layer in range(layers):
@@ -70,22 +90,18 @@ class Supernet:
             channels *= 2 if reduction else 1
             preprocess0 = self._reduce if halved else self._convolution
             preprocessing = preprocess0(before[-2], channels), self._convolution(before[-1], channels)
-            edges = [
-                Edge(state, node, stride, self._operations(channels, stride))
-                for node in range(nodes)
-                for state in range(2 + node)
-                for stride in [2 if reduction and state < 2 else 1]
-            ]
-            self.cells.append(Cell(channels, preprocessing, tuple(edges), nodes, int(reduction)))
+            edges, concat = self._edges(channels, reduction), tuple(range(2, 2 + nodes))
+            kind = None if affine else int(reduction)
+            self.cells.append(Cell(channels, preprocessing, edges, concat, kind))
             before.append(nodes * channels)
             halved = reduction
 
-    def _operations(self, c: int, stride: int) -> tuple[Operation, ...]:
-        """The candidates of an edge, but for `none`: pools, skip, separable and dilated convolutions."""
-        skip = Identity() if stride == 1 else self._reduce(c, c)
-        separable = [Convolution((self._half(c, k, stride), self._half(c, k))) for k in (3, 5)]
-        dilated = [Convolution((self._half(c, k, stride, 2),)) for k in (3, 5)]
-        return Pool(0, self._norm(c)), Pool(1, self._norm(c)), skip, *separable, *dilated
+    def _operations(self, c: int, stride: int) -> tuple[Callable[[], Operation], ...]:
+        """What makes the operations of an edge (but `none`), numbered as above."""
+        pairs = [(lambda k=k: Convolution((self._half(c, k, stride), self._half(c, k)))) for k in (3, 5)]
+        dilated = [(lambda k=k: Convolution((self._half(c, k, stride, 2),))) for k in (3, 5)]
+        pools = [(lambda kind=kind: Pool(kind, None if self.affine else self._norm(c))) for kind in (0, 1)]
+        return *pairs, *dilated, *pools, lambda: Identity() if stride == 1 else self._reduce(c, c)
 
     def _half(self, c: int, kernel: int, stride: int = 1, dilation: int = 1) -> Half:
         depthwise, pointwise = self._weight(c, 1, kernel, kernel), self._weight(c, c, 1, 1)
@@ -101,19 +117,53 @@ class Supernet:
         start, self.parameters = self.parameters, self.parameters + math.prod(shape)
         return Parameter(start, shape)
 
-    def _norm(self, channels: int) -> int:
+    def _norm(self, channels: int) -> Norm:
         self.norms.append(channels)
-        return len(self.norms) - 1
+        affine = self._weight(2, channels) if self.affine else None
+        return Norm(len(self.norms) - 1, affine)
+
+
+class Supernet(Network):
+    """The network of a search."""
+
+    def __init__(self, channels: int, layers: int, nodes: int = 4):
+        self.nodes = nodes
+        super().__init__(channels, layers, nodes, affine=False)
+
+    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
+        candidates = MAXIMUM, AVERAGE, SKIP, SEPARABLE, WIDER, DILATED, WIDER_DILATED
+        found = []
+        for node in range(self.nodes):
+            for state in range(2 + node):
+                stride = 2 if reduction and state < 2 else 1
+                make = self._operations(c, stride)
+                found.append(Edge(state, node, stride, tuple(make[name]() for name in candidates)))
+        return tuple(found)
+
+
+class Derived(Network):
+    """The network of one of GENOTYPES."""
+
+    def __init__(self, genotype: tuple, channels: int, layers: int):
+        self.genotype = genotype
+        super().__init__(channels, layers, len(genotype[0]), affine=True)
+
+    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
+        found = []
+        for node, pairs in enumerate(self.genotype[int(reduction)]):
+            # Those that are normalised come first, as in the networks of darts_fast.
+            for name, state in sorted(pairs, key=lambda pair: pair[0] in (MAXIMUM, AVERAGE, SKIP)):
+                stride = 2 if reduction and state < 2 else 1
+                found.append(Edge(state, node, stride, (self._operations(c, stride)[name](),)))
+        return tuple(found)
 
 
 def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
     """The launches of a search step that differ in anything that is compiled in, with the gradients of the
     weights and without; with float32 also those of an evaluation."""
     supernet, calls = Supernet(16, 1, 1) if quick else Supernet(16, 8), []
-    for training in (True, False) if dtype == torch.float32 and not quick else (True,):
-        cells, shape = supernet.cells, (BATCH, 48, 32, 32)
-        sweeps = Sweeps(cells, shape, dtype, supernet.parameters, supernet.norms, training)
-        for call in (call for of_sweep in sweeps.calls.values() for call in of_sweep):
+    for derivatives in (2, 0) if dtype == torch.float32 and not quick else (2,):
+        for call in _calls(supernet, 16, dtype, derivatives):
             calls.append(call)
             if call.writes.get("gradients") is not None:
                 calls.append(call._replace(writes={**call.writes, "gradients": None}))
@@ -121,37 +171,30 @@ def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
 
 
 def derived_launches(dtype: torch.dtype) -> list[Launch]:
-    """The same of a training step of a derived network that has every operation of the search space."""
-    plain, halves = [single.Geometry()], [single.Geometry(2), single.Geometry(2, offset=1)]
-    with collected() as calls, torch.device("meta"):
-        for c, size, wide in DERIVED_STAGES:
-            for stride in (1, 2) if c > 36 else (1,):  # 2: states 0 and 1 of a reduction cell
-                for kernel, dilation in ((3, 1), (5, 1), (3, 2), (5, 2)):
-                    _trained(dtype, c, stride * size, [single.Geometry(stride, dilation)], kernel, c)
-                x = _image(dtype, c, stride * size)
-                maximum, average, _ = single.pool(x, stride)
-                torch.autograd.grad((maximum + average).sum(), x)
-            for channels in wide:
-                _trained(dtype, channels, size, plain, None, c)
-            if c > 36:
-                _trained(dtype, 2 * c, 2 * size, plain, None, c)
-                for channels in (c, 2 * c):  # skips; preprocessing
-                    _trained(dtype, channels, 2 * size, halves, None, c // 2)
+    """The same of the training of derived networks of 36 channels and 20 layers, with drop path and without,
+    and with float32 of their evaluation."""
+    calls, variants = [], [(1, True), (1, False)]
+    if dtype == torch.float32:
+        variants.append((0, False))
+    for genotype in GENOTYPES:
+        derived = Derived(genotype, 36, 20)
+        for derivatives, drop_path in variants:
+            for outputs in ([19], [13, 19]):  # without the auxiliary head, and with it
+                calls += _calls(derived, 36, dtype, derivatives, drop_path, outputs)
     return unique(launches(backend, calls))
 
 
-def _trained(
-    dtype: torch.dtype, c: int, size: int, tasks: list[single.Geometry], kernel: int | None, k: int
-) -> None:
-    """The first two sweeps of a call."""
-    x, wide = _image(dtype, c, size), accumulator(dtype)
-    depthwise = [kernel and torch.empty(c, 1, kernel, kernel, dtype=wide) for _ in tasks]
-    y, _ = single.sepconv(x, tasks, depthwise, [torch.empty(k, c, 1, 1, dtype=wide) for _ in tasks])
-    torch.autograd.grad(y.sum(), x)
-
-
-def _image(dtype: torch.dtype, c: int, size: int) -> torch.Tensor:
-    return images(1, (BATCH, c, size, size), dtype, "meta")[0].requires_grad_()
+def _calls(
+    network: Network,
+    channels: int,
+    dtype: torch.dtype,
+    derivatives: int,
+    drop_path: bool = False,
+    outputs: list[int] | None = None,
+) -> list[Call]:
+    sizes, shape = (network.parameters, network.norms), (BATCH, 3 * channels, 32, 32)
+    sweeps = Sweeps(network.cells, [shape], dtype, *sizes, derivatives, drop_path, outputs)
+    return [call for of_sweep in sweeps.calls.values() for call in of_sweep]
 
 
 # Compilation

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 
+from darts_fast.kernels import types
 from darts_fast.kernels.processors import processors
 from darts_fast.kernels.triton.launch import SLICES_OF_VECTORS, Launch
 
@@ -100,10 +101,12 @@ def key(planned: Launch) -> str:
     return f"{planned.name} {signature(planned)} {attributes(planned)} {planned.constants}"
 
 
-def unique(launches: Iterable[Launch]) -> list[Launch]:
+def unique(launches: Iterable[types.Launch]) -> list[Launch]:
+    """Those of Triton that compile something else than the ones before them."""
     found: dict[str, Launch] = {}
     for planned in launches:
-        found.setdefault(key(planned), planned)
+        if isinstance(planned, Launch):  # else it is ATen's
+            found.setdefault(key(planned), planned)
     return list(found.values())
 
 

@@ -4,7 +4,7 @@ Imported only where Triton kernels run, are compiled or are counted: importing i
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,6 +83,28 @@ def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tenso
     return means, rs, tuple(int(s.statistics is not None) for s in sources)
 
 
+def affines_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:
+    """Returns gamma and beta [C] of the sources, and which have them. Where a source has none, a tensor that
+    is not read stands in."""
+    stand_in = next((s.affine[0] for s in sources if s.affine is not None), sources[0].x)
+    gammas, betas = (
+        tuple(stand_in if s.affine is None else s.affine[row] for s in sources) for row in (0, 1)
+    )
+    return gammas, betas, tuple(int(s.affine is not None) for s in sources)
+
+
+def weights_row(weights: Iterable[Tensor | None]) -> int:
+    """Returns the numbers from one candidate's row to the next where p is by image, [candidates, N]; else 0.
+
+    Raises:
+        ValueError: they differ.
+    """
+    rows = {w.stride(0) for w in weights if w is not None and w.dim() == 2} or {0}
+    if len(rows) > 1:
+        raise ValueError("the weights by image of one Triton launch must have one row stride")
+    return rows.pop()
+
+
 COUNTERS = 1024  # more than any grid's second and third dimension make
 STREAMS = 64  # of a device: more than PyTorch's pool has
 
@@ -135,6 +157,14 @@ def load_normalizer(p_mean, p_r, has_norm, o_c, m_c, ACC: tl.constexpr):
     m_norm = m_c & (has_norm > 0)
     b_mean = tl.load(p_mean + o_c, mask=m_norm, other=0.0).to(ACC)
     return b_mean, tl.load(p_r + o_c, mask=m_norm, other=1.0).to(ACC)
+
+
+@triton.jit
+def load_affine(p_gamma, p_beta, has_affine, o_c, m_c, ACC: tl.constexpr):
+    """Returns gamma and beta [BLOCK_C]: 1 and 0 where the entry has none."""
+    m_affine = m_c & (has_affine > 0)
+    b_gamma = tl.load(p_gamma + o_c, mask=m_affine, other=1.0).to(ACC)
+    return b_gamma, tl.load(p_beta + o_c, mask=m_affine, other=0.0).to(ACC)
 
 
 # Sums over positions: every program stores those of its tile, and the last one to do so adds them up, always

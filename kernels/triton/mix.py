@@ -15,13 +15,16 @@ from darts_fast.kernels.triton.launch import (
     ACCUMULATORS,
     SLICES_OF_VECTORS,
     Launch,
+    affines_of,
     counters,
     last_program,
+    load_affine,
     load_normalizer,
     norms_of,
     pick,
     row_stride,
     sum_of_rows,
+    weights_row,
 )
 from darts_fast.kernels.triton.launch_table import Case, splits_of, tile
 from darts_fast.kernels.types import Reader, SecondReader, Source, accumulator
@@ -34,15 +37,27 @@ def store_in_all(p_outs, ROWS: tl.constexpr, b_out, o_p, o_c, m):
         tl.store(p_outs[i] + o_out, b_out.to(p_outs[i].dtype.element_ty), mask=m)
 
 
+@triton.jit
+def load_image_weights(p_row, o_p, positions, PIXELS: tl.constexpr, ACC: tl.constexpr):
+    """Returns p of each position's image, from a row [N]."""
+    return tl.load(p_row + o_p // PIXELS, mask=o_p < positions, other=0.0).to(ACC)
+
+
 @triton.jit(do_not_specialize_on_alignment=SLICES_OF_VECTORS)
 def mix_fwd_kernel(
     p_candidates,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
-    p_weights,  # [candidates]
+    p_gammas,  # tuple of [C], as the next; read where AFFINES
+    p_betas,
+    p_weights,  # [candidates] if WEIGHTS is 1, [candidates, weights_row >= N] if it is 2
     p_outs,  # tuple of [positions, OUT_ROWS[i] >= C], each written
     positions,
+    weights_row,
     NORMS: tl.constexpr,  # which candidates are normalised
+    AFFINES: tl.constexpr,  # whose batch norms have gamma and beta
+    WEIGHTS: tl.constexpr,
+    PIXELS: tl.constexpr,  # of an image
     OUT_ROWS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -58,9 +73,19 @@ def mix_fwd_kernel(
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for k in tl.static_range(len(p_candidates)):
         b_mean, b_r = load_normalizer(p_means[k], p_rs[k], NORMS[k], o_c, m_c, ACC)
-        b_scale = tl.load(p_weights + k) * b_r  # [BLOCK_C]
+        b_scale = b_r  # [BLOCK_C]
+        if WEIGHTS == 1:
+            b_scale = tl.load(p_weights + k) * b_r
         b_y = tl.load(p_candidates[k] + i_first * C + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
-        b_total += (b_y - b_mean[None, :]) * b_scale[None, :]
+        if AFFINES[k]:
+            b_gamma, b_beta = load_affine(p_gammas[k], p_betas[k], 1, o_c, m_c, ACC)
+            b_h = (b_y - b_mean[None, :]) * (b_scale * b_gamma)[None, :] + b_beta[None, :]
+        else:
+            b_h = (b_y - b_mean[None, :]) * b_scale[None, :]
+        if WEIGHTS == 2:
+            p_row = p_weights + k * weights_row
+            b_h = b_h * load_image_weights(p_row, i_first + o_t, positions, PIXELS, ACC)[:, None]
+        b_total += b_h
     store_in_all(p_outs, OUT_ROWS, b_total, i_first + o_t, o_c, m)
 
 
@@ -89,8 +114,9 @@ def add_kernel(
 def fan_out_kernel(
     p_adjoints,  # tuple, one a reader j, those of the first tensor first: G_j [positions, ROWS[j] >= C]; if
     # TANGENT Gd_j
-    p_sums,  # tuple, one a reader: [2, CANDIDATES[j], C], of G, G h; if TANGENT of Gd, Gd h
-    p_weights,  # tuple, one a reader: p [candidates]
+    p_sums,  # tuple, one a reader: [2, CANDIDATES[j], C], of G, G u; if TANGENT of Gd, Gd h
+    p_weights,  # tuple, one a reader: p [candidates], or [candidates, weights_row >= N]
+    p_gammas,  # tuple, one a reader: [C]; read where AFFINES
     p_tensors,  # tuple of y_c [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
@@ -98,12 +124,15 @@ def fan_out_kernel(
     p_first_sums,
     p_tangents,  # tuple of yd_c
     p_tangent_sums,  # tuple, one a reader: [3, CANDIDATES[j], C], of yd, yd h, yd G
-    p_out,  # [tensors, positions, C]: the sum over readers of p_j B_c(G_j), or its derivative
+    p_out,  # [tensors, positions, C]: the sum over readers of gamma_j B_c(p_j G_j), or its derivative
     positions,
+    weights_row,
     ENDS: tl.constexpr,  # by tensor: how many readers it and those before it have
     PLACES: tl.constexpr,  # the index of a reader in its sums and p
     CANDIDATES: tl.constexpr,
-    WEIGHED: tl.constexpr,  # which readers have a p
+    WEIGHED: tl.constexpr,  # which readers have a p: 1, or 2 if it is by image
+    AFFINES: tl.constexpr,  # which have a gamma
+    PIXELS: tl.constexpr,  # of an image
     ROWS: tl.constexpr,
     FIRST_ROWS: tl.constexpr,
     NORMS: tl.constexpr,  # which tensors have readers that normalise them
@@ -130,14 +159,22 @@ def fan_out_kernel(
         for j in tl.static_range(len(p_adjoints)):
             if ENDS[c] <= j and j < ENDS[c + 1]:  # its readers; Triton 3.6 takes no such bounds of a range
                 b_weight = tl.full([], 1.0, ACC)
-                if WEIGHED[j]:
+                if WEIGHED[j] == 1:
                     b_weight = tl.load(p_weights[j] + PLACES[j]).to(ACC)
                 o_j = o_p[:, None] * ROWS[j] + o_c[None, :]
-                b_out += b_weight * tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
+                b_g = tl.load(p_adjoints[j] + o_j, mask=m, other=0.0).to(ACC)
+                if WEIGHED[j] == 2:
+                    p_row = p_weights[j] + PLACES[j] * weights_row
+                    b_g = b_g * load_image_weights(p_row, o_p, positions, PIXELS, ACC)[:, None]
+                b_part = tl.full([BLOCK_C], 1.0, ACC) * (b_weight * share)
+                if AFFINES[j]:
+                    b_gamma = tl.load(p_gammas[j] + o_c, mask=m_c, other=0.0).to(ACC)
+                    b_g = b_g * b_gamma[None, :]
+                    b_part = b_part * b_gamma
+                b_out += b_weight * b_g
                 if NORMS[c]:
                     size = CANDIDATES[j] * C
                     o_sum = PLACES[j] * C + o_c
-                    b_part = b_weight * share
                     b_m += b_part * tl.load(p_sums[j] + o_sum, mask=m_c, other=0.0)
                     b_mh += b_part * tl.load(p_sums[j] + size + o_sum, mask=m_c, other=0.0)
                     if TANGENT:
@@ -172,7 +209,8 @@ def norm_sums_kernel(
     p_means,  # tuple of [C]; so is the next
     p_rs,
     p_partials,  # [2, entries, splits, C]
-    p_sums,  # [2, entries, C]: of G, G h; if SECOND of Gd, Gd h
+    p_sums,  # [2, entries, C]: of G, G u, with BY_IMAGE of p G, p G u; if SECOND of Gd, Gd h
+    p_weights,  # p [entries, weights_row >= N], read if BY_IMAGE
     p_first_sums,  # [2, entries, C]: of G, G h; this and the next two are read if SECOND
     p_tangent_sums,  # [3, entries, C]: of yd, yd h, yd G, where an entry is normalised
     p_products,  # [entries, C]: of yd G, where it is not
@@ -180,9 +218,12 @@ def norm_sums_kernel(
     p_blocks,  # [entries, c blocks]: p_gradient of one block; written if there are several
     p_counters,
     positions,
+    weights_row,
     NORMS: tl.constexpr,
     GRADIENT: tl.constexpr,  # the entries are a mix's candidates: also the gradient of p
     SECOND: tl.constexpr,
+    BY_IMAGE: tl.constexpr,
+    PIXELS: tl.constexpr,  # of an image
     G_ROW: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -205,6 +246,9 @@ def norm_sums_kernel(
         o = o_p[:, None] * C + o_c[None, :]
         o_g = o_p[:, None] * G_ROW + o_c[None, :]
         b_g = tl.load(p_g_k + o_g, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
+        if BY_IMAGE:
+            p_row = p_weights + i_entry * weights_row
+            b_g = b_g * load_image_weights(p_row, o_p, positions, PIXELS, ACC)[:, None]
         b_h = (tl.load(p_y_k + o, mask=m, other=0.0).to(ACC) - b_mean[None, :]) * b_r[None, :]
         b_s += b_g
         b_sh += b_g * b_h
@@ -250,11 +294,14 @@ def norm_fwd_kernel(
     p_y,  # tuple of y_k [positions, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
+    p_gammas,  # tuple of [C], as the next; read where AFFINES
+    p_betas,
     p_tangents,  # tuple of yd_k; read if TANGENT, as is the next
     p_sums,  # [3, entries, C]: of yd, yd h, yd G
     p_out,  # [entries, positions, C]: h, or if TANGENT hd
     positions,
     NORMS: tl.constexpr,
+    AFFINES: tl.constexpr,
     TANGENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -271,6 +318,10 @@ def norm_fwd_kernel(
     b_mean, b_r = load_normalizer(pick(p_means, i_entry), pick(p_rs, i_entry), has_norm, o_c, m_c, ACC)
     b_out = tl.load(pick(p_y, i_entry) + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
     b_out = (b_out - b_mean[None, :]) * b_r[None, :]
+    if AFFINES[0]:
+        p_gamma, p_beta, has_affine = pick(p_gammas, i_entry), pick(p_betas, i_entry), pick(AFFINES, i_entry)
+        b_gamma, b_beta = load_affine(p_gamma, p_beta, has_affine, o_c, m_c, ACC)
+        b_out = b_out * b_gamma[None, :] + b_beta[None, :]
     if TANGENT:
         m_norm = m_c & (has_norm > 0)
         p_sum = p_sums + i_entry * C + o_c
@@ -349,26 +400,44 @@ def mix_tangent_kernel(
                     p_rows += C
 
 
-def mix_forward(candidates: Sequence[Source], weights: Tensor, *, outs: Sequence[Tensor]) -> list[Launch]:
+def mix_forward(
+    candidates: Sequence[Source], weights: Tensor | None, *, outs: Sequence[Tensor]
+) -> list[Launch]:
     y, (means, rs, norms) = candidates[0].x, norms_of(candidates)
+    gammas, betas, affines = affines_of(candidates)
     sizes, (tiles, blocks) = _sizes("mix_fwd_kernel", y, len(candidates))
     arguments = {
         "p_candidates": tuple(source.x for source in candidates),
         "p_means": means,
         "p_rs": rs,
-        "p_weights": weights,
+        "p_gammas": gammas,
+        "p_betas": betas,
+        "p_weights": y if weights is None else weights,
         "p_outs": tuple(outs),
         "positions": _positions(y),
+        "weights_row": weights_row([weights]),
     }
-    constants = {"NORMS": norms, "OUT_ROWS": tuple(map(row_stride, outs)), **sizes}
+    constants = {
+        "NORMS": norms,
+        "AFFINES": affines,
+        "WEIGHTS": 0 if weights is None else weights.dim(),
+        "PIXELS": _pixels(weights, y),
+        "OUT_ROWS": tuple(map(row_stride, outs)),
+        **sizes,
+    }
     return [Launch(mix_fwd_kernel, (tiles, blocks), arguments, constants)]
 
 
 def mix_backward(
-    candidates: Sequence[Source], adjoint: Tensor, *, sums: Tensor, weight_gradient: Tensor
+    candidates: Sequence[Source],
+    weights: Tensor | None,
+    adjoint: Tensor,
+    *,
+    sums: Tensor,
+    weight_gradient: Tensor | None,
 ) -> list[Launch]:
     adjoints = [adjoint] * len(candidates)
-    return [_sums(adjoints, candidates, sums, weight_gradient)]
+    return [_sums(adjoints, candidates, sums, weight_gradient, weights=weights)]
 
 
 def mix_tangent(
@@ -435,9 +504,10 @@ def _sums(
     sums: Tensor,
     weight_gradient: Tensor | None = None,
     of_sweeps_before: tuple[Tensor, Tensor, Tensor] | None = None,
+    weights: Tensor | None = None,
 ) -> Launch:
-    """Returns the launch that writes the sums of G and G h, and of a mix the gradient of p; of the second
-    sweep with what the sweeps before summed, as `mix_second` reads it."""
+    """Returns the launch that writes the sums of G and G u (with `weights` of p G and p G u), and of a mix
+    the gradient of p; of the second sweep with what the sweeps before summed, as `mix_second` reads it."""
     y, entries, (means, rs, norms) = sources[0].x, len(sources), norms_of(sources)
     if len(set(map(row_stride, adjoints))) > 1:
         raise ValueError("the adjoints of one Triton launch must have one row stride")
@@ -452,6 +522,7 @@ def _sums(
         "p_rs": rs,
         "p_partials": y.new_empty(2, entries, splits, y.shape[1], dtype=sums.dtype),
         "p_sums": sums,
+        "p_weights": sums if weights is None else weights,
         "p_first_sums": first_sums,
         "p_tangent_sums": tangent_sums,
         "p_products": products,
@@ -459,11 +530,14 @@ def _sums(
         "p_blocks": blocks_of_gradients,
         "p_counters": counters(y, entries * (blocks + int(blocks > 1))),
         "positions": _positions(y),
+        "weights_row": weights_row([weights]),
     }
     constants = {
         "NORMS": norms,
         "GRADIENT": weight_gradient is not None,
         "SECOND": of_sweeps_before is not None,
+        "BY_IMAGE": weights is not None,
+        "PIXELS": _pixels(weights, y),
         "G_ROW": row_stride(adjoints[0]),
         **sizes,
     }
@@ -493,17 +567,24 @@ def _norm_forward(
 ) -> Launch:
     y, (means, rs, norms) = sources[0].x, norms_of(sources)
     sizes, (tiles, blocks) = _sizes("norm_fwd_kernel", y)
-    tensors = tuple(source.x for source in sources)
+    tensors, (gammas, betas, affines) = tuple(source.x for source in sources), affines_of(sources)
     arguments = {
         "p_y": tensors,
         "p_means": means,
         "p_rs": rs,
+        "p_gammas": gammas,
+        "p_betas": betas,
         "p_tangents": tensors if tangents is None else tuple(tangents),
         "p_sums": means[0] if sums is None else sums,
         "p_out": out,
         "positions": _positions(y),
     }
-    constants = {"NORMS": norms, "TANGENT": tangents is not None, **sizes}
+    constants = {
+        "NORMS": norms,
+        "AFFINES": affines if any(affines) else (0,),
+        "TANGENT": tangents is not None,
+        **sizes,
+    }
     return Launch(norm_fwd_kernel, (tiles, len(sources), blocks), arguments, constants)
 
 
@@ -547,11 +628,13 @@ def _fan_out(
     def where_normed(values: list[Tensor | None]) -> tuple[Tensor, ...]:
         return tuple(v if norm else out for v, norm in zip(values, normed, strict=True)) or (out,)
 
+    weighed = tuple(0 if reader.weights is None else reader.weights.dim() for reader in all_firsts)
     sizes, grid = _sizes("fan_out_kernel", out[0], 2 * (len(read) + len(adjoints)))
     arguments = {
         "p_adjoints": tuple(adjoints) or (out,),
         "p_sums": where_normed([reader.sums for reader in all_readers]),
         "p_weights": tuple(out if r.weights is None else r.weights for r in all_firsts) or (out,),
+        "p_gammas": tuple(out if r.gamma is None else r.gamma for r in all_firsts) or (out,),
         "p_tensors": tuple(source.x for source in read),
         "p_means": means,
         "p_rs": rs,
@@ -563,12 +646,15 @@ def _fan_out(
         else (out,),
         "p_out": out,
         "positions": _positions(out[0]),
+        "weights_row": weights_row(reader.weights for reader in all_firsts),
     }
     constants = {
         "ENDS": tuple(sum(map(len, readers[:c])) for c in range(len(readers) + 1)),
         "PLACES": tuple(reader.index for reader in all_firsts),
         "CANDIDATES": tuple(0 if reader.sums is None else reader.sums.shape[1] for reader in all_firsts),
-        "WEIGHED": tuple(int(reader.weights is not None) for reader in all_firsts),
+        "WEIGHED": weighed,
+        "AFFINES": tuple(int(reader.gamma is not None) for reader in all_firsts),
+        "PIXELS": out.shape[3] * out.shape[4] if 2 in weighed else 1,
         "ROWS": tuple(map(row_stride, adjoints)),
         "FIRST_ROWS": tuple(map(row_stride, first_adjoints)),
         "NORMS": norms,
@@ -583,6 +669,11 @@ def add(terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
     arguments = {"p_terms": tuple(terms), "p_out": out, "positions": _positions(out)}
     constants = {"ROW_STRIDES": tuple(map(row_stride, terms)), **sizes}
     return [Launch(add_kernel, grid, arguments, constants)]
+
+
+def _pixels(weights: Tensor | None, y: Tensor) -> int:
+    """Returns the pixels of an image, which a kernel divides by where p is by image; else 1."""
+    return 1 if weights is None or weights.dim() < 2 else y.shape[2] * y.shape[3]
 
 
 def _positions(y: Tensor) -> int:

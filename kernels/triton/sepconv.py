@@ -31,12 +31,13 @@ def sepconv_backward(
     sources: Sequence[Source],
     tasks: Sequence[Task],
     readers: Sequence[Reader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
-    return _backward(Call.of(sources, tasks), readers, None, None, adjoint, sums, gradients)
+    return _backward(Call.of(sources, tasks), readers, None, None, terms, adjoint, sums, gradients)
 
 
 def sepconv_tangent(
@@ -59,12 +60,13 @@ def sepconv_second(
     tasks: Sequence[Task],
     weight_tangents: Sequence[Weights],
     readers: Sequence[SecondReader],
+    terms: Sequence[Sequence[Tensor]],
     *,
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> list[Launch]:
     firsts = [reader.first for reader in readers]
-    return _backward(Call.of(sources, tasks), firsts, readers, weight_tangents, adjoint, sums, None)
+    return _backward(Call.of(sources, tasks), firsts, readers, weight_tangents, terms, adjoint, sums, None)
 
 
 def _backward(
@@ -72,19 +74,20 @@ def _backward(
     firsts: Sequence[Reader],
     seconds: Sequence[SecondReader] | None,
     weight_tangents: Sequence[Weights] | None,
+    terms: Sequence[Sequence[Tensor]],
     adjoint: Tensor,
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
     """Returns the launches of the second backward sweep if there are `seconds`, else of the first."""
     if call.direct():
-        return [pointwise(call, firsts, seconds, weight_tangents, adjoint, gradients)]
+        return [pointwise(call, firsts, seconds, weight_tangents, terms, adjoint, gradients)]
     n, _, height, width = call.out_shape
     x, count, layers = call.sources[0], len(call.tasks), 1 if seconds is None else 2
     z = images(layers * count, (n, x.shape[1], height, width), x.dtype, x.device).unflatten(
         0, (layers, count)
     )
     return [
-        pointwise(call, firsts, seconds, weight_tangents, z, gradients),
-        depthwise(call, z, weight_tangents, adjoint, sums),
+        pointwise(call, firsts, seconds, weight_tangents, None, z, gradients),
+        depthwise(call, z, weight_tangents, terms, adjoint, sums),
     ]

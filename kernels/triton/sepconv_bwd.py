@@ -10,12 +10,13 @@ from darts_fast.kernels.triton.launch import (
     Launch,
     counters,
     last_program,
+    load_affine,
     load_normalizer,
     pick,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import tile
-from darts_fast.kernels.triton.sepconv_call import Call
+from darts_fast.kernels.triton.sepconv_call import Call, of_terms
 from darts_fast.kernels.types import Weights
 
 
@@ -24,12 +25,15 @@ def sepconv_bwd_kernel(
     p_x,  # tuple, as the next two one a source: [N, H, W, C]
     p_means,
     p_rs,
+    p_gammas,  # tuple, one a source: [C]; this and the next are read if AFFINE
+    p_betas,
     p_depthwise,  # tuple, one a task, as the next
     p_depthwise_d,  # read if TANGENT
     p_z,  # [1, or 2 if TANGENT, tasks, N, HO, WO, C]: Z, Zd
+    p_terms,  # tuple of [N, H, W, TERM_ROWS[k] >= C], added to the adjoint of source TERM_SOURCES[k]
     p_adjoint,  # [sources, N, H, W, C]
     p_partials,  # [2, sources, tiles, C]; written if SUMS, as the next
-    p_sums,  # [2, sources, C]: of H, H h
+    p_sums,  # [2, sources, C]: of H, H u
     p_counters,
     pixels,  # N * H * W
     positions,  # N * HO * WO
@@ -39,8 +43,11 @@ def sepconv_bwd_kernel(
     DILATIONS: tl.constexpr,
     SHIFTS: tl.constexpr,
     HAS_D: tl.constexpr,
+    TERM_SOURCES: tl.constexpr,
+    TERM_ROWS: tl.constexpr,
     TANGENT: tl.constexpr,
     SUMS: tl.constexpr,
+    AFFINE: tl.constexpr,  # the batch norms of the sources have gamma and beta
     H: tl.constexpr,
     W: tl.constexpr,
     HO: tl.constexpr,
@@ -87,8 +94,12 @@ def sepconv_bwd_kernel(
     o = i_first * C + (o_t[:, None] * C + o_c[None, :])
     has_norm = pick(NORMS, i_source)
     b_mean, b_r = load_normalizer(pick(p_means, i_source), pick(p_rs, i_source), has_norm, o_c, m_c, ACC)
-    b_h = tl.load(pick(p_x, i_source) + o, mask=m, other=0.0).to(ACC)
-    b_h = (b_h - b_mean[None, :]) * b_r[None, :]
+    b_u = tl.load(pick(p_x, i_source) + o, mask=m, other=0.0).to(ACC)
+    b_u = (b_u - b_mean[None, :]) * b_r[None, :]
+    b_h = b_u
+    if AFFINE:
+        b_gamma, b_beta = load_affine(pick(p_gammas, i_source), pick(p_betas, i_source), 1, o_c, m_c, ACC)
+        b_h = b_u * b_gamma[None, :] + b_beta[None, :]
     b_adjoint = tl.where(m & (b_h > 0.0), b_adjoint, 0.0)
     entries = tl.num_programs(1)
     tiles = tl.num_programs(0)
@@ -96,7 +107,11 @@ def sepconv_bwd_kernel(
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
         tl.store(p_tile, tl.sum(b_adjoint, axis=0), mask=m_c)
-        tl.store(p_tile + stride, tl.sum(b_adjoint * b_h, axis=0), mask=m_c)
+        tl.store(p_tile + stride, tl.sum(b_adjoint * b_u, axis=0), mask=m_c)
+    for k in tl.static_range(len(TERM_SOURCES)):
+        m_term = m & (i_source == TERM_SOURCES[k])
+        o_term = i_first * TERM_ROWS[k] + (o_t[:, None] * TERM_ROWS[k] + o_c[None, :])
+        b_adjoint += tl.load(p_terms[k] + o_term, mask=m_term, other=0.0).to(ACC)
     p_out = p_adjoint + i_source.to(tl.int64) * pixels * C
     tl.store(p_out + o, b_adjoint.to(p_adjoint.dtype.element_ty), mask=m)
     if SUMS:
@@ -111,6 +126,7 @@ def depthwise(
     call: Call,
     z: Tensor,
     weight_tangents: Sequence[Weights] | None,
+    terms: Sequence[Sequence[Tensor]],
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> Launch:
@@ -123,13 +139,17 @@ def depthwise(
     if sums is not None:
         partials = x.new_empty(2, count, tiles, c, dtype=sums.dtype)
         counts = counters(x, count * blocks)
+    p_terms, constants_of_terms = of_terms(terms, adjoint)
     arguments = {
         "p_x": call.sources,
         "p_means": call.means,
         "p_rs": call.rs,
+        "p_gammas": call.gammas,
+        "p_betas": call.betas,
         "p_depthwise": call.weights()[0],
         "p_depthwise_d": call.weights(weight_tangents)[0],
         "p_z": z,
+        "p_terms": p_terms,
         "p_adjoint": adjoint,
         "p_partials": z if partials is None else partials,
         "p_sums": z if sums is None else sums,
@@ -141,8 +161,10 @@ def depthwise(
         "SOURCES": tuple(task.source for task in call.tasks),
         "NORMS": call.norms,
         **call.geometry(),
+        **constants_of_terms,
         "TANGENT": weight_tangents is not None,
         "SUMS": sums is not None,
+        "AFFINE": call.affine,
         **call.sizes(),
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,

@@ -1,4 +1,5 @@
-"""Z = P' Y with the weight gradients, or also Zd = P' Yd + Pd' Y, in Triton. Y = p B(G) is taken on load."""
+"""Z = P' Y with the weight gradients, or also Zd = P' Yd + Pd' Y, in Triton. Y is taken on load from what the
+outputs' readers hand back."""
 
 from collections.abc import Sequence
 
@@ -10,11 +11,13 @@ from darts_fast.kernels.triton.launch import (
     Launch,
     counters,
     last_program,
+    load_affine,
     load_normalizer,
     norms_of,
     pick,
     row_stride,
     sum_of_rows,
+    weights_row,
 )
 from darts_fast.kernels.triton.launch_table import (
     dot_channel_block,
@@ -23,7 +26,7 @@ from darts_fast.kernels.triton.launch_table import (
     splits_of,
     warps,
 )
-from darts_fast.kernels.triton.sepconv_call import Call, dot, parts_of
+from darts_fast.kernels.triton.sepconv_call import Call, dot, of_terms, parts_of
 from darts_fast.kernels.types import Reader, SecondReader, Source, Weights, accumulator
 
 # Numbers of a weight gradient that the last program adds at a time, over 16 programs (`ROWS` numbers).
@@ -32,36 +35,43 @@ COLUMNS = tl.constexpr(128)
 
 @triton.jit
 def sepconv_bwd_pointwise_kernel(
-    p_x,  # tuples as in the forward kernel; this is read if WEIGHTS or DIRECT, the next three if WEIGHTS
+    p_x,  # tuples as in the forward kernel; this is read if WEIGHTS or DIRECT, the next five if WEIGHTS
     p_means,
     p_rs,
+    p_gammas,
+    p_betas,
     p_depthwise,
     p_pointwise,
     p_pointwise_d,  # read if TANGENT
-    p_adjoints,  # tuple of G [N, HO, WO, G_ROWS[t] >= K]; Y = p B(G)
+    p_adjoints,  # tuple of G [N, HO, WO, G_ROWS[t] >= K]
     p_seconds,  # tuple of Gd; read if TANGENT
-    p_mix_weights,  # tuple of p [candidates]; read where WEIGHED
+    p_mix_weights,  # tuple of p [candidates], or [candidates, weights_row >= N]; read where WEIGHED
     p_own,  # tuple of y; this and the next three are read where OWN_NORMS
     p_own_means,  # tuple of [K]; so is the next
     p_own_rs,
-    p_first_sums,  # tuple of [2, candidates, K]: of G, G h
+    p_own_gammas,  # tuple of [K]; read if OWN_AFFINE
+    p_first_sums,  # tuple of [2, candidates, K]: of G, G u, where p is by image of p G, p G u
     p_own_d,  # tuple of yd; this and the next two are read where OWN_NORMS if TANGENT
     p_own_d_sums,  # tuple of [3, candidates, K]: of yd, yd h, yd G
     p_second_sums,  # tuple of [2, candidates, K]: of Gd, Gd h
+    p_terms,  # tuple of [N, HO, WO, TERM_ROWS[k] >= C], added for task TERM_SOURCES[k] if DIRECT
     p_z,  # [1, or 2 if TANGENT and not DIRECT, tasks, N, HO, WO, C]: Z, Zd
     p_partials,  # [tasks, c blocks, splits, K + TAPS, BLOCK_C]: dP and dD of a program; written if WEIGHTS
     p_gradients,  # [tasks, gradients_row]: dP [K, C], dD [C, k * k]; written if WEIGHTS
     p_counters,
     positions,  # N * HO * WO
     tasks,
+    weights_row,
     gradients_row,  # K * C + C * TAPS, or K * C if no task has a depthwise part
     NORMS: tl.constexpr,
     KERNELS: tl.constexpr,
     DILATIONS: tl.constexpr,
     SHIFTS: tl.constexpr,
     HAS_D: tl.constexpr,
+    TERM_SOURCES: tl.constexpr,
+    TERM_ROWS: tl.constexpr,
     OWN_NORMS: tl.constexpr,  # which tasks' outputs are normalised by their readers, and so have sums
-    WEIGHED: tl.constexpr,  # which have a p
+    WEIGHED: tl.constexpr,  # which have a p: 1, or 2 if it is by image
     PLAIN: tl.constexpr,  # whether none are normalised, and none have a p: Y = G
     PLACES: tl.constexpr,  # the reader's index in the sums and in p
     CANDIDATES: tl.constexpr,  # entries of the sums
@@ -69,6 +79,9 @@ def sepconv_bwd_pointwise_kernel(
     TANGENT: tl.constexpr,
     DIRECT: tl.constexpr,  # `Call.direct`: write [h > 0] Z, or with TANGENT [h > 0] Zd, in place of Z
     NORMALIZE: tl.constexpr,
+    AFFINE: tl.constexpr,  # the batch norms of the sources have gamma and beta
+    OWN_AFFINE: tl.constexpr,  # those of the outputs have
+    BY_IMAGE: tl.constexpr,  # p of some task is by image
     TAPS: tl.constexpr,  # of the largest depthwise kernel; 1 if no task has one, whose dD is not stored
     H: tl.constexpr,
     W: tl.constexpr,
@@ -103,6 +116,9 @@ def sepconv_bwd_pointwise_kernel(
         m_d = m_c & (pick(HAS_D, i_task) > 0)
         has_norm = pick(NORMS, i_task)
         b_mean, b_r = load_normalizer(pick(p_means, i_task), pick(p_rs, i_task), has_norm, o_c, m_c, ACC)
+        if AFFINE:
+            b_gamma, b_beta = load_affine(pick(p_gammas, i_task), pick(p_betas, i_task), 1, o_c, m_c, ACC)
+            b_r = b_r * b_gamma
         o_tap = tl.arange(0, BLOCK_TAPS)
         b_dp = tl.zeros([BLOCK_K, BLOCK_C], ACC)
         b_dd = tl.zeros([BLOCK_TAPS, BLOCK_C], ACC)
@@ -112,9 +128,11 @@ def sepconv_bwd_pointwise_kernel(
         o_sum = i_place * OWN_ROW + o_k
         b_own_mean = tl.load(pick(p_own_means, i_task) + o_k, mask=m_own_k, other=0.0)
         b_own_r = tl.load(pick(p_own_rs, i_task) + o_k, mask=m_own_k, other=1.0)
-        m_weighed = m_k & (pick(WEIGHED, i_task) > 0)
+        m_weighed = m_k & (pick(WEIGHED, i_task) == 1)
         b_weight = tl.load(pick(p_mix_weights, i_task) + i_place + o_k * 0, mask=m_weighed, other=1.0)
-        b_scale = b_weight * b_own_r  # p r, [BLOCK_K]
+        b_scale = b_weight * b_own_r  # gamma p r, [BLOCK_K]
+        if OWN_AFFINE:
+            b_scale = b_scale * tl.load(pick(p_own_gammas, i_task) + o_k, mask=m_k, other=1.0)
         p_sums_1 = pick(p_first_sums, i_task)
         b_g_mean = tl.load(p_sums_1 + o_sum, mask=m_own_k, other=0.0) / positions
         b_s = tl.load(p_sums_1 + size + o_sum, mask=m_own_k, other=0.0) / positions
@@ -139,6 +157,11 @@ def sepconv_bwd_pointwise_kernel(
             o_own = o_t[:, None] * OWN_ROW + o_k[None, :]
             b_h = tl.load(pick(p_own, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
             b_h = (b_h - b_own_mean[None, :]) * b_own_r[None, :]
+            if BY_IMAGE:
+                p_weights = pick(p_mix_weights, i_task) + i_place * weights_row
+                m_image = m_p & (pick(WEIGHED, i_task) == 2)
+                b_p_image = tl.load(p_weights + (i_first + o_t) // (HO * WO), mask=m_image, other=1.0)
+                b_y = b_y.to(ACC) * b_p_image[:, None]
             b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
@@ -159,7 +182,12 @@ def sepconv_bwd_pointwise_kernel(
             if TANGENT:
                 b_adjoint = b_zd
             b_x = tl.load(pick(p_x, i_task) + i_first * C + o_out, mask=m_out, other=0.0)
-            tl.store(p_out + o_out, tl.where(b_x > 0.0, b_adjoint, 0.0).to(element), mask=m_out)
+            b_adjoint = tl.where(b_x > 0.0, b_adjoint, 0.0)
+            for k in tl.static_range(len(TERM_SOURCES)):
+                m_term = m_out & (i_task == TERM_SOURCES[k])
+                o_term = i_first * TERM_ROWS[k] + (o_t[:, None] * TERM_ROWS[k] + o_c[None, :])
+                b_adjoint += tl.load(p_terms[k] + o_term, mask=m_term, other=0.0).to(ACC)
+            tl.store(p_out + o_out, b_adjoint.to(element), mask=m_out)
         else:
             tl.store(p_out + o_out, b_z.to(element), mask=m_out)
         if TANGENT and not DIRECT:
@@ -178,6 +206,8 @@ def sepconv_bwd_pointwise_kernel(
                 b_a = tl.load(p_image + (o_in[:, None] * C + o_c[None, :]), mask=m, other=0.0).to(ACC)
                 if NORMALIZE:
                     b_a = (b_a - b_mean[None, :]) * b_r[None, :]
+                if AFFINE:
+                    b_a += b_beta[None, :]
                 b_a = tl.where(m & ~(b_a < 0.0), b_a, 0.0)  # [BLOCK_P, BLOCK_C]
                 b_d = tl.load(p_d + o_c * (kernel * kernel) + i_tap, mask=m_d, other=1.0).to(ACC)
                 b_forward += b_a * b_d[None, :]
@@ -211,11 +241,12 @@ def pointwise(
     firsts: Sequence[Reader],
     seconds: Sequence[SecondReader] | None,
     weight_tangents: Sequence[Weights] | None,
+    terms: Sequence[Sequence[Tensor]] | None,
     z: Tensor,
     gradients: Tensor | None,
 ) -> Launch:
     """Returns the launch that writes z [1 or 2, tasks, N, C, HO, WO]: Z of the tasks, and with `seconds` Zd;
-    or the sources' adjoints, see `Call.direct`."""
+    or the sources' adjoints, to which the terms are added, see `Call.direct`."""
     x, count, k = call.sources[0], len(call.tasks), call.out_shape[1]
     c, dtype = x.shape[1], accumulator(x.dtype)
     taps = max(call.kernels()) ** 2
@@ -232,31 +263,38 @@ def pointwise(
         partials = x.new_empty(count, blocks, splits, k + taps, block_c, dtype=dtype)
         counts = counters(x, count * blocks)
     depthwise, pointwise = call.weights()
+    p_terms, constants_of_terms = of_terms(terms, z)
     of_readers, constants_of_readers = _of_readers(firsts, seconds, count // len(firsts))
     arguments = {
         "p_x": call.of_tasks(call.sources) if gradients is not None or call.direct() else pointwise,
         "p_means": call.of_tasks(call.means) if gradients is not None else pointwise,
         "p_rs": call.of_tasks(call.rs) if gradients is not None else pointwise,
+        "p_gammas": call.of_tasks(call.gammas) if gradients is not None else pointwise,
+        "p_betas": call.of_tasks(call.betas) if gradients is not None else pointwise,
         "p_depthwise": depthwise if gradients is not None else pointwise,
         "p_pointwise": pointwise,
         "p_pointwise_d": call.weights(weight_tangents)[1],
         **of_readers,
+        "p_terms": p_terms,
         "p_z": z,
         "p_partials": z if partials is None else partials,
         "p_gradients": z if gradients is None else gradients,
         "p_counters": z if counts is None else counts,
         "positions": call.positions(),
         "tasks": count,
+        "weights_row": weights_row(reader.weights for reader in firsts),
         "gradients_row": 0 if gradients is None else gradients.stride(0),
     }
     constants = {
         "NORMS": call.of_tasks(call.norms),
         **call.geometry(),
+        **constants_of_terms,
         **constants_of_readers,
         "WEIGHTS": gradients is not None,
         "TANGENT": seconds is not None,
         "DIRECT": call.direct(),
         "NORMALIZE": any(call.norms),
+        "AFFINE": call.affine,
         "TAPS": taps,
         "K": k,
         **call.sizes(),
@@ -281,7 +319,10 @@ def _of_readers(
     if rows != tuple(map(row_stride, second_adjoints)):
         raise ValueError("an adjoint and its derivative must have the same strides")
     means, rs, norms = norms_of([Source(reader.adjoint, reader.statistics) for reader in firsts])
-    weighed = tuple(int(reader.weights is not None) for reader in firsts)
+    weighed = tuple(0 if reader.weights is None else reader.weights.dim() for reader in firsts)
+    gammas = [reader.gamma for reader in firsts]
+    if len({gamma is None for gamma in gammas}) > 1:
+        raise ValueError("either all outputs of one Triton launch have a gamma, or none has")
     # A tuple of pointers has one type, also where a tensor stands in for one that is not read.
     weights = next((reader.weights for reader in firsts if reader.weights is not None), means[0])
 
@@ -298,6 +339,7 @@ def _of_readers(
         "p_own": images_of([r.y for r in firsts]),
         "p_own_means": means,
         "p_own_rs": rs,
+        "p_own_gammas": means if gammas[0] is None else tuple(gammas),
         "p_first_sums": sums_of([r.sums for r in firsts]),
         "p_own_d": images_of([g if s is None else s.tangent for g, s in zip(adjoints, seconds, strict=True)]),
         "p_own_d_sums": sums_of([s and s.tangent_sums for s in seconds]),
@@ -308,6 +350,8 @@ def _of_readers(
         "OWN_NORMS": norms,
         "WEIGHED": weighed,
         "PLAIN": not any(read),
+        "OWN_AFFINE": gammas[0] is not None,
+        "BY_IMAGE": 2 in weighed,
         "PLACES": tuple(r.index if is_read else 0 for r, is_read in zip(firsts, read, strict=True)),
         "CANDIDATES": tuple(0 if r.sums is None else r.sums.shape[1] for r in firsts),
         "G_ROWS": rows,

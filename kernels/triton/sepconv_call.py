@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.triton.launch import ACCUMULATORS, norms_of
+from darts_fast.kernels.triton.launch import ACCUMULATORS, affines_of, norms_of, row_stride
 from darts_fast.kernels.triton.launch_table import Case, dot_channel_block
 from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, accumulator
 
@@ -30,6 +30,9 @@ class Call(NamedTuple):
     means: tuple[Tensor, ...]  # of the sources
     rs: tuple[Tensor, ...]
     norms: tuple[int, ...]
+    gammas: tuple[Tensor, ...]
+    betas: tuple[Tensor, ...]
+    affine: bool  # whether the sources have these: all or none
     tasks: tuple[Task, ...]
     has_depthwise: tuple[int, ...]
     out_shape: tuple[int, int, int, int]  # of a task
@@ -43,11 +46,17 @@ class Call(NamedTuple):
             or len({task.stride for task in tasks}) > 1
         ):
             raise ValueError("the sources, outputs and strides of one Triton launch must be alike")
+        gammas, betas, affines = affines_of(sources)
+        if len(set(affines)) > 1:
+            raise ValueError("either all sources of one Triton launch have gamma and beta, or none has")
         n, _, height, width = x.shape
         stride, k = tasks[0].stride, pointwise[0].shape[0]
         return cls(
             tuple(source.x for source in sources),
             *norms_of(sources),
+            gammas,
+            betas,
+            any(affines),
             tuple(tasks),
             tuple(int(task.weights.depthwise is not None) for task in tasks),
             (n, k, -(-height // stride), -(-width // stride)),
@@ -125,6 +134,16 @@ class Call(NamedTuple):
     def pixels(self) -> int:
         n, _, height, width = self.sources[0].shape
         return n * height * width
+
+
+def of_terms(terms: Sequence[Sequence[Tensor]] | None, stand_in: Tensor) -> tuple[tuple[Tensor, ...], dict]:
+    """Returns the terms that are added to the adjoints of sources, and the constants that say to which."""
+    flat = [(number, term) for number, its in enumerate(terms or ()) for term in its]
+    constants = {
+        "TERM_SOURCES": tuple(number for number, _ in flat),
+        "TERM_ROWS": tuple(row_stride(term) for _, term in flat),
+    }
+    return tuple(term for _, term in flat) or (stand_in,), constants
 
 
 def parts_of(reader: Reader | SecondReader, count: int) -> list:

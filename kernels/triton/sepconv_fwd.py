@@ -11,6 +11,7 @@ from darts_fast.kernels.triton.launch import (
     Launch,
     counters,
     last_program,
+    load_affine,
     load_normalizer,
     merge_statistics,
     norms_of,
@@ -29,6 +30,8 @@ def sepconv_fwd_kernel(
     p_x,  # tuple, as all tuples here one a task: the task's source [N, H, W, C]
     p_means,  # tuple of [C]; so is the next
     p_rs,
+    p_gammas,  # tuple of [C]; this and the next are read if AFFINE
+    p_betas,
     p_depthwise,  # tuple of [C, k * k]
     p_pointwise,  # tuple of [K, C]
     p_xd,  # tuple of [N, H, W, C]; this and the next eight are read if TANGENT
@@ -60,6 +63,7 @@ def sepconv_fwd_kernel(
     TANGENT: tl.constexpr,
     STATISTICS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    AFFINE: tl.constexpr,  # the batch norms of the sources have gamma and beta
     JOIN: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -97,6 +101,9 @@ def sepconv_fwd_kernel(
         o_c = i_c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_mean, b_r = load_normalizer(pick(p_means, i_task), pick(p_rs, i_task), has_norm, o_c, m_c, ACC)
+        if AFFINE:
+            b_gamma, b_beta = load_affine(pick(p_gammas, i_task), pick(p_betas, i_task), 1, o_c, m_c, ACC)
+            b_r = b_r * b_gamma
         if TANGENT and NORMALIZE:
             m_norm = m_c & (has_norm > 0)
             p_sum = p_xd_sums + i_source * C + o_c
@@ -114,6 +121,8 @@ def sepconv_fwd_kernel(
             b_h = tl.load(p_in + o, mask=m, other=0.0).to(ACC)  # [BLOCK_P, BLOCK_C]
             if NORMALIZE:
                 b_h = (b_h - b_mean[None, :]) * b_r[None, :]
+            if AFFINE:
+                b_h += b_beta[None, :]
             b_a = tl.where(m & ~(b_h < 0.0), b_h, 0.0)  # NaN stays
             b_z += b_a * b_d[None, :]
             if TANGENT:
@@ -193,6 +202,8 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
         "p_x": call.of_tasks(call.sources),
         "p_means": call.of_tasks(call.means),
         "p_rs": call.of_tasks(call.rs),
+        "p_gammas": call.of_tasks(call.gammas),
+        "p_betas": call.of_tasks(call.betas),
         "p_depthwise": depthwise,
         "p_pointwise": pointwise,
         "p_xd": call.of_tasks(tangents.sources if tangents else call.sources),
@@ -216,6 +227,7 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
         "TANGENT": tangents is not None,
         "STATISTICS": statistics is not None,
         "NORMALIZE": any(call.norms),
+        "AFFINE": call.affine,
         "JOIN": count // len(y),
         "K": k,
         **call.sizes(),

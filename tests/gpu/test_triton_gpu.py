@@ -228,7 +228,7 @@ def offsets_beyond_32_bits(n, c, size, last):
         calls, (y, adjoint) = ([Source(x)], [Task(0, weights)]), (images_like(x) for _ in range(2))
         run("sepconv_forward", *calls, y=y, statistics=None)
         reader = Reader(x, None, 0, x, None, None)
-        run("sepconv_backward", *calls, [reader], adjoint=adjoint, sums=None, gradients=None)
+        run("sepconv_backward", *calls, [reader], [()], adjoint=adjoint, sums=None, gradients=None)
         return y[0], adjoint[0]
 
     def mix(x):
