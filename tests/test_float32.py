@@ -7,9 +7,12 @@ Copies are made only until the largest so far allows every error.
 """
 
 import torch
+import torch.nn.functional as F
 from conftest import relative_error
 from official import LAYOUTS, everything, official_network
+from sklearn.datasets import load_digits
 
+from darts_fast import load_genotype, network
 from darts_fast.config import SearchConfig
 from darts_fast.kernels import aten, native
 from darts_fast.kernels.backends import using
@@ -60,6 +63,36 @@ def test_the_official_gradients_are_as_near_as_the_references_rounding_allows(go
         if not over:  # more copies would allow more still
             break
     assert not over, over
+
+
+def test_a_genotypes_gradient_is_as_near_as_its_modules_rounding_allows():
+    """On twelve of scikit-learn's digits, enlarged: batch norms, auxiliary head, drop path."""
+    pixels = torch.tensor(load_digits().images[:12]).view(12, 1, 8, 8).repeat_interleave(3, 2)
+    images, labels = pixels.repeat_interleave(3, 3) / 16 - 0.3, torch.tensor(load_digits().target[:12])
+    generator = torch.Generator().manual_seed(0)
+
+    def gradient(dtype, fused=False, moved=0.0, layout=torch.contiguous_format):
+        torch.manual_seed(0)
+        module = network(load_genotype("DARTS_V2"), 10, 8, 5, 1, auxiliary=True, fused=fused)
+        with torch.no_grad():
+            for w in module.parameters():
+                w *= 1 + moved * torch.randn(w.shape, generator=generator)
+        module = module.to(dtype=dtype, memory_format=layout)
+        module.drop_path_prob, module.drop_path_generator = 0.2, torch.Generator().manual_seed(1)
+        logits, other = module(images.to(dtype=dtype, memory_format=layout))
+        loss = F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(other, labels)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+    exact, found, allowed = gradient(torch.float64), {}, 0.0
+    for backend in BACKENDS:
+        with using(backend):
+            found[backend.__name__] = relative_error(gradient(torch.float32, fused=True), exact)
+    for copy in range(COPIES):
+        error = relative_error(gradient(torch.float32, moved=6e-8, layout=LAYOUTS[copy % 2]), exact)
+        allowed = max(allowed, 2 * error)
+        if all(error <= allowed for error in found.values()):  # more copies would allow more still
+            break
+    assert all(error <= allowed for error in found.values()), (found, allowed)
 
 
 def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
