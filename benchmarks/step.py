@@ -50,7 +50,7 @@ from race import (  # noqa: E402
 )
 from race_tables import COLUMNS, evaluations, fits, growth, markdown, phase_table, plot, table  # noqa: E402
 
-from darts_fast.loop import nothing_old_collected  # noqa: E402
+from darts_fast.loop import freed_memory_kept, nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.profiling import copy_rate  # noqa: E402
 
@@ -91,7 +91,7 @@ def main() -> int:
     base = base._replace(threads=args.threads)
     name, values = args.sweep or ("batch_size", [base.batch_size])
     what = "training step of DARTS_V2" if args.train else "second-order step"
-    with strict_float32(), nothing_old_collected():  # as a run has it
+    with strict_float32(), nothing_old_collected(), freed_memory_kept():  # as a run has it
         check_training() if args.train else check()
         if device.type == "cuda" and not args.train:
             check_on(device, base.init_channels, 3, base.size)
