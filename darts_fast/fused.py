@@ -130,7 +130,14 @@ class FusedCells(ABC):
 
     @property
     def training(self) -> bool:
-        return self._norms[0].training
+        """Raises RuntimeError where some batch norms are in training mode and others are not."""
+        (training, *others) = {norm.training for norm in self._norms}
+        if others:
+            raise RuntimeError(
+                "the batch norms of fused cells must all be in training mode or all in evaluation mode; "
+                "without fused, some may differ"
+            )
+        return training
 
     def plan(
         self,

@@ -1,5 +1,6 @@
 """The network of a genotype, against the official code's numbers and the published sizes."""
 
+import copy
 from statistics import median
 
 import pytest
@@ -246,6 +247,29 @@ def test_fused_convolutions_and_pools_run_on_kernels(monkeypatch):
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.MaxPool2d, torch.nn.AvgPool2d)):
             monkeypatch.setattr(layer, "forward", None)
     module(torch.randn(2, 3, 8, 8))
+
+
+def test_fused_refuses_batch_norms_in_different_modes():
+    module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True).train()
+    module.cells[1].preprocess0.eval()
+    with pytest.raises(RuntimeError, match="all be in training mode or all in evaluation mode"):
+        module(torch.randn(2, 3, 8, 8))
+
+
+def test_fused_follows_its_buffers():
+    """Running statistics that were moved, copied or loaded anew are those that are updated and used."""
+    torch.manual_seed(0)
+    plain, fused = (network(NAMED["DARTS_V2"], 10, 4, 3, fused=f).train() for f in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    plain(images), fused(images)
+    plain, fused = plain.double(), copy.deepcopy(fused).double()
+    fused.load_state_dict({name: t.clone() for name, t in plain.state_dict().items()}, assign=True)
+    plain(2 * images.double()), fused(2 * images.double())
+    for name, expected in plain.state_dict().items():
+        assert relative_error(fused.state_dict()[name], expected) < 1e-9 or not expected.any(), name
+    with torch.no_grad():
+        assert relative_error(fused.eval()(images.double()), plain.eval()(images.double())) < 1e-9
 
 
 def test_fused_has_no_second_derivative():

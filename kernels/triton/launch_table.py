@@ -25,6 +25,7 @@ class Case(NamedTuple):
     weights: bool = False  # with weight gradients
     tangent: bool = False  # of the last two sweeps
     statistics: bool = False  # with the statistics of a convolution's output
+    by_image: bool = False  # p is a number an image
     ahead: int = 0  # bytes a channel of all that a program loads, where it is unrolled over tensors
 
     @property
@@ -45,6 +46,8 @@ POSITIONS: dict[str, Rows] = {
     "sepconv_fwd_kernel": (
         # With 64 up to 8 spills (sm_90).
         (lambda q: q.bytes == 8, 32),
+        # 1x1 of a derived network's two states to 72 outputs: with 64 and 8 warps 2 spills (sm_90).
+        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128, 32),
         # An evaluation: with 64 up to 12 spills (sm_100).
         (lambda q: q.bytes == 4 and q.k > 32 and not q.tangent and not q.statistics, 32),
         # 1x1 tangents: with 64, 16 and 32 outputs spilled twice (sm_100).
@@ -58,6 +61,8 @@ POSITIONS: dict[str, Rows] = {
     "sepconv_bwd_pointwise_kernel": (
         # 64 outputs took 176 KiB of shared memory, where sm_80 has 163.
         (lambda q: q.bytes == 8, 16),
+        # 1x1 weight gradients of a derived network's 36 outputs: with 16 up to 7 spills (sm_100).
+        (lambda q: q.bytes == 4 and q.direct and q.weights and 32 < q.k < 64, 32),
         # The compiler unrolls dots of float32, those of weight gradients over positions. With 32, 1x1
         # convolutions of 32 and 64 outputs spilled.
         (lambda q: q.bytes == 4 and (q.weights or q.tangent) and not q.depthwise and q.k > 16, 16),
@@ -65,8 +70,11 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 4 and (q.weights or q.tangent), 32),
         # With 64, 64 outputs of bfloat16 spilled 410 times (sm_100).
         (lambda q: q.tangent, 32),
-        # With 64, 1x1 weight gradients of 256 to 64 channels spilled 9 times (sm_100).
+        # With 64, 1x1 weight gradients of 256 to 64 channels spilled 9 times (sm_100), of 64 to 16 and of 128
+        # to 32 of float16 twice (sm_80); of a derived network's 144 outputs they took 188 KiB of shared
+        # memory.
         (lambda q: q.bytes == 2 and q.direct and q.weights and q.c > 128 and q.k == 64, 32),
+        (lambda q: q.bytes == 2 and q.direct and q.weights and (q.k <= 32 or q.k > 128), 32),
         # With 64 and 8 warps, a derived network's 72 outputs spilled 3 times, with 4 warps 7 (sm_100).
         (lambda q: q.weights and q.depthwise and 64 < q.k <= 128, 32),
         (otherwise, 64),
@@ -97,6 +105,8 @@ ELEMENTS: dict[str, Rows] = {
         (lambda q: q.bytes == 8 and q.normalized and q.c <= 16, 1024),
         # First halves: with 2,048, 16 channels spilled twice (sm_90); 512 of float64, 437 times.
         (lambda q: q.bytes == 4 and not q.normalized, 1024),
+        # Second halves of a derived network's 36 channels: with 2,048, 4 spills (sm_100).
+        (lambda q: q.bytes == 2 and 32 < q.c < 64, 1024),
         (otherwise, 2048),
     ),
     "pool_fwd_kernel": POOL,
@@ -111,10 +121,16 @@ ELEMENTS: dict[str, Rows] = {
     ),
     "fan_out_kernel": UNROLLED,
     "add_kernel": UNROLLED,
-    "norm_sums_kernel": ((otherwise, 2048),),
+    "norm_sums_kernel": (
+        # With 2,048 up to 5 spills, with 1,024 of float16 up to 3 (sm_100).
+        (lambda q: q.by_image, 512),
+        (otherwise, 2048),
+    ),
     "norm_fwd_kernel": (
         # With 2,048, tangents of 64 channels spilled twice (sm_100).
         (lambda q: q.bytes == 4 and q.c > 32, 1024),
+        # With gamma and beta, 72 channels of bfloat16 twice (sm_90).
+        (lambda q: q.c > 64, 1024),
         (otherwise, 2048),
     ),
 }
@@ -122,6 +138,8 @@ ELEMENTS: dict[str, Rows] = {
 # Warps of a program of a kernel with a dot; of all others 4.
 WARPS: dict[str, Rows] = {
     "sepconv_fwd_kernel": (
+        # 1x1 of two states to 72, see above.
+        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128, 4),
         # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
         (lambda q: q.k > 64, 8),
         # With 4 up to 6 spills (bfloat16, sm_100). With 8, tangents of 64 spilled, and 16 channels had 64-bit
@@ -145,8 +163,8 @@ WARPS: dict[str, Rows] = {
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
         (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
-        # The same of 64 to 16 of float16: 9 (sm_80). With 8, of 48 to 16 of bfloat16 8 (sm_100).
-        (lambda q: q.bytes == 2 and q.direct and q.weights and q.k <= 16 and q.c > 48, 8),
+        # Of 108 to 36 of float32, with 32 positions: with 4 twice (sm_80).
+        (lambda q: q.bytes == 4 and q.direct and q.weights and 32 < q.k < 64, 8),
         # Of 3x3 and 5x5 of 36: 8 (sm_100); with 8, of 5x5 of bfloat16.
         (lambda q: q.dtype == torch.float16 and q.weights and 32 < q.k < 64, 8),
         # Of second halves of 16: 3 (sm_90).

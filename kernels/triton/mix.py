@@ -512,7 +512,7 @@ def _sums(
     if len(set(map(row_stride, adjoints))) > 1:
         raise ValueError("the adjoints of one Triton launch must have one row stride")
     first_sums, tangent_sums, products = of_sweeps_before or (sums, sums, sums)
-    sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y)
+    sizes, (tiles, blocks) = _sizes("norm_sums_kernel", y, by_image=weights is not None)
     splits = splits_of(tiles, entries)
     blocks_of_gradients = y.new_empty(entries, blocks, dtype=sums.dtype) if blocks > 1 else sums
     arguments = {
@@ -680,10 +680,11 @@ def _positions(y: Tensor) -> int:
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
-def _sizes(kernel: str, y: Tensor, tensors: int = 0) -> tuple[dict, tuple[int, int]]:
+def _sizes(kernel: str, y: Tensor, tensors: int = 0, by_image: bool = False) -> tuple[dict, tuple[int, int]]:
     """Returns the sizes that are compiled in, and the grid that covers y. `tensors`: how many tensors, each
-    with two rows of statistics, a kernel loads that is unrolled over them."""
+    with two rows of statistics, a kernel loads that is unrolled over them; `by_image`: p is."""
     c, wide = y.shape[1], accumulator(y.dtype)
-    block_p, block_c = tile(kernel, Case(y.dtype, c, ahead=tensors * (y.element_size() + 2 * wide.itemsize)))
+    ahead = tensors * (y.element_size() + 2 * wide.itemsize)
+    block_p, block_c = tile(kernel, Case(y.dtype, c, by_image=by_image, ahead=ahead))
     sizes = {"C": c, "BLOCK_P": block_p, "BLOCK_C": block_c, "ACC": ACCUMULATORS[wide]}
     return sizes, (triton.cdiv(_positions(y), block_p), triton.cdiv(c, block_c))
