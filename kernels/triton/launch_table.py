@@ -47,7 +47,7 @@ POSITIONS: dict[str, Rows] = {
         # With 64 up to 8 spills (sm_90).
         (lambda q: q.bytes == 8, 32),
         # 1x1 of a derived network's two states to 72 outputs: with 64 and 8 warps 2 spills (sm_90).
-        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128, 32),
+        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128 and q.statistics, 32),
         # An evaluation: with 64 up to 12 spills (sm_100).
         (lambda q: q.bytes == 4 and q.k > 32 and not q.tangent and not q.statistics, 32),
         # 1x1 tangents: with 64, 16 and 32 outputs spilled twice (sm_100).
@@ -63,6 +63,8 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 8, 16),
         # 1x1 weight gradients of a derived network's 36 outputs: with 16 up to 7 spills (sm_100).
         (lambda q: q.bytes == 4 and q.direct and q.weights and 32 < q.k < 64, 32),
+        # Those of factorized reduces of 72 channels: with 16 twice (sm_80).
+        (lambda q: q.bytes == 4 and q.stride > 1 and q.weights and not q.depthwise and 32 < q.k < 64, 32),
         # The compiler unrolls dots of float32, those of weight gradients over positions. With 32, 1x1
         # convolutions of 32 and 64 outputs spilled.
         (lambda q: q.bytes == 4 and (q.weights or q.tangent) and not q.depthwise and q.k > 16, 16),
@@ -139,7 +141,7 @@ ELEMENTS: dict[str, Rows] = {
 WARPS: dict[str, Rows] = {
     "sepconv_fwd_kernel": (
         # 1x1 of two states to 72, see above.
-        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128, 4),
+        (lambda q: q.bytes == 4 and q.direct and 64 < q.k <= 128 and q.statistics, 4),
         # With 4, a derived network's 144 outputs spilled up to 222 times (float32, sm_90).
         (lambda q: q.k > 64, 8),
         # With 4 up to 6 spills (bfloat16, sm_100). With 8, tangents of 64 spilled, and 16 channels had 64-bit
@@ -163,6 +165,8 @@ WARPS: dict[str, Rows] = {
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
         (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
+        # Factorized reduces of 72 channels, with 32 positions: with 4 twice (sm_90).
+        (lambda q: q.bytes == 4 and q.stride > 1 and q.weights and not q.depthwise and 32 < q.k < 64, 8),
         # Of 108 to 36 of float32, with 32 positions: with 4 twice (sm_80).
         (lambda q: q.bytes == 4 and q.direct and q.weights and 32 < q.k < 64, 8),
         # Of 3x3 and 5x5 of 36: 8 (sm_100); with 8, of 5x5 of bfloat16.
