@@ -72,11 +72,10 @@ POSITIONS: dict[str, Rows] = {
         (lambda q: q.bytes == 4 and (q.weights or q.tangent), 32),
         # With 64, 64 outputs of bfloat16 spilled 410 times (sm_100).
         (lambda q: q.tangent, 32),
-        # With 64, 1x1 weight gradients of 256 to 64 channels spilled 9 times (sm_100), of 64 to 16 and of 128
-        # to 32 of float16 twice (sm_80); of a derived network's 144 outputs they took 188 KiB of shared
-        # memory.
+        # With 64, 1x1 weight gradients of 256 to 64 channels spilled 9 times (sm_100), of 64 to 16 twice
+        # (sm_80); of a derived network's 144 outputs they took 188 KiB of shared memory.
         (lambda q: q.bytes == 2 and q.direct and q.weights and q.c > 128 and q.k == 64, 32),
-        (lambda q: q.bytes == 2 and q.direct and q.weights and (q.k <= 32 or q.k > 128), 32),
+        (lambda q: q.bytes == 2 and q.direct and q.weights and (q.k <= 16 or q.k > 128), 32),
         # With 64 and 8 warps, a derived network's 72 outputs spilled 3 times, with 4 warps 7 (sm_100).
         (lambda q: q.weights and q.depthwise and 64 < q.k <= 128, 32),
         (otherwise, 64),
@@ -164,7 +163,9 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.bytes == 8, 8),
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
-        (lambda q: q.bytes == 2 and q.direct and q.weights and 32 < q.k <= 64, 8),
+        # With 32 positions and 4, of 128 to 32 of bfloat16 twice (Triton 3.6, sm_90); with 64 and 4, of float16
+        # twice (sm_80).
+        (lambda q: q.bytes == 2 and q.direct and q.weights and 16 < q.k <= 64, 8),
         # Factorized reduces of 72 channels, with 32 positions: with 4 twice (sm_90).
         (lambda q: q.bytes == 4 and q.stride > 1 and q.weights and not q.depthwise and 32 < q.k < 64, 8),
         # Of 108 to 36 of float32, with 32 positions: with 4 twice (sm_80).
