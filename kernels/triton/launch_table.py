@@ -163,8 +163,8 @@ WARPS: dict[str, Rows] = {
         (lambda q: q.bytes == 8, 8),
         # Weight gradients of 1x1 convolutions: with 4, of 108 to 36 channels of bfloat16 2 spills (sm_80), of
         # 128 to 64 of float16 24 (sm_100). With 8, of 108 to 36 of float32 spilled (sm_100).
-        # With 32 positions and 4, of 128 to 32 of bfloat16 twice (Triton 3.6, sm_90); with 64 and 4, of float16
-        # twice (sm_80).
+        # With 32 positions and 4, of 128 to 32 of bfloat16 twice (Triton 3.6, sm_90); with 64 and 4, of
+        # float16 twice (sm_80).
         (lambda q: q.bytes == 2 and q.direct and q.weights and 16 < q.k <= 64, 8),
         # Factorized reduces of 72 channels, with 32 positions: with 4 twice (sm_90).
         (lambda q: q.bytes == 4 and q.stride > 1 and q.weights and not q.depthwise and 32 < q.k < 64, 8),
