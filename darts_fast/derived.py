@@ -49,7 +49,7 @@ def network(
             (Not in evaluation mode where gradients are wanted.) No part of a saved network.
 
     Raises:
-        InputError: a size is other than that.
+        InputError: a size is other than that, or a state is twice in a concat.
     """
     for name, value, least in (("classes", classes, 1), ("image_channels", image_channels, 1)):
         if value < least:
@@ -58,6 +58,9 @@ def network(
         raise InputError(f"channels must be an even number, at least 2, not {channels}")
     if layers < 3:
         raise InputError(f"layers must be at least 3, not {layers}")
+    for concat in (genotype.normal_concat, genotype.reduce_concat):
+        if len(set(concat)) < len(concat):
+            raise InputError(f"a state is twice in the concat {list(concat)}")
     if stem not in SIZE_MULTIPLE:
         raise InputError(f"stem must be cifar or imagenet, not {stem!r}")
     return DerivedNetwork(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from darts_fast import kernels
 from darts_fast.kernels import aten, cell
 from darts_fast.kernels.aten.batch_norm import statistics_of
+from darts_fast.kernels.aten.launch import AtenLaunch
 from darts_fast.kernels.backends import collected
 from darts_fast.kernels.cell import (
     Cell,
@@ -43,7 +44,7 @@ def counted(step: Callable[[], object], device: torch.device, dtype: torch.dtype
     backend = kernels.backend(device, dtype)
     if backend is aten:  # its operations were counted as they are
         return traffic.total
-    found = list(launches(backend, calls))
+    found = [one for one in launches(backend, calls) if not isinstance(one, AtenLaunch)]
     return traffic.total.plus(len(found), sum(launch.bytes for launch in found))
 
 
@@ -60,7 +61,7 @@ def compile_kernels(
     rehearse: Callable[[], object], device: torch.device, say: Callable[[str], None], each: Callable[[], None]
 ) -> None:
     """Compiles the Triton kernels that `rehearse` launches, and their launchers, on all processors; once for
-    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 442
+    a machine, as they stay in Triton's cache. Launched, they would be compiled one after the other: the 439
     different ones of the paper's search in minutes.
 
     Args:
@@ -230,7 +231,7 @@ class FusedCells(ABC):
 
     def _update_statistics(self, of_batch: Tensor) -> None:
         """By the means and the unbiased variances of a batch, [2, channels of all batch norms]."""
-        self._running.lerp_(of_batch, self._norms[0].momentum)
+        self._running.lerp_(of_batch.to(self._running.dtype), self._norms[0].momentum)
         self._batches += 1
 
     def _constants(self) -> Tensor:
@@ -307,11 +308,11 @@ class FusedDerivedCells(FusedCells):
         shapes, drop_path = [x.shape for x in inputs], path_weights is not None
         device, derivatives = weights.device, int(self.training)
         plan = self.plan(shapes, dtype, device, derivatives, drop_path, tuple(outputs))
-        if not self.training:
-            return kernels.derived_cells(plan, inputs, weights, self._constants())[0]
         if drop_path:
             self._order = self._order.to(device)
             path_weights = path_weights[self._order]
+        if not self.training:
+            return kernels.derived_cells(plan, inputs, weights, self._constants(), path_weights)[0]
         found, statistics = kernels.derived_cells(plan, inputs, weights, path_weights=path_weights)
         if self.tracking:
             self._update_statistics(statistics())

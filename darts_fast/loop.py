@@ -631,11 +631,13 @@ def freed_memory_kept() -> Iterator[None]:
     if not hasattr(c, "mallopt"):
         yield
         return
-    c.mallopt(M_MMAP_THRESHOLD, 2**30)
+    # Before 2.35 glibc may refuse more than 32 MB, the most that its own rule comes to.
+    if not c.mallopt(M_MMAP_THRESHOLD, 2**30):
+        c.mallopt(M_MMAP_THRESHOLD, 2**25)
     c.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
-    finally:  # the most that glibc's own rule comes to
+    finally:
         c.mallopt(M_MMAP_THRESHOLD, 2**25)
         c.mallopt(M_TRIM_THRESHOLD, 2**26)
         c.malloc_trim(0)

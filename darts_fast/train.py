@@ -406,6 +406,8 @@ class Training(Loop):
 
     def rehearse(self) -> None:
         module, shape = self._network(), self.dataset.images.shape[1:]
+        if self.config.drop_path_prob:
+            module.drop_path_prob = torch.zeros(())
         for size in batch_sizes(len(self.dataset.labels), self.config.batch_size):
             outputs = module(torch.zeros(size, *shape), self.train_step.activations)
             heads = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -252,7 +252,7 @@ def cells(
     """
     current = Pass(plan)
     if not plan.sweeps.training:
-        return _evaluated(current, [x], weights, p, constants)[0], None
+        return _evaluated(current, [x], weights, p, constants, None)[0], None
     x, weights = with_node(x), with_node(weights)
     output, _ = _Cells.apply(current, tuple(p), x, weights, *p.values())
     return output, current.statistics
@@ -273,15 +273,15 @@ def derived_cells(
         plan: with `derivatives` 1, or 0 in evaluation.
         inputs: one or two [N, C, H, W] in the plan's dtype: what the first cell reads.
         weights, constants, and what is returned: as in `cells`.
-        path_weights: in training with drop path, [edges of all cells, N]: what each operation of each image
-            is multiplied by. That of an identity is 1.
+        path_weights: with drop path, [edges of all cells, N]: what each operation of each image is multiplied
+            by. That of an identity is 1.
 
     Raises:
         RuntimeError: when another derivative is asked for.
     """
     current = Pass(plan)
     if not plan.sweeps.training:
-        return _evaluated(current, inputs, weights, {}, constants), None
+        return _evaluated(current, inputs, weights, {}, constants, path_weights), None
     outputs = _DerivedCells.apply(current, path_weights, weights, *inputs)
     return list(outputs), current.statistics
 
@@ -292,10 +292,11 @@ def _evaluated(
     weights: Tensor,
     p: dict[int, Tensor],
     constants: Tensor | None,
+    path_weights: Tensor | None,
 ) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, weights, *p.values())):
         raise RuntimeError("fused cells are differentiated in training mode only: use torch.no_grad()")
-    return [y.clone() for y in current.forward(inputs, weights, p, constants)]
+    return [y.clone() for y in current.forward(inputs, weights, p, constants, path_weights)]
 
 
 class _DerivedCells(torch.autograd.Function):

@@ -256,6 +256,22 @@ def test_fused_refuses_batch_norms_in_different_modes():
         module(torch.randn(2, 3, 8, 8))
 
 
+def test_fused_drops_paths_beside_frozen_batch_norms():
+    """The network in training mode, its cells' batch norms in evaluation mode."""
+    torch.manual_seed(0)
+    plain, fused = (network(NAMED["DARTS_V2"], 10, 4, 3, fused=f).double().train() for f in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    images, found = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+    for module in (plain, fused):
+        for norm in module.cells.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.eval()
+        module.drop_path_prob, module.drop_path_generator = 0.5, torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            found.append(module(images))
+    assert relative_error(found[1], found[0]) < 1e-9
+
+
 def test_fused_follows_its_buffers():
     """Running statistics that were moved, copied or loaded anew are those that are updated and used."""
     torch.manual_seed(0)

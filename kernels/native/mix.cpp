@@ -133,7 +133,8 @@ extern "C" void darts_mix_forward(const void* table, Team& team) {
         int64_t n = q.count - k < 4 ? q.count - k : 4;
         for_channels(q.c, [&](auto lanes, int64_t i) {
           const float* y[4];
-          V s[4], mean[4], one = {};  // the mean is subtracted first: as a part of `one` it would cancel, and lose digits
+          // The mean is subtracted first: as a part of `one` it would cancel, and lose digits.
+          V s[4], mean[4], one = {};
           for (int64_t l = 0; l < 4; ++l) {  // where fewer are left, the first one again, times 0
             y[l] = q.candidates[k + (l < n ? l : 0)].y + i;
             s[l] = mean[l] = V{};

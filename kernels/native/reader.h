@@ -46,7 +46,7 @@ inline bool by_image(const Matrix& weight) { return weight.data && weight.stride
 // Writes the factors of c channels, whose sums are over m pixels, into rows that are `row` apart. Without statistics
 // OF_G is p and the others are 0.
 //
-//     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y)) (u, where there is gamma)
+//     p B(G) = p r (G - mean(G) - h mean(G h)),    h = r (y - mean(y)); with gamma, times gamma
 //     p ( B(Gd) - r (t B(G) + s hd + u h) ),       hd = r (yd - mean(yd) - h t)
 //
 // with t = mean(h yd), s = mean(G h) and u = mean(G hd) = r (mean(G yd) - mean(G) mean(yd) - s t)

@@ -271,8 +271,8 @@ void adjoint_rows(const Half& half, const float* weights, const float* y_lanes, 
   }
 }
 
-// One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES], to which its terms are added; and, where they are wanted, the sums
-// of H and of H u. Without gamma and beta u is h, and as a = relu(h), H h is H a.
+// One image of the source's adjoint, H = [a > 0] g with g [blocks][h][w][LANES], to which its terms are added; and,
+// where they are wanted, the sums of H and of H u. Without gamma and beta u is h, and as a = relu(h), H h is H a.
 void mask_image(const Source& s, const Norm& norm, const Padded& in, const float* g, const float* a, int64_t image,
                 bool streamed, double* sums, double* sums_with_u) {
   float* out = s.adjoint + image * s.h * s.w * s.c;

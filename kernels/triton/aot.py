@@ -4,8 +4,9 @@
         [--kernel NAME ...] [--json F]
 
 Every kernel is compiled as it is launched at the paper's settings: the search (16 channels, 8 layers) and,
-but for float64, the training of a derived network (36 channels, 20 layers); the number of images is not
-compiled in. The launches are those of the networks' calls on tensors without data.
+but for float64, the training of two derived networks (36 channels, 20 layers), with drop path and without;
+with float32 their evaluation, too. The number of images is not compiled in. The launches are those of the
+networks' calls on tensors without data.
 Printed for each: registers a thread, shared memory, stack and local memory, spill instructions, the
 narrowest and widest global loads in bits, tensor-core instructions, and the share of a multiprocessor's
 threads that can be resident.
@@ -305,6 +306,10 @@ def main() -> int:
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
     planned = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
+    for kernel in {one.kernel for one in planned}:
+        # Made from the parsed source when it is first asked for. `report` asks in threads, and two that parse
+        # at once may fail in CPython ("AST constructor recursion depth mismatch", gh-106905).
+        _ = kernel.cache_key
     with closing(compilation.compile_ahead(planned, archs, compilation.processes(), report)) as reports:
         for r in reports:
             found.append(r)

@@ -159,10 +159,6 @@ def compile_ahead(
         RuntimeError: a process that compiles ended.
     """
     workers: SimpleQueue = SimpleQueue()
-    for kernel in {planned.kernel for planned in launches}:
-        # Made when it is first asked for, from the parsed source; two threads that parse at once may fail in
-        # CPython ("AST constructor recursion depth mismatch", gh-106905).
-        getattr(kernel, "cache_key", None)  # an interpreted kernel has none
 
     def one(job: tuple[Launch, int]) -> T:
         worker = workers.get()

@@ -162,7 +162,7 @@ def sepconv_bwd_pointwise_kernel(
                 m_image = m_p & (pick(WEIGHED, i_task) == 2)
                 b_p_image = tl.load(p_weights + (i_first + o_t) // (HO * WO), mask=m_image, other=1.0)
                 b_y = b_y.to(ACC) * b_p_image[:, None]
-            b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / (p r)
+            b_inner = b_y.to(ACC) - b_g_mean[None, :] - b_h * b_s[None, :]  # Y / b_scale
             b_y = tl.where(m_y, b_inner * b_scale[None, :], 0.0)
             if TANGENT:
                 p_yd_own = pick(p_own_d, i_task) + i_first * OWN_ROW
