@@ -132,6 +132,7 @@ def training_step(
             load_genotype("DARTS_V2"), 10, channels, layers, auxiliary=auxiliary, fused=kernels is not None
         )
         images, labels = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
+    module.to(device)  # a buffer of it is made on the host
     if kernels is not None:
         step = TrainStep(module, TrainConfig(fused=True, amp_dtype=_amp_dtype(dtype), drop_path_prob=0.2))
         step.loss_scale = None
