@@ -5,9 +5,8 @@ and registers and spills of the compiled kernels.
 
 Prints what differs from benchmarks/baseline.json and exits with 1 if anything does; `--update` writes the
 figures of now there. Counted on meta tensors, at the paper's channels, on 3 layers, and on 4 of a training
-(traffic.py); one launch
-of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/triton/aot.py). Figures of other versions of
-PyTorch or Triton are not compared, which it says.
+(traffic.py); one launch of every Triton kernel is compiled for sm_90 in bfloat16 (kernels/triton/aot.py).
+Figures of other versions of PyTorch or Triton are not compared, which it says.
 """
 
 import argparse

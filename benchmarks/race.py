@@ -110,7 +110,6 @@ def derived(channels: int, layers: int, size: int, fused: bool, dtype: torch.dty
     torch.manual_seed(0)
     genotype, auxiliary = load_genotype("DARTS_V2"), auxiliary_fits(size, size, "cifar")
     module = network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
-    module.drop_path_generator = torch.Generator().manual_seed(2)
     return module
 
 
@@ -148,6 +147,8 @@ def check_training() -> None:
     an evaluation after them must end where the textbook's do. Raises AssertionError where they do not."""
     config, ((images, labels), _) = TrainConfig(drop_path_prob=0.2), batches(4, 24, torch.float64)
     modules = [derived(4, 3, 24, fused, torch.float64) for fused in (False, True)]
+    for module in modules:
+        module.drop_path_generator = torch.Generator().manual_seed(2)
     steps = TextbookTraining(modules[0], config), TrainStep(modules[1], config)
     for _ in range(2):
         for step, module in zip(steps, modules, strict=True):
@@ -247,8 +248,8 @@ class Runner:
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        fused = self.variant.kernels is not None
-        if fused:
+        self.fused = self.variant.kernels is not None
+        if self.fused:
             self.backend = Timed(import_module(f"darts_fast.kernels.{self.variant.kernels}"), self.clock)
         self.network = self._network().to(device)
         pair = batches(setting.batch_size, setting.size, torch.float32)
@@ -263,7 +264,7 @@ class Runner:
             for cell in self.network.cells:
                 cell.compile()
             limit = time_limit(compile_seconds)
-        self.step = self._step(fused)
+        self.step = self._step()
         with limit:
             self.take()
         if device.type == "cuda":
@@ -284,13 +285,11 @@ class Runner:
         return found
 
     def _network(self) -> nn.Module:
-        setting = self.setting
-        fused = self.variant.kernels is not None
-        return supernet(setting.init_channels, setting.layers, fused, torch.float32)
+        return supernet(self.setting.init_channels, self.setting.layers, self.fused, torch.float32)
 
-    def _step(self, fused: bool) -> Callable[[], object]:
-        config = SearchConfig(fused=fused, amp_dtype=self.variant.amp_dtype)
-        if not fused:
+    def _step(self) -> Callable[[], object]:
+        config = SearchConfig(fused=self.fused, amp_dtype=self.variant.amp_dtype)
+        if not self.fused:
             return partial(TextbookStep(self.network, config), *self.batches, LR)
         step = SearchStep(self.network, config)
         if not self.variant.captured:
@@ -324,16 +323,14 @@ class TrainingRunner(Runner):
 
     def _network(self) -> nn.Module:
         setting = self.setting
-        sizes = setting.init_channels, setting.layers, setting.size
-        module = derived(*sizes, self.variant.kernels is not None, torch.float32)
-        module.drop_path_generator = None  # of the CPU
+        module = derived(setting.init_channels, setting.layers, setting.size, self.fused, torch.float32)
         if self.variant.channels_last:
             module.to(memory_format=torch.channels_last)
         return module
 
-    def _step(self, fused: bool) -> Callable[[], object]:
-        config = TrainConfig(drop_path_prob=0.2, fused=fused, amp_dtype=self.variant.amp_dtype)
-        step = (TrainStep if fused else TextbookTraining)(self.network, config)
+    def _step(self) -> Callable[[], object]:
+        config = TrainConfig(drop_path_prob=0.2, fused=self.fused, amp_dtype=self.variant.amp_dtype)
+        step = (TrainStep if self.fused else TextbookTraining)(self.network, config)
         self.network.drop_path_prob = torch.full((), 0.1, device=self.device)
         images, labels = self.batches[0]
         if self.variant.captured:

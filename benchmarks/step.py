@@ -9,10 +9,11 @@ in one process.
 `--train` is the training of DARTS_V2, with drop path and (from 24 x 24 pixels on) the auxiliary head: the
 textbook is the network in PyTorch's modules, NCHW, every weight updated by itself. An evaluation of the same
 batch is timed behind every step.
-Nothing is timed before the results agree (`check`, and on CUDA `check_on`). Printed: p20, p50 and p80 of each
-variant; the textbook's time over the variant's, pair by pair; on a CPU the share of the time outside the
-kernels' programs (p50); peak memory, measured on CUDA and else counted; launches and bytes, counted by
-traffic.py; the bandwidth that these bytes make, and its share of the device's measured copy rate; the p50 of
+Nothing is timed before the results agree (`check`, and on CUDA `check_on`; with `--train` `check_training`,
+on the CPU alone). Printed: p20, p50 and p80 of each variant; the textbook's time over the variant's, pair by
+pair; on a CPU the share of the time outside the kernels' programs (p50); peak memory, measured on CUDA and
+else counted; launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of
+the device's measured copy rate; the p50 of
 every phase. What cannot run here is named with the reason. `--digits` takes the sizes of run.py's default.
 `--sweep` races the variants at each value of batch_size, init_channels, layers, size or threads, all values
 in turns, and draws a plot; over batch_size it also fits the part of a step that is the same for any number of

@@ -300,6 +300,7 @@ class DerivedNetwork(nn.Module):
             len(self._droppable), len(like), generator=self.drop_path_generator, device=like.device
         )
         weights = torch.ones(self._edges, len(like), dtype=like.dtype, device=like.device)
+        # No copy but on the meta device, where this buffer of host numbers stays on the host.
         droppable = self._droppable.to(like.device)
         return weights.index_copy_(0, droppable, (drawn < keep).to(like.dtype) / keep)
 

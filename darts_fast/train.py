@@ -101,6 +101,9 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
 def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
     """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images.
 
+    A training with `fused` is tested by the fused kernels, too, where this machine has them, and else by
+    PyTorch's modules, to rounding with the same result.
+
     Args:
         path: the folder of a training.
         device: cpu, cuda or cuda:N; None: cuda where there is one, else cpu.

@@ -456,7 +456,7 @@ class Halves:
                 image.readers.append((self, i))
 
     def weights_of(self, _: int) -> None:
-        """p of an input."""
+        """p of an input: none, it counts once."""
 
     def _adjoint(self) -> Tensor:
         return self.s.images(len(self.inputs), self.inputs[0].y.shape)
@@ -534,7 +534,7 @@ class Norms:
             image.readers.append((self, i))
 
     def weights_of(self, _: int) -> None:
-        """p of an input."""
+        """p of an input: none, it counts once."""
 
     def backward(self, adjoints: Sequence[Tensor]) -> None:
         self.adjoints = tuple(adjoints)

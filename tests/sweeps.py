@@ -666,11 +666,10 @@ class Genotype(NamedTuple):
     def graph(self, device):
         g, (n, c, *_) = Graph(8, device), self.shape
         k = self.outputs or c
-        values, leaves = {}, []
+        values = {}
 
         def leaf(name, *shape, scale=1.0, shift=0.0):
             values[name] = g.random(*shape, scale=scale, shift=shift).requires_grad_()
-            leaves.append(name)
             return values[name]
 
         def affine(name, y):
@@ -770,7 +769,7 @@ class Genotype(NamedTuple):
         gradients = r.empty(count, c * (k + taps))
         r("sepconv_backward", sources, tasks, of_outputs, [(), ()],
           adjoint=adjoint, sums=out_sums, gradients=gradients)  # fmt: skip
-        # The mask is on what the equation's h is before the convolution: dL/dh, of which autograd has that.
+        # H is dL/dh before the ReLU, so it is 0 where h is not positive, as in what autograd has.
         r.compare("H", adjoint, torch.stack([gradient["h0"], gradient["h1"]]))
         expected = torch.stack([gradient[f"affine x{i}"].flip(0) for i in (0, 1)], dim=1)
         r.compare_each("the gradients of beta, gamma of x", out_sums, expected)

@@ -34,7 +34,8 @@ class Adjoint {
     write_factors(reader_, half.k, double(m), true, second_, row_);
   }
 
-  // Y, or Yd, of n pixels of one image from number `pixel` on: in `scratch`, or in G itself, where that is Y, in lanes.
+  // Y, or Yd, of n pixels of one image from number `pixel` on, in lanes: in `scratch`, or in G itself, where
+  // that is Y.
   const float* lanes(int64_t pixel, int64_t n, bool second, float* scratch, ptrdiff_t block) const {
     const Matrix& g = second ? reader_.second : reader_.adjoint;
     if (plain_) return in_lanes(g.row(pixel), n, k_, g.stride, scratch, block);
@@ -80,9 +81,9 @@ class Adjoint {
 // The batch norm of a source, for its channels, padded to whole blocks
 struct Norm {
   bool present = false;
-  float *mean = nullptr, *r = nullptr;         // u = (x - mean) r
-  float *scale = nullptr, *shift = nullptr;    // h = (x - mean) scale + shift, with gamma and beta
-  float *xd_mean = nullptr, *t = nullptr;  // hd = r (xd - mean(xd) - h mean(h xd))
+  float *mean = nullptr, *r = nullptr;       // u = (x - mean) r
+  float *scale = nullptr, *shift = nullptr;  // h = (x - mean) scale + shift, with gamma and beta
+  float *xd_mean = nullptr, *t = nullptr;    // hd = r (xd - mean(xd) - h mean(h xd))
 
   explicit Norm(const Source& s) : present(s.statistics.data != nullptr) {
     if (!present) return;
