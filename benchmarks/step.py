@@ -13,8 +13,8 @@ Nothing is timed before the results agree (`check`, and on CUDA `check_on`; with
 on the CPU alone). Printed: p20, p50 and p80 of each variant; the textbook's time over the variant's, pair by
 pair; on a CPU the share of the time outside the kernels' programs (p50); peak memory, measured on CUDA and
 else counted; launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of
-the device's measured copy rate; the p50 of
-every phase. What cannot run here is named with the reason. `--digits` takes the sizes of run.py's default.
+the device's measured copy rate; the p50 of every phase. What cannot run here is named with the reason.
+`--digits` takes the sizes of run.py's default.
 `--sweep` races the variants at each value of batch_size, init_channels, layers, size or threads, all values
 in turns, and draws a plot; over batch_size it also fits the part of a step that is the same for any number of
 images. `--cpu_time` takes the seconds of the processor for those of the wall, on a machine with other work.
