@@ -175,6 +175,11 @@ class SearchConfig(Config):
         None,
         ("exact", "finite-difference"),
     )
+    space: str = option(
+        "darts",
+        "candidates of each edge: darts, the spaces s1, s2 and s3 of RobustDARTS, or a JSON file with nodes, "
+        "normal and reduce (see docs/search_quality.md)",
+    )
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts)",

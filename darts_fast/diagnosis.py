@@ -10,22 +10,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from darts_fast.genotype import Gene
-from darts_fast.space import CANDIDATES, PRIMITIVES
+from darts_fast.space import DARTS, PRIMITIVES, Space
 
 # Of the operations that a cell can keep, skips first
-KINDS = tuple(
-    dict.fromkeys(
-        ["skip", *(primitive.kind for primitive in CANDIDATES.values() if primitive.kind != "none")]
-    )
-)
+KINDS = ("skip", "max_pool", "avg_pool", "sep_conv", "dil_conv")
 
 
 class Diagnosis(NamedTuple):
     """Of the cells of one kind."""
 
     operations: dict[str, int]  # how many of the genotype's are of each of KINDS
-    entropy: float  # of the softmaxed alphas of an edge, the mean over edges, in nats: at most ln 8 = 2.079
-    none: float  # softmaxed alpha of `none`, the mean over edges
+    # Of the softmaxed alphas of an edge, the mean over edges, in nats: at most ln 8 = 2.079 of 8 candidates
+    entropy: float
+    none: float  # softmaxed alpha of `none`, the mean over edges; 0 where no edge has it
 
     def in_words(self) -> str:
         found = ", ".join(f"{count} {kind}" for kind, count in self.operations.items() if count)
@@ -46,11 +43,12 @@ def operations(gene: Gene) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in KINDS}
 
 
-def diagnosis(gene: Gene, alphas: Tensor) -> Diagnosis:
-    """Of one of a genotype's two cells, and its alphas [edges, candidates]."""
+def diagnosis(gene: Gene, alphas: Tensor, space: Space = DARTS) -> Diagnosis:
+    """Of one of a genotype's two cells, and its alphas [edges, candidates], -inf where an edge does not have
+    the candidate."""
     p = alphas.detach().double().softmax(dim=-1)
     return Diagnosis(
         operations(gene),
         float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added
-        float(p[:, list(CANDIDATES).index("none")].mean()),
+        float(p[:, space.candidates.index("none")].mean()) if "none" in space.candidates else 0.0,
     )

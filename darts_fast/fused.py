@@ -33,7 +33,7 @@ from darts_fast.kernels.cell import (
 )
 from darts_fast.kernels.types import launches
 from darts_fast.reference import FactorizedReduce, MixedCell
-from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES
+from darts_fast.space import INPUTS
 from darts_fast.traffic import Count, Traffic
 
 
@@ -241,24 +241,36 @@ class FusedCells(ABC):
 
 
 class FusedMixedCells(FusedCells):
-    """The cells of a search, `reference.MixedCell`s."""
+    """The cells of a search, `reference.MixedCell`s of one space."""
+
+    def __init__(self, modules: Sequence[MixedCell]):
+        super().__init__(modules)
+        names, present = modules[0].space.candidates, modules[0].space.present()
+        # Which of the softmaxed alphas of a kind of cells the kernels take: columns, if every edge has all
+        # candidates; else int64, their numbers
+        self._weighed: list[slice | Tensor] = []
+        for of_kind in present:
+            if all(map(all, of_kind)):
+                self._weighed.append(slice(int(names[0] == "none"), None))
+            else:
+                flat = [(row[k] and name != "none") for row in of_kind for k, name in enumerate(names)]
+                self._weighed.append(torch.tensor(flat).nonzero().flatten())
 
     def __call__(
         self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """The last cell's output, [N, NODES * C, H', W'] in `dtype`, channels-last, valid as its graph is.
+        """The last cell's output, [N, nodes * C, H', W'] in `dtype`, channels-last, valid as its graph is.
 
         In training differentiable as `kernels.cells` is; in evaluation not at all.
 
         Args:
             x: the stem's output [N, C, H, W].
             weights: those of all cells in a row, in the order of the modules' parameters.
-            probabilities: the softmaxed alphas of normal and of reduction cells, [14, 8] each.
+            probabilities: the softmaxed alphas of normal and of reduction cells, [edges, candidates] each.
             dtype: of the activations.
         """
         self.check_statistics()
-        # `none`, the first column, adds nothing. Its alpha has its gradient through the softmax.
-        p = {kind: of_kind[:, 1:] for kind, of_kind in enumerate(probabilities)}
+        p = {kind: self._weights(kind, of_kind) for kind, of_kind in enumerate(probabilities)}
         plan = self.plan([x.shape], dtype, x.device, 2 if self.training else 0)
         if not self.training:
             return kernels.cells(plan, x, weights, p, self._constants())[0]
@@ -267,16 +279,25 @@ class FusedMixedCells(FusedCells):
             self._update_statistics(statistics())
         return output
 
+    def _weights(self, kind: int, probabilities: Tensor) -> Tensor:
+        """Those of what the kernels compute. `none` adds nothing; its alpha has its gradient through the
+        softmax."""
+        weighed = self._weighed[kind]
+        if isinstance(weighed, slice):
+            return probabilities[:, weighed]
+        weighed = self._weighed[kind] = weighed.to(probabilities.device)
+        return probabilities.flatten().index_select(0, weighed)
+
     def _cell(self, module: MixedCell) -> Cell:
-        edges = []
+        edges, space = [], module.space
         # The order of the parameters is that of the modules: preprocessing, then the edges.
         preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
-        for (source, node), mixed in zip(EDGES, module.edges, strict=True):
+        for (source, node), mixed in zip(space.edges, module.edges, strict=True):
             stride = 2 if module.reduction and source < INPUTS else 1
-            operations = [self._operation(mixed[name]) for name in CANDIDATES if name != "none"]
+            operations = [self._operation(operation) for name, operation in mixed.items() if name != "none"]
             edges.append(Edge(source, node, stride, tuple(operations)))
         channels = module.preprocess1[1].out_channels
-        concat = tuple(range(INPUTS, INPUTS + NODES))
+        concat = tuple(range(INPUTS, INPUTS + space.nodes))
         return Cell(channels, preprocessing, tuple(edges), concat, kind=int(module.reduction))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from darts_fast.errors import InputError
-from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES, PRIMITIVES
+from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Space
 
 EDGES_KEPT = 2  # incoming edges that each node keeps (section 2.4)
 OPERATIONS = tuple(name for name in PRIMITIVES if name != "none")  # what an edge of a genotype may be
@@ -175,34 +175,38 @@ def _plain(fragment: Any) -> Any:
     return [_plain(part) for part in content] if type(content) is list else content
 
 
-def derive(alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax") -> Genotype:
-    """The genotype of the alphas ([14, 8] each): section 2.4 of the paper.
+def derive(
+    alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax", space: Space = DARTS
+) -> Genotype:
+    """The genotype of the alphas ([edges, candidates] of the space each): section 2.4 of the paper.
 
     Every edge keeps its strongest candidate other than `none`, every node its two strongest edges,
-    strongest first. Strength is the softmaxed alpha over all eight candidates under the rule "softmax"
-    (the official code), the alpha itself under "raw" (pt.darts): they choose other edges where the weight
-    of `none` differs between edges. Ties go to the lower index.
+    strongest first. Strength is the softmaxed alpha over the edge's candidates, `none` among them, under the
+    rule "softmax" (the official code), the alpha itself under "raw" (pt.darts): they choose other edges where
+    the weight of `none` differs between edges. Ties go to the lower index. The alpha of a candidate that an
+    edge does not have is -inf.
     """
     strengths: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax": lambda alphas: alphas.softmax(dim=-1),
         "raw": lambda alphas: alphas,
     }
-    concat = range(INPUTS, INPUTS + NODES)
+    concat = range(INPUTS, INPUTS + space.nodes)
     normal, reduce = (
-        _strongest(strengths[rule](alphas.detach()).tolist()) for alphas in (alphas_normal, alphas_reduce)
+        _strongest(strengths[rule](alphas.detach()).tolist(), space)
+        for alphas in (alphas_normal, alphas_reduce)
     )
     return Genotype(normal, concat, reduce, concat)
 
 
-def _strongest(strength: list[list[float]]) -> Gene:
-    names = list(CANDIDATES)
+def _strongest(strength: list[list[float]], space: Space) -> Gene:
+    names, connections = space.candidates, space.edges
     choices = [k for k, name in enumerate(names) if name != "none"]
     best = [max(choices, key=row.__getitem__) for row in strength]  # max() takes the first of equals
     gene = []
-    for node in range(NODES):
-        edges = [edge for edge, (_, target) in enumerate(EDGES) if target == node]
+    for node in range(space.nodes):
+        edges = [edge for edge, (_, target) in enumerate(connections) if target == node]
         edges.sort(key=lambda edge: -strength[edge][best[edge]])  # stable: equals stay in order
-        gene.append([(names[best[edge]], EDGES[edge][0]) for edge in edges[:EDGES_KEPT]])
+        gene.append([(names[best[edge]], connections[edge][0]) for edge in edges[:EDGES_KEPT]])
     return gene
 
 

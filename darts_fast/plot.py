@@ -14,7 +14,7 @@ import numpy as np
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.runs import write_atomically, writing
-from darts_fast.space import CANDIDATES, EDGES, PRIMITIVES
+from darts_fast.space import DARTS, PRIMITIVES, Space
 
 # One a kind of operation. White text on each, and each on white, has a contrast of at least 4.5:1 (WCAG AA).
 COLOURS = {
@@ -203,26 +203,29 @@ def _write(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
-def alpha_heat_map(alphas: np.ndarray, title: str) -> bytes:
-    """A PNG of the softmaxed alphas [14, 8]: a row an edge, a column a candidate, its weight in the cell.
+def alpha_heat_map(alphas: np.ndarray, title: str, space: Space = DARTS) -> bytes:
+    """A PNG of the softmaxed alphas [edges, candidates]: a row an edge, a column a candidate, its weight in
+    the cell; blank where the edge does not have it.
 
-    Coloured by the distance from 1/8, where every candidate starts.
+    Coloured by the distance from 1 / candidates of the edge, where each of them starts.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 6.5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    start = 1 / alphas.shape[1]
-    reach = np.abs(alphas - start).max()
-    image = axes.imshow(alphas, cmap="RdBu_r", aspect="auto", vmin=start - reach, vmax=start + reach)
-    axes.set_xticks(range(len(CANDIDATES)), list(CANDIDATES), rotation=30, ha="right")
-    axes.set_yticks(range(len(EDGES)), [edge_name(source, node) for source, node in EDGES])
+    alphas = np.where(alphas == 0, np.nan, alphas)
+    moved = alphas - 1 / np.isfinite(alphas).sum(axis=1, keepdims=True)
+    reach = np.nanmax(np.abs(moved))
+    image = axes.imshow(moved, cmap="RdBu_r", aspect="auto", vmin=-reach, vmax=reach)
+    axes.set_xticks(range(len(space.candidates)), space.candidates, rotation=30, ha="right")
+    axes.set_yticks(range(len(space.edges)), [edge_name(source, node) for source, node in space.edges])
     axes.set_title(title)
-    for (row, column), value in np.ndenumerate(alphas):
-        colour = "white" if abs(value - start) > 0.6 * reach else "black"
-        axes.text(column, row, f"{value:.4f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, label="softmax(alpha)")
+    for row, column in np.argwhere(np.isfinite(alphas)):
+        colour = "white" if abs(moved[row, column]) > 0.6 * reach else "black"
+        text = f"{alphas[row, column]:.4f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, label="softmax(alpha) - 1 / candidates")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

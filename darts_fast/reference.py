@@ -7,7 +7,7 @@ between edges and nothing fused. All tensors are NCHW, of any floating dtype.
 import torch
 from torch import Tensor, nn
 
-from darts_fast.space import CANDIDATES, EDGES, INPUTS, NODES, PRIMITIVES
+from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Space
 
 
 def relu_conv_bn(in_channels: int, channels: int, affine: bool) -> nn.Sequential:
@@ -96,23 +96,26 @@ class MixedOp(nn.ModuleDict):
     """Equation 2: the sum over all candidates o of p_o * o(x).
 
     Batch norm without affine parameters, also behind the pools: only so the candidates share one scale.
+    `names` are the edge's candidates, `columns` those of the whole space.
     """
 
-    def __init__(self, channels: int, stride: int):
+    def __init__(self, channels: int, stride: int, names: tuple[str, ...], columns: tuple[str, ...]):
         super().__init__(
-            {name: operation(name, channels, stride, False, pool_batch_norm=True) for name in CANDIDATES}
+            {name: operation(name, channels, stride, False, pool_batch_norm=True) for name in names}
         )
+        self.columns = columns
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        """x [N, C, H, W] and the edge's softmaxed alphas [8] -> [N, C, H/stride, W/stride]."""
-        return sum(p * operation(x) for p, operation in zip(probabilities, self.values(), strict=True))
+        """x [N, C, H, W] and the edge's softmaxed alphas [columns] -> [N, C, H/stride, W/stride]."""
+        p = zip(self.columns, probabilities, strict=True)
+        return sum(p_o * self[name](x) for name, p_o in p if name in self)
 
 
 class MixedCell(nn.Module):
     """A cell with a mixed op on every edge (equation 1): node = sum of its edges; output = all nodes.
 
-    `channels` is the width of every node; the cell's output has NODES * channels. The factorized reduce
-    before state 0 is there where the previous cell halved the image.
+    `channels` is the width of every node; the cell's output has `space.nodes` times as many. The factorized
+    reduce before state 0 is there where the previous cell halved the image.
     """
 
     def __init__(
@@ -122,26 +125,30 @@ class MixedCell(nn.Module):
         channels: int,
         reduction: bool,
         previous_reduction: bool,
+        space: Space = DARTS,
     ):
         super().__init__()
-        self.reduction = reduction
+        self.reduction, self.space = reduction, space
         if previous_reduction:
             self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=False)
         else:
             self.preprocess0 = relu_conv_bn(channels_before_previous, channels, affine=False)
         self.preprocess1 = relu_conv_bn(channels_previous, channels, affine=False)
+        candidates = space.reduce if reduction else space.normal
         self.edges = nn.ModuleList(
-            MixedOp(channels, stride=2 if reduction and source < INPUTS else 1) for source, _ in EDGES
+            MixedOp(channels, 2 if reduction and source < INPUTS else 1, names, space.candidates)
+            for (source, _), names in zip(space.edges, candidates, strict=True)
         )
 
     def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
-        """Outputs of the two cells before, and the softmaxed alphas [14, 8] -> [N, 4 * channels, H', W']."""
+        """Outputs of the two cells before, and the softmaxed alphas [edges, candidates] of `space`
+        -> [N, nodes * channels, H', W']."""
         states = [self.preprocess0(before_previous), self.preprocess1(previous)]
-        for node in range(NODES):
+        for node in range(self.space.nodes):
             states.append(
                 sum(
                     self.edges[edge](states[source], probabilities[edge])
-                    for edge, (source, target) in enumerate(EDGES)
+                    for edge, (source, target) in enumerate(self.space.edges)
                     if target == node
                 )
             )

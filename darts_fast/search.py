@@ -22,7 +22,7 @@ from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_wha
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.runs import RunFolder, environment
-from darts_fast.space import CANDIDATES, EDGES
+from darts_fast.spaces import read_space, written_out
 from darts_fast.state import check_keys, check_number, copy_state
 from darts_fast.supernet import Supernet
 
@@ -234,7 +234,9 @@ class Search(Loop):
     def __init__(self, config: SearchConfig, dataset: Dataset):
         check_for_network(dataset)
         check_split(config, dataset)
-        config = config.resolved(dataset.name)
+        self.space = read_space(config.space)
+        # Written out: a resumed run needs no file.
+        config = dataclasses.replace(config.resolved(dataset.name), space=written_out(self.space))
         order = permutation(len(dataset.labels), config.seed, SPLIT)
         split = int(config.train_portion * len(order))
         self.train_half, self.validation_half = order[:split], order[split:]
@@ -356,7 +358,9 @@ class Search(Loop):
         """A new one, on PyTorch's default device."""
         config, dataset = self.config, self.dataset
         image_channels = dataset.images.shape[1]
-        return Supernet(config.init_channels, dataset.classes, config.layers, image_channels, config.fused)
+        return Supernet(
+            config.init_channels, dataset.classes, config.layers, image_channels, config.fused, self.space
+        )
 
     def announcement(self) -> str:
         parameters = sum(w.numel() for w in self.network.weights().values())
@@ -389,12 +393,17 @@ class Search(Loop):
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
 
     def _genotype(self) -> Genotype:
-        return derive(self.network.alphas_normal, self.network.alphas_reduce, self.config.derive)
+        alphas = [self.network.present_alphas(name) for name in self.network.ALPHAS]
+        return derive(*alphas, self.config.derive, self.space)
+
+    @torch.no_grad()
+    def _probabilities(self) -> tuple[Tensor, Tensor]:
+        return self.network.probabilities()
 
     def _diagnose(self, genotype: Genotype, epoch: int) -> None:
         values = {}
         for name, gene in (("normal", genotype.normal), ("reduce", genotype.reduce)):
-            found = diagnosis(gene, self.network.alphas()[f"alphas_{name}"])
+            found = diagnosis(gene, self.network.present_alphas(f"alphas_{name}"), self.space)
             self.folder.log(f"{name} cell: {found.in_words()}")
             if found.collapsed:
                 self.folder.log(
@@ -413,21 +422,19 @@ class Search(Loop):
 
     def _record_alphas(self, step: int) -> None:
         values = {}
-        for name, alphas in self.network.alphas().items():
-            rows = alphas.detach().softmax(dim=-1).tolist()
-            for (source, node), row in zip(EDGES, rows, strict=True):
-                for candidate, value in zip(CANDIDATES, row, strict=True):
+        for name, rows in zip(self.network.ALPHAS, self._probabilities(), strict=True):
+            for (source, node), row in zip(self.space.edges, rows.tolist(), strict=True):
+                for candidate, value in zip(self.space.candidates, row, strict=True):
                     values[f"{name}/{plot.edge_name(source, node)}/{candidate}"] = value
         self.folder.scalars(step, values)
 
     def _draw(self, genotype: Genotype, epoch: int) -> None:
-        for name, alphas in self.network.alphas().items():
-            softmaxed = alphas.detach().softmax(dim=-1).cpu().numpy()
+        for name, p in zip(self.network.ALPHAS, self._probabilities(), strict=True):
             title = f"{name}, epoch {epoch}"
             self.draw(
                 f"{name}/heat_map",
                 f"EP{epoch:02d}-{name}.png",
-                partial(plot.alpha_heat_map, softmaxed, title),
+                partial(plot.alpha_heat_map, p.cpu().numpy(), title, self.space),
             )
         picture = partial(plot.genotype_png, genotype, f"epoch {epoch}")
         self.draw("genotype", f"EP{epoch:02d}-genotype.png", picture)

@@ -1,4 +1,4 @@
-"""The search space of DARTS as one table (arXiv 1806.09055, section 3.1)."""
+"""The search space of DARTS as one table (arXiv 1806.09055, section 3.1), and what another space is."""
 
 from typing import NamedTuple
 
@@ -35,11 +35,47 @@ CANDIDATES: dict[str, Primitive] = {
     name: primitive for name, primitive in PRIMITIVES.items() if name not in ("sep_conv_7x7", "conv_7x1_1x7")
 }
 
-# Edges of a cell, in the order of the alphas' rows: (source state, node). Node n is state n + 2 and
-# has an edge from every state before it.
-EDGES: tuple[tuple[int, int], ...] = tuple(
-    (source, node) for node in range(NODES) for source in range(INPUTS + node)
-)
+
+def edges(nodes: int) -> tuple[tuple[int, int], ...]:
+    """Edges of a cell, in the order of the alphas' rows: (source state, node). Node n is state n + 2 and has
+    an edge from every state before it."""
+    return tuple((source, node) for node in range(nodes) for source in range(INPUTS + node))
+
+
+EDGES = edges(NODES)
+
+Candidates = tuple[tuple[str, ...], ...]  # of each edge, in the order of PRIMITIVES
+
+
+class Space(NamedTuple):
+    """A search space: cells of so many nodes, and the candidates of each of their edges."""
+
+    normal: Candidates
+    reduce: Candidates
+    nodes: int = NODES
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        return edges(self.nodes)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Of any edge: column k of the alphas belongs to the k-th."""
+        found = {name for of_edge in (*self.normal, *self.reduce) for name in of_edge}
+        return tuple(name for name in PRIMITIVES if name in found)
+
+    def present(self) -> tuple[list[list[bool]], list[list[bool]]]:
+        """Of normal and reduction cells: whether an edge has a candidate, shaped as the alphas."""
+        names = self.candidates
+        normal, reduce = (
+            [[name in of_edge for name in names] for of_edge in of_kind]
+            for of_kind in (self.normal, self.reduce)
+        )
+        return normal, reduce
+
+
+# The paper's: every edge has the eight.
+DARTS = Space((tuple(CANDIDATES),) * len(EDGES), (tuple(CANDIDATES),) * len(EDGES))
 
 
 def reduction_layers(layers: int) -> tuple[int, int]:

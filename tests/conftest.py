@@ -91,7 +91,7 @@ def no_heat_maps(monkeypatch):
     searches of test_run.py draw them."""
     pixel = io.BytesIO()
     Image.new("RGB", (1, 1)).save(pixel, "PNG")
-    monkeypatch.setattr("darts_fast.plot.alpha_heat_map", lambda alphas, title: pixel.getvalue())
+    monkeypatch.setattr("darts_fast.plot.alpha_heat_map", lambda *_: pixel.getvalue())
 
 
 def checkpoint(folder):

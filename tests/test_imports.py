@@ -19,6 +19,8 @@ ALLOWED = {
     "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
     "darts_fast.notation": {"darts_fast.errors", "darts_fast.files", "darts_fast.genotype"},
     "darts_fast.diagnosis": {"darts_fast.genotype", "darts_fast.space"},
+    "darts_fast.spaces": {"darts_fast.errors", "darts_fast.files", "darts_fast.space"},
+    "darts_fast.flat": set(),
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": {"darts_fast.profiling"},
     "darts_fast.profiling": set(),
@@ -28,7 +30,12 @@ ALLOWED = {
     "darts_fast.traffic": set(),
     "darts_fast.capture": set(),
     "darts_fast.data": {"darts_fast.errors"},
-    "darts_fast.supernet": {"darts_fast.fused", "darts_fast.reference", "darts_fast.space"},
+    "darts_fast.supernet": {
+        "darts_fast.flat",
+        "darts_fast.fused",
+        "darts_fast.reference",
+        "darts_fast.space",
+    },
     "darts_fast.interop": {
         "darts_fast.derived",
         "darts_fast.errors",

@@ -48,6 +48,7 @@ BAD = {
     "--batch_size 1.5": "invalid int value",
     "--init_channels 3": "init_channels must be an even number",
     "--layers 2": "layers must be from 3",
+    "--space s9": "space must be darts, s1, s2, s3, or a JSON file; there is no file 's9'",
     "--layers 1001": "layers must be from 3 (normal and reduction cells) to 1000",
     "--init_channels 2000000": "a supernet of 3 layers and 2000000 channels for digits cannot be made on cpu",
     "--batch_size 100000000000000000000": "batch_size must be at most 4294967295",

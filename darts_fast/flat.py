@@ -1,0 +1,164 @@
+"""A network whose weights are one tensor, called as a function of weights and alphas: a supernet."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd.function import FunctionCtx
+
+
+class FlatNetwork(nn.Module):
+    """A network of weights and alphas.
+
+    `weights()` is every parameter but the alphas; all of them are views, contiguous, of the one tensor
+    `flat_weights` (a leaf of its own, in the order of `weights()`): what changes it changes them. `.to()` and
+    copies make it anew.
+
+    A subclass names its alphas, calls `_flatten()` when it has made its parameters, and has a
+    `forward(images, activations)` that returns logits.
+    """
+
+    ALPHAS: tuple[str, ...]  # names of the parameters that weigh the candidates
+
+    def _flatten(self) -> None:
+        """Moves the weights into one new tensor."""
+        weights = self.weights()
+        self._like = {name: torch.empty_like(w, device="meta") for name, w in weights.items()}
+        # Of each parameter: the dictionary that its module reads it from, and its name there.
+        self._owners = {
+            f"{prefix}{key}": (module._parameters, key)
+            for prefix, module in ((f"{name}." if name else "", m) for name, m in self.named_modules())
+            for key in module._parameters
+        }
+        self._batch_norms = [
+            module for module in self._modules_of_aten() if isinstance(module, nn.BatchNorm2d)
+        ]
+        flat = torch.cat([w.detach().flatten() for w in weights.values()])
+        for name, view in self.split(flat).items():
+            weights[name].data = view
+        self.flat_weights = flat.requires_grad_()
+
+    def _modules_of_aten(self) -> Iterator[nn.Module]:
+        """Those that are called as modules."""
+        return self.modules()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FlatNetwork":
+        super()._apply(fn, recurse)
+        self._flatten()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._flatten()  # a copy's weights are copied one by one
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The weights by name, as views of a tensor such as `flat_weights`: differentiable any number of
+        times, by one concatenation."""
+        return split(flat, self._like)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Every parameter but the alphas, by name, in the order of construction."""
+        return {name: p for name, p in self.named_parameters() if name not in self.ALPHAS}
+
+    def alphas(self) -> dict[str, nn.Parameter]:
+        """The alphas by name."""
+        return {name: getattr(self, name) for name in self.ALPHAS}
+
+    def logits(
+        self,
+        images: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
+    ) -> Tensor:
+        """Logits [N, classes] of the network with the given weights and alphas: a function of its arguments
+        (but that batch norm updates its running statistics); the parameters are neither used nor touched.
+
+        Args:
+            weights: {"weights": a tensor such as `flat_weights`}; or by name, as `weights()`.
+        """
+        if "weights" in weights:
+            weights = self.split(weights["weights"])
+        with self._given({**weights, **alphas}):
+            return self(images, activations)
+
+    @contextmanager
+    def _given(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Within, these stand in the place of the parameters of their names. What
+        torch.func.functional_call does; that took 4.0 ms a call of 8 layers, this 0.3."""
+        places = [self._owners[name] for name in tensors]
+        own = [owner[key] for owner, key in places]
+        try:
+            for (owner, key), tensor in zip(places, tensors.values(), strict=True):
+                owner[key] = tensor
+            yield
+        finally:
+            for (owner, key), tensor in zip(places, own, strict=True):
+                owner[key] = tensor
+
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        weights: dict[str, Tensor],
+        alphas: dict[str, Tensor],
+        activations: torch.dtype | None = None,
+    ) -> Tensor:
+        """Cross entropy (mean over the batch) of `logits`."""
+        return F.cross_entropy(self.logits(images, weights, alphas, activations), labels)
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Within, batch norm still normalises by the batch but leaves its running statistics alone.
+
+        For the passes of the architecture step: the running statistics are those of the weight step.
+        """
+        self._track_running_statistics(False)
+        try:
+            yield
+        finally:
+            self._track_running_statistics(True)
+
+    def _track_running_statistics(self, track: bool) -> None:
+        for module in self._batch_norms:
+            module.track_running_stats = track
+
+
+def split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Consecutive parts of a tensor by name, shaped as `like`, as views: differentiable any number of
+    times."""
+    return dict(zip(like, _Split.apply(flat, tuple(like.values())), strict=True))
+
+
+class _Split(torch.autograd.Function):
+    """Consecutive parts of a tensor, shaped as `like`, as views.
+
+    One node of the graph. The backward of a slice for each weight would write a tensor as long as all
+    weights for each; of a view for each, it ran 5,600 nodes a step of 8 layers.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, flat: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ctx.like = like
+        return tuple(_unflatten_dense_tensors(flat, like))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Join.apply(ctx.like, *gradients), None
+
+
+class _Join(torch.autograd.Function):
+    """The inverse, and the transpose, of `_Split`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, like: tuple[Tensor, ...], *parts: Tensor) -> Tensor:
+        ctx.like = like
+        return _flatten_dense_tensors(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, flat: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Split.apply(flat, ctx.like)
