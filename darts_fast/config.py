@@ -182,10 +182,29 @@ class SearchConfig(Config):
     )
     derive: str = option(
         "softmax",
-        "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts)",
+        "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts); perturbation: after the "
+        "last epoch, decided one by one by the validation accuracy lost without an operation (DARTS-PT)",
         None,
-        ("softmax", "raw"),
+        ("softmax", "raw", "perturbation"),
     )
+    projection_epochs: int = option(
+        5, "with derive perturbation: epochs of the supernet's training between two decisions", AT_LEAST_1
+    )
+    auxiliary_skip: float = option(
+        0.0,
+        "weight of a further skip connection on every edge that has one, in the first epoch; it falls to 0 "
+        "in the last (DARTS-); without a number: 1",
+        NOT_NEGATIVE,
+        alone=1.0,
+    )
+    perturb: str | None = option(
+        None,
+        "train the weights at perturbed softmaxed alphas: random, or adversarial (SmoothDARTS)",
+        None,
+        ("random", "adversarial"),
+        shown="not",
+    )
+    perturb_epsilon: float = option(0.3, "the largest perturbation, reached in the last epoch", NOT_NEGATIVE)
     stop_at_skips: int | None = option(
         None,
         "end the search after the first epoch whose normal cell has at least so many skip connections (of 8 "
@@ -204,6 +223,10 @@ class SearchConfig(Config):
         super().__post_init__()
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
+        if self.derive == "perturbation" and self.stop_at_skips is not None:
+            raise InputError(
+                "derive perturbation chooses no cell before the last epoch: leave out --stop_at_skips"
+            )
 
 
 @dataclass(frozen=True)

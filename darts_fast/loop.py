@@ -46,7 +46,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
 # Settings that runs of before do not have, and what they were
-LATER_SETTINGS = {"space": "darts", "stop_at_skips": None, "label_smoothing": 0.0, "ema": 0.0}
+LATER_SETTINGS = {
+    "space": "darts",
+    "projection_epochs": 5,
+    "auxiliary_skip": 0.0,
+    "perturb": None,
+    "perturb_epsilon": 0.3,
+    "stop_at_skips": None,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+}
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
 MEASURED = {"val": "validation", "test": "test", "ema": "test, moving average:"}
@@ -104,6 +113,11 @@ class Loop(ABC):
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
     # What a subclass says
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs
 
     @abstractmethod
     def begin_epoch(self) -> None:
@@ -165,7 +179,7 @@ class Loop(ABC):
 
     def run(self) -> Any:
         """From where it stands to the end."""
-        total = self.config.epochs * self.steps_per_epoch
+        total = self.epochs * self.steps_per_epoch
         with (
             strict_float32(),
             within_quota() as fewer_threads,
@@ -187,9 +201,12 @@ class Loop(ABC):
                 if self.config.profile and not (self.folder.path / FOLDER).exists():
                     trial = self.take.trial if self.captured else None
                     self.profiler = Profiler(self.config.profile, self.device, trial)
-                while self.epoch < self.config.epochs and not self.ends_early():
+                while self.epoch < self.epochs and not self.ends_early():
                     self._train_epoch()
-                    self._finish_epoch(self.evaluate())
+                    started = time.perf_counter()
+                    found = self.evaluate()
+                    self.evaluation_seconds = time.perf_counter() - started
+                    self._finish_epoch(found)
                 self.bar.total = self.steps_done
                 self.bar.refresh()
                 self._write_profile()
@@ -236,7 +253,7 @@ class Loop(ABC):
         any."""
         if self.best is None or (eligible and record["top1"] > self.best["top1"]):
             self.best = record
-        if record["epoch"] == self.config.epochs:
+        if record["epoch"] == self.epochs:
             self.final = record
 
     def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
@@ -265,7 +282,9 @@ class Loop(ABC):
                 self._report()
             self._stop_if_asked()
 
-    def measured(self, networks: dict[str, nn.Module], batches: Batches, order: Tensor) -> dict[str, Means]:
+    def measured(
+        self, networks: dict[str, nn.Module], batches: Batches, order: Tensor, training: bool = False
+    ) -> dict[str, Means]:
         """`evaluated` of each, by its name; the bar shows how far it is, a signal stops it between two
         batches."""
 
@@ -274,13 +293,10 @@ class Loop(ABC):
             self.bar.update(0)
             self._stop_if_asked()
 
-        started = time.perf_counter()
-        found = {
-            name: evaluated(network, batches, order, self.config.batch_size, after_batch)
+        return {
+            name: evaluated(network, batches, order, self.config.batch_size, after_batch, training)
             for name, network in networks.items()
         }
-        self.evaluation_seconds = time.perf_counter() - started
-        return found
 
     def _write_profile(self) -> None:
         """The report of the steps that were recorded, if it is not written yet."""
@@ -406,8 +422,8 @@ class Loop(ABC):
             if type(state) is not Tensor or state.dtype != torch.uint8 or state.ndim != 1:
                 raise ValueError(f"{name} is no state of a generator")
         epoch, step, totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
-        check_number(epoch, int, 0, self.config.epochs, "epoch")
-        ended = epoch == self.config.epochs
+        check_number(epoch, int, 0, self.epochs, "epoch")
+        ended = epoch == self.epochs
         check_number(step, int, 0, 0 if ended else self.steps_per_epoch, "step")
         if type(totals) is not list or len(totals) != 4:
             raise ValueError("totals are not four numbers")
@@ -504,11 +520,11 @@ class Loop(ABC):
     def _report(self) -> None:
         """A line of the log: the epoch so far, the rate, the time left."""
         loss, top1, top5 = self.epoch_means()
-        left = self.seconds_per_step * (self.config.epochs * self.steps_per_epoch - self.steps_done)
-        left += self.evaluation_seconds * (self.config.epochs - self.epoch)
+        left = self.seconds_per_step * (self.epochs * self.steps_per_epoch - self.steps_done)
+        left += self.evaluation_seconds * (self.epochs - self.epoch)
         self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}", refresh=False)
         self.folder.log(
-            f"Epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}  "
+            f"Epoch {self.epoch + 1}/{self.epochs} step {self.step}/{self.steps_per_epoch}  "
             f"loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}  lr {self.learning_rate():.4f}  "
             f"{self.seconds_per_step:.3g} s/step, {self.images_per_second:.0f} images/s, "
             f"{duration(left)} left"
@@ -532,7 +548,7 @@ class Loop(ABC):
             f"{words} loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"
             for words, (loss, top1, top5) in parts
         ]
-        self.folder.log(f"Epoch {epoch}/{self.config.epochs}  " + "  |  ".join(texts))
+        self.folder.log(f"Epoch {epoch}/{self.epochs}  " + "  |  ".join(texts))
         values = {
             (name, what): value
             for name, means in found.items()
@@ -551,11 +567,12 @@ def evaluated(
     order: Tensor,
     batch_size: int,
     after_batch: Callable[[int], None] = lambda images: None,
+    training: bool = False,
 ) -> Means:
-    """Mean loss and accuracies of a network in evaluation mode on the images of `order` (int64, on the host),
-    not augmented. `after_batch` is told how many are done."""
-    training = network.training
-    network.eval()
+    """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
+    (int64, on the host), not augmented. `after_batch` is told how many are done."""
+    before = network.training
+    network.train(training)
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
     for indices in batches.placed(order).split(batch_size):
         images, labels = batches.cut(indices, augment=False)
@@ -564,7 +581,7 @@ def evaluated(
         sums += torch.stack([loss, *hits(logits, labels)])
         done += len(indices)
         after_batch(done)
-    network.train(training)
+    network.train(before)
     loss, top1, top5 = (sums / len(order)).tolist()
     return loss, top1, top5
 

@@ -12,22 +12,24 @@ from torch import Tensor
 from darts_fast import architect, capture, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
-from darts_fast.data import Dataset, check_for_network, permutation
+from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, derive
 from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
+from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
+from darts_fast.projection import Decisions, all_decided, decided_round, genotype_of, nothing_decided, rounds
 from darts_fast.runs import RunFolder, environment
 from darts_fast.spaces import read_space, written_out
 from darts_fast.state import check_keys, check_number, copy_state
 from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
-SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION = range(4)
+SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION = range(6)
 
 Batch = tuple[Tensor, Tensor]  # images, labels
 
@@ -87,16 +89,18 @@ class SearchStep:
     Args:
         network: the supernet, of any floating dtype.
         config: learning rates, order, form of the Hessian-vector product, precision.
+        generator: of the device; what `config.perturb` draws from. None: PyTorch's own.
     """
 
-    def __init__(self, network: Supernet, config: SearchConfig):
-        self.network, self.config = network, config
+    def __init__(self, network: Supernet, config: SearchConfig, generator: torch.Generator | None = None):
+        self.network, self.config, self.generator = network, config, generator
         self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
         flat = network.flat_weights
         self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
         self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
         fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
         self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
+        self.epsilon = torch.tensor(config.perturb_epsilon, dtype=flat.dtype, device=flat.device)
         self.weight_optimizer = torch.optim.SGD(
             [flat],
             self.lr if fused else config.w_lr,
@@ -204,8 +208,9 @@ class SearchStep:
 
     def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
-        alphas = architect.detached(self.alphas)
-        logits = self.network.logits(images, self.weights, alphas, self.activations)
+        alphas, network = architect.detached(self.alphas), self.network
+        with network.weighed(network.kept, self._perturbed(images, labels)):
+            logits = network.logits(images, self.weights, alphas, self.activations)
         loss = F.cross_entropy(logits, labels)
         found = architect.gradients(architect.times(loss, self.scale), self.weights)
         flat = self.network.flat_weights
@@ -216,8 +221,36 @@ class SearchStep:
         self.weight_optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
+    def _perturbed(self, images: Tensor, labels: Tensor) -> architect.Tensors:
+        """What the weight step adds to the probabilities, see `Supernet.mixture`."""
+        network, epsilon, generator = self.network, self.epsilon, self.generator
+        if self.config.perturb is None:
+            return network.added
+
+        def with_added(delta: architect.Tensors) -> architect.Tensors:
+            return {
+                name: network.added[name] + d if name in network.added else d for name, d in delta.items()
+            }
+
+        def loss(delta: architect.Tensors) -> Tensor:
+            with network.weighed(network.kept, with_added(delta)):
+                weights, alphas = architect.detached(self.weights), architect.detached(self.alphas)
+                found = network.loss(images, labels, weights, alphas, self.activations)
+            return architect.times(found, self.scale)
+
+        with torch.no_grad():
+            p = dict(zip(network.ALPHAS, network.mixture(), strict=True))
+        if self.config.perturb == "random":
+            return with_added(random_perturbation(p, epsilon, generator))
+        with network.frozen_statistics():
+            return with_added(adversarial_perturbation(loss, p, epsilon, generator))
+
     def _momenta(self) -> architect.Tensors:
-        return {"weights": self.weight_optimizer.state[self.network.flat_weights]["momentum_buffer"]}
+        return {"weights": self.momentum_buffer}
+
+    @property
+    def momentum_buffer(self) -> Tensor:
+        return self.weight_optimizer.state[self.network.flat_weights]["momentum_buffer"]
 
 
 class Search(Loop):
@@ -248,7 +281,15 @@ class Search(Loop):
         ):
             torch.default_generator.manual_seed(config.seed)
             self.network = self._supernet().to(self.device)
-        self.search_step = SearchStep(self.network, config)
+        self.perturbation = seeded(self.device, config.seed, PERTURBATION)
+        self.search_step = SearchStep(self.network, config, self.perturbation)
+        nothing = nothing_decided(architect.detached(self.network.alphas()))
+        self.decisions = nothing if config.derive == "perturbation" else None
+        if self.decisions:
+            self.network.kept = nothing.kept
+        if self.decisions or config.auxiliary_skip:
+            self.network.added = nothing.added
+        self.decided: tuple[Decisions, list[str]] | None = None  # after this epoch, once it is evaluated
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
         size = min(config.batch_size, split)
         buffers = (*self.buffers(size), *self.buffers(size))
@@ -257,7 +298,7 @@ class Search(Loop):
             dict(zip(names, buffers, strict=True)),
             self.search_step.tensors,
             self.captured,
-            [self.augmentation],
+            [generator for generator, _ in self.generators().values()],
         )
 
     def begin_epoch(self) -> None:
@@ -266,6 +307,20 @@ class Search(Loop):
         # The two halves are walked together; a shorter validation half is walked again.
         validation = validation[torch.arange(len(train)) % len(validation)]
         self.train_order, self.validation_order = map(self.batches.placed, (train, validation))
+        self._set_strengths()
+
+    def _set_strengths(self) -> None:
+        """What grows or falls with the epochs, in place: a captured step reads it."""
+        config, epochs = self.config, self.config.epochs
+        done = min(self.epoch / epochs, 1)
+        self.search_step.epsilon.fill_(config.perturb_epsilon * (0.1 + 0.9 * done))
+        if config.auxiliary_skip and self.epoch < epochs:
+            # From all of it in the first epoch to 0 in the last
+            beta = config.auxiliary_skip * (1 - self.epoch / (epochs - 1) if epochs > 1 else 1)
+            for (name, added), present in zip(self.network.added.items(), self.space.present(), strict=True):
+                column = [name == "skip_connect" for name in self.space.candidates]
+                skips = torch.tensor(present) & torch.tensor(column)
+                added.copy_(beta * skips)
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         train_indices = self.batch_indices(self.train_order)
@@ -288,12 +343,46 @@ class Search(Loop):
         return self.search_step.take(train_images=train, validation_images=validation, **labels)
 
     def evaluate(self) -> dict[str, Means]:
-        return self.measured({"val": self.network}, self.batches, self.validation_half)
+        found = self.measured({"val": self.network}, self.batches, self.validation_half)
+        past = self.epoch + 1 - self.config.epochs
+        if self.decisions and past >= 0 and past % self.config.projection_epochs == 0:
+            self.decided = self._decide(past // self.config.projection_epochs)
+        return found
+
+    def _decide(self, number: int) -> tuple[Decisions, list[str]]:
+        """The decisions of this round of DARTS-PT; nothing is changed. Batch norm normalises by the batch:
+        the running statistics are those of the network as it was trained."""
+
+        def measure(trial: Decisions) -> tuple[float, float]:
+            with self.network.weighed(*trial), self.network.frozen_statistics():
+                found = self.measured({"": self.network}, self.batches, self.validation_half, training=True)
+            loss, top1, _ = found[""]
+            return loss, top1
+
+        before = self.decisions
+        if number == 0:  # the auxiliary skip connections' part of `added` is over
+            before = nothing_decided(before.kept)
+        return decided_round(
+            number, before, self.space, measure, seeded("cpu", self.config.seed, PROJECTION, number)
+        )
+
+    def _commit_decisions(self) -> None:
+        """Those of this epoch, in place; the first ones begin a new descent of the weights."""
+        if self.decided is None:
+            return
+        (decisions, said), self.decided = self.decided, None
+        for own, tensors in zip(self.decisions, decisions, strict=True):
+            copy_state(own, tensors)
+        if self.epoch + 1 == self.config.epochs:
+            self.search_step.momentum_buffer.zero_()
+        for sentence in said:
+            self.folder.log(sentence)
 
     def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records the epoch, and keeps its genotype if it is the best so far."""
-        epoch, genotype = self.epoch + 1, self._genotype()
         self.record_evaluation(found)
+        self._commit_decisions()
+        epoch, genotype = self.epoch + 1, self._genotype()
         self.folder.log(f"genotype = {genotype}")
         self._diagnose(genotype, epoch)
         self._record_alphas(self.steps_done)
@@ -302,6 +391,8 @@ class Search(Loop):
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
         skips = self._too_many_skips()
         self.keep(final, eligible=not skips)
+        if self.decisions and epoch == self.epochs:
+            self.best = final
         if skips:
             self.folder.log(
                 f"The search ends here: skip connections of the normal cell: {skips}; stop_at_skips: "
@@ -320,15 +411,30 @@ class Search(Loop):
     def result(self) -> SearchResult:
         top1, epoch = self.best["top1"], self.best["epoch"]
         genotype = Genotype.from_json(self.best["genotype"])
-        self.folder.log(f"Best validation top-1 {top1:.2%}, in epoch {epoch}; its genotype:")
+        if self.decisions:
+            self.folder.log(f"Decided by perturbation, validation top-1 {top1:.2%}; the genotype:")
+        else:
+            self.folder.log(f"Best validation top-1 {top1:.2%}, in epoch {epoch}; its genotype:")
         self.folder.log(str(genotype), stamp=False)
         return SearchResult(genotype, top1, epoch, self._genotype(), self.folder.path)
 
     def learning_rate(self) -> float:
-        return cosine(self.config.w_lr, self.config.w_lr_min, self.epoch, self.config.epochs)
+        config, past = self.config, self.epoch - self.config.epochs
+        if past < 0:
+            return cosine(config.w_lr, config.w_lr_min, self.epoch, config.epochs)
+        # Between the decisions of DARTS-PT, as in its authors' code
+        high = config.w_lr / 10
+        return cosine(high, min(config.w_lr_min, high), past, self.epochs - config.epochs)
+
+    def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
+        found = super().generators()
+        if self.config.perturb:
+            found["perturbation"] = self.perturbation, (self.config.seed, PERTURBATION)
+        return found
 
     def state(self) -> dict[str, Any]:
-        return self.search_step.state_dict()
+        projection = {"projection": self.decisions._asdict()} if self.decisions else {}
+        return self.search_step.state_dict() | projection
 
     def check_record(self, record: Any, name: str) -> None:
         check_keys(record, ("epoch", "top1", "genotype"), name)
@@ -337,6 +443,12 @@ class Search(Loop):
             Genotype.from_json(record["genotype"], f"{name}.genotype")
         except InputError as error:  # the whole sentence is about the checkpoint
             raise ValueError(str(error)) from error
+
+    @property
+    def epochs(self) -> int:
+        if self.config.derive != "perturbation":
+            return self.config.epochs
+        return self.config.epochs + (rounds(self.space) - 1) * self.config.projection_epochs
 
     @property
     def activations(self) -> torch.dtype | None:
@@ -381,10 +493,18 @@ class Search(Loop):
         if config.fused:
             dtype = activations or torch.float32
             cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
+        weighed = ["softmaxed alphas"]
+        if config.auxiliary_skip:
+            weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
+        if config.perturb:
+            weighed.append(
+                f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}"
+            )
         return {
             "device": environment(config.device)["device"],
             "cells": cells,
             "precision": precision.in_words(config.amp, activations),
+            "candidates are weighed by": "; ".join(weighed),
             "architecture gradient": form,
             "step": capture.in_words(self.captured),
         }
@@ -393,8 +513,10 @@ class Search(Loop):
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
 
     def _genotype(self) -> Genotype:
+        if self.decisions and all_decided(self.decisions, self.space):
+            return genotype_of(self.decisions, self.space)
         alphas = [self.network.present_alphas(name) for name in self.network.ALPHAS]
-        return derive(*alphas, self.config.derive, self.space)
+        return derive(*alphas, "raw" if self.config.derive == "raw" else "softmax", self.space)
 
     @torch.no_grad()
     def _probabilities(self) -> tuple[Tensor, Tensor]:

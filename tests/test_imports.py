@@ -19,6 +19,8 @@ ALLOWED = {
     "darts_fast.genotype": {"darts_fast.errors", "darts_fast.space"},
     "darts_fast.notation": {"darts_fast.errors", "darts_fast.files", "darts_fast.genotype"},
     "darts_fast.diagnosis": {"darts_fast.genotype", "darts_fast.space"},
+    "darts_fast.perturb": set(),
+    "darts_fast.projection": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.spaces": {"darts_fast.errors", "darts_fast.files", "darts_fast.space"},
     "darts_fast.flat": set(),
     "darts_fast.reference": {"darts_fast.space"},
