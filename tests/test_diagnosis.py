@@ -14,11 +14,22 @@ def counts(**found):
     return {kind: found.get(kind, 0) for kind in KINDS}
 
 
+# What DARTS found in S1 on CIFAR-10 in the first of RobustDARTS's searches (their results_arch.yaml).
+COLLAPSED = (
+    "Genotype(normal=[('skip_connect', 1), ('dil_conv_3x3', 0), ('skip_connect', 2), ('skip_connect', 0), "
+    "('skip_connect', 0), ('skip_connect', 2), ('skip_connect', 2), ('skip_connect', 1)], "
+    "normal_concat=range(2, 6), reduce=[('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), "
+    "('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0), ('max_pool_3x3', 0), "
+    "('max_pool_3x3', 1)], reduce_concat=range(2, 6))"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "normal", "reduce", "collapsed"),
     [  # counted by hand from the genotypes as they were published
         ("DARTS_V1", {"skip": 3, "sep_conv": 5}, {"skip": 3, "max_pool": 4, "avg_pool": 1}, (False, False)),
         ("DARTS_V2", {"skip": 2, "sep_conv": 5, "dil_conv": 1}, {"skip": 3, "max_pool": 5}, (False, False)),
+        (COLLAPSED, {"skip": 7, "dil_conv": 1}, {"skip": 2, "max_pool": 6}, (True, False)),
     ],
 )
 def test_operations_of_published_genotypes(name, normal, reduce, collapsed):
