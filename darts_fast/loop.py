@@ -46,7 +46,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
 # Settings that runs of before do not have, and what they were
-LATER_SETTINGS = {"stop_at_skips": None, "label_smoothing": 0.0, "ema": 0.0}
+LATER_SETTINGS = {
+    "stop_at_skips": None,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "eigenvalue": False,
+    "stop_at_eigenvalue": None,
+    "beta_decay": 0.0,
+    "alpha_warmup": 0,
+}
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
 MEASURED = {"val": "validation", "test": "test", "ema": "test, moving average:"}
