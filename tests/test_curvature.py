@@ -49,6 +49,7 @@ def test_it_is_the_largest_of_a_matrix(name, dtype):
     before = {key: alpha.clone() for key, alpha in alphas.items()}
     found = largest_eigenvalue(lambda a: loss({k: v.double() for k, v in a.items()}), alphas)
     assert found == pytest.approx(max(SPECTRA[name]), rel=1e-4)
+    assert found == largest_eigenvalue(lambda a: loss({k: v.double() for k, v in a.items()}), alphas)
     assert all(torch.equal(alphas[key], before[key]) and alphas[key].grad is None for key in before)
 
 
@@ -94,16 +95,14 @@ def test_it_is_the_largest_of_the_whole_hessian_of_a_supernet():
         parts = zip(alphas.items(), x.split(14 * 8), strict=True)
         return loss({name: part.view_as(alpha) for (name, alpha), part in parts})
 
-    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(of_flat, flat))
+    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(of_flat, flat, vectorize=True))
     # To add a number to all alphas of an edge changes nothing: an eigenvalue of 0 for each of the 28 edges.
     assert (values.abs() < 1e-12 * values[-1]).sum() >= 28 and values[-1] > 0
     products = []
     found = largest_eigenvalue(loss, alphas, after_product=products.append)
     assert relative_error(found, values[-1]) < 1e-5 and len(products) < 50
-    assert found == largest_eigenvalue(loss, alphas)  # to the bit
-    assert found == pytest.approx(largest_eigenvalue(loss, alphas, seed=1), rel=1e-5)
-    # In float32, to which a search computes it
-    assert found == pytest.approx(largest_eigenvalue(*supernet_loss(torch.float32)), rel=1e-4)
+    # and from another start in float32, in which a search computes it
+    assert found == pytest.approx(largest_eigenvalue(*supernet_loss(torch.float32), seed=1), rel=1e-4)
 
 
 RISES = [  # eigenvalues, and whether the search has stopped by a ratio of 0.75
