@@ -304,7 +304,13 @@ def test_a_search_ends_where_the_eigenvalue_has_risen(warm_up, data, in_tmp, mon
     values = [50.0] * warm_up + RISING
     monkeypatch.setattr(Search, "_eigenvalue", lambda self: values[self.epoch])
     config = dataclasses.replace(
-        TINY, epochs=len(values), alpha_warmup=warm_up, alpha_lr=0.3, eigenvalue=True, batch_size=15
+        TINY,
+        epochs=len(values),
+        alpha_warmup=warm_up,
+        alpha_lr=0.3,
+        eigenvalue=True,
+        batch_size=15,
+        fused=True,
     )
     whole = search(config, data)
     ending = dataclasses.replace(config, eigenvalue=False, stop_at_eigenvalue=0.75, name="ending")
