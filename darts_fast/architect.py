@@ -106,6 +106,18 @@ def second_order_finite_difference(
     return _combine(alpha_gradient, product, step.lr)
 
 
+def with_beta_decay(loss: Loss, strength: Tensor) -> Loss:
+    """The loss + strength * L_Beta (arXiv 2203.01665, Beta-DARTS). L_Beta does not depend on the weights: the
+    second order's v and its Hessian-vector product stay as they are."""
+    return lambda weights, alphas: loss(weights, alphas) + strength * beta_penalty(alphas)
+
+
+def beta_penalty(alphas: Tensors) -> Tensor:
+    """L_Beta of alphas by name, [edges, candidates] each: the mean over all edges of log sum_k exp(a_k), a
+    smooth maximum. Its gradient is softmax(a) / edges. A candidate at -inf adds nothing."""
+    return torch.cat([of_edges.logsumexp(dim=-1) for of_edges in alphas.values()]).mean()
+
+
 def exact_hvp(w_gradients: Tensors, alphas: Tensors, v: Tensors, scale: Tensor | None = None) -> Tensors:
     """d/da <grad_w L, v>: reverses the graph that computed `w_gradients` (made with create_graph=True, of
     the loss times `scale`).

@@ -212,6 +212,28 @@ class SearchConfig(Config):
         SKIPS,
         shown="never",
     )
+    eigenvalue: bool = option(
+        False,
+        "after every epoch: the largest eigenvalue of the Hessian of the validation loss in the alphas",
+    )
+    stop_at_eigenvalue: float | None = option(
+        None,
+        "end the search where the eigenvalue (implied) has risen: its mean over 5 epochs is less than this "
+        "share of its mean over the next 5; take the genotype from the middle of the first 5; without a "
+        "number: 0.75",
+        FRACTION,
+        shown="never",
+        alone=0.75,
+    )
+    beta_decay: float = option(
+        0.0,
+        "weight of Beta-DARTS's penalty on the alphas; it grows linearly from 0 at the first epoch towards "
+        "this; 0: none",
+        NOT_NEGATIVE,
+    )
+    alpha_warmup: int = option(
+        0, "epochs at the beginning in which only the weights are trained", NOT_NEGATIVE
+    )
     train_portion: float = option(
         0.5, "share of the images that trains weights; the rest trains alphas", FRACTION
     )
@@ -223,9 +245,19 @@ class SearchConfig(Config):
         super().__post_init__()
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
-        if self.derive == "perturbation" and self.stop_at_skips is not None:
+        if self.derive == "perturbation" and (
+            self.stop_at_skips is not None or self.stop_at_eigenvalue is not None
+        ):
             raise InputError(
-                "derive perturbation chooses no cell before the last epoch: leave out --stop_at_skips"
+                "derive perturbation chooses no cell before the last epoch: leave out --stop_at_skips and "
+                "--stop_at_eigenvalue"
+            )
+        if self.epochs is not None and self.alpha_warmup >= self.epochs:
+            raise InputError(f"alpha_warmup must be below epochs ({self.epochs}), not {self.alpha_warmup}")
+        if self.alpha_warmup and self.profile:
+            raise InputError(
+                "profile records the first steps, which with alpha_warmup are not whole ones: leave out one "
+                "of the two"
             )
 
 

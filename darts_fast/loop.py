@@ -55,6 +55,10 @@ LATER_SETTINGS = {
     "stop_at_skips": None,
     "label_smoothing": 0.0,
     "ema": 0.0,
+    "eigenvalue": False,
+    "stop_at_eigenvalue": None,
+    "beta_decay": 0.0,
+    "alpha_warmup": 0,
 }
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it

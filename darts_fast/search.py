@@ -1,6 +1,7 @@
 """The bilevel search (arXiv 1806.09055, algorithm 1)."""
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from darts_fast import architect, capture, plot, precision
+from darts_fast import architect, capture, curvature, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
@@ -33,9 +34,12 @@ SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION = r
 
 Batch = tuple[Tensor, Tensor]  # images, labels
 
+MIDDLE = curvature.WINDOW // 2  # of the earlier window: the epoch that `stop_at_eigenvalue` goes back to
+
 
 class SearchResult(NamedTuple):
-    """What a search found: the genotype of the epoch with the best validation accuracy, and the last one."""
+    """What a search found: the genotype of the epoch with the best validation accuracy (or of the epoch that
+    `stop_at_eigenvalue` went back to), and the last one."""
 
     genotype: Genotype
     top1: float  # of that epoch, on the validation half, 0 to 1
@@ -101,6 +105,7 @@ class SearchStep:
         fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
         self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
         self.epsilon = torch.tensor(config.perturb_epsilon, dtype=flat.dtype, device=flat.device)
+        self.beta = torch.zeros_like(self.lr)  # strength of `beta_decay`'s penalty, which an epoch sets
         self.weight_optimizer = torch.optim.SGD(
             [flat],
             self.lr if fused else config.w_lr,
@@ -141,6 +146,10 @@ class SearchStep:
     ) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
         self._architecture_step((train_images, train_labels), (validation_images, validation_labels))
+        return self.take_weights(train_images, train_labels)
+
+    def take_weights(self, train_images: Tensor, train_labels: Tensor) -> Tensor:
+        """The weight step alone, as in the epochs of `alpha_warmup`; returns what `take` returns."""
         with phase("weight update"):
             return self._weight_step(train_images, train_labels)
 
@@ -186,6 +195,8 @@ class SearchStep:
     def _architecture_step(self, train: Batch, validation: Batch) -> None:
         """Adam on the alphas; the paper's xi is the learning rate of the weights."""
         train_loss, validation_loss = self.loss(*train), self.loss(*validation)
+        if self.config.beta_decay:
+            validation_loss = architect.with_beta_decay(validation_loss, self.beta)
         with self.network.frozen_statistics():
             if self.config.order == 1:
                 found = architect.first_order(validation_loss, self.weights, self.alphas, self.scale)
@@ -263,6 +274,7 @@ class Search(Loop):
     program, function = "run.py", "resume_search"
     remedy = "a smaller --w_lr or --w_grad_clip"
     network: Supernet
+    eigenvalue: float | None = None  # of the epoch that is being finished
 
     def __init__(self, config: SearchConfig, dataset: Dataset):
         check_for_network(dataset)
@@ -280,7 +292,7 @@ class Search(Loop):
             torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
         ):
             torch.default_generator.manual_seed(config.seed)
-            self.network = self._supernet().to(self.device)
+            self.network = self._supernet(config.fused).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
         self.search_step = SearchStep(self.network, config, self.perturbation)
         nothing = nothing_decided(architect.detached(self.network.alphas()))
@@ -300,8 +312,19 @@ class Search(Loop):
             self.captured,
             [generator for generator, _ in self.generators().values()],
         )
+        self.warm_up: Captured | None = Captured(
+            self._take_weights,
+            dict(zip(names[:2], buffers[:2], strict=True)),
+            self.search_step.tensors,
+            self.captured,
+            [generator for generator, _ in self.generators().values()],
+        )
+        # With `stop_at_eigenvalue`: records of the last epochs that count, each with its eigenvalue.
+        self.recent: list[dict[str, Any]] = []
 
     def begin_epoch(self) -> None:
+        if self.epoch == self.config.alpha_warmup:
+            self.warm_up = None  # and the memory of its graph
         train = self._shuffled(self.train_half, TRAIN_ORDER)
         validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
         # The two halves are walked together; a shorter validation half is walked again.
@@ -314,6 +337,7 @@ class Search(Loop):
         config, epochs = self.config, self.config.epochs
         done = min(self.epoch / epochs, 1)
         self.search_step.epsilon.fill_(config.perturb_epsilon * (0.1 + 0.9 * done))
+        self.search_step.beta.fill_(config.beta_decay * done)
         if config.auxiliary_skip and self.epoch < epochs:
             # From all of it in the first epoch to 0 in the last
             beta = config.auxiliary_skip * (1 - self.epoch / (epochs - 1) if epochs > 1 else 1)
@@ -324,17 +348,16 @@ class Search(Loop):
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         train_indices = self.batch_indices(self.train_order)
+        warming_up = self.epoch < self.config.alpha_warmup
         with phase("data"):
             train = self.batches.pick(train_indices)
-            validation = self.batches.pick(self.batch_indices(self.validation_order))
+            inputs = {"train_images": train[0], "train_labels": train[1]}
+            if not warming_up:
+                validation = self.batches.pick(self.batch_indices(self.validation_order))
+                inputs |= {"validation_images": validation[0], "validation_labels": validation[1]}
         self.search_step.lr.fill_(lr)
-        values = self.take(
-            train_images=train[0],
-            train_labels=train[1],
-            validation_images=validation[0],
-            validation_labels=validation[1],
-        )
-        return values, len(train_indices)
+        take = self.warm_up if warming_up else self.take
+        return take(**inputs), len(train_indices)
 
     def _take(self, train_images: Tensor, validation_images: Tensor, **labels: Tensor) -> Tensor:
         """`SearchStep.take` of images (uint8) as they were picked."""
@@ -342,11 +365,48 @@ class Search(Loop):
             train, validation = (self.batches.prepared(x, True) for x in (train_images, validation_images))
         return self.search_step.take(train_images=train, validation_images=validation, **labels)
 
+    def _take_weights(self, train_images: Tensor, train_labels: Tensor) -> Tensor:
+        """`SearchStep.take_weights` of images (uint8) as they were picked."""
+        with phase("data"):
+            train = self.batches.prepared(train_images, True)
+        return self.search_step.take_weights(train, train_labels)
+
     def evaluate(self) -> dict[str, Means]:
         found = self.measured({"val": self.network}, self.batches, self.validation_half)
         past = self.epoch + 1 - self.config.epochs
         if self.decisions and past >= 0 and past % self.config.projection_epochs == 0:
             self.decided = self._decide(past // self.config.projection_epochs)
+        if self._wants_eigenvalue() and math.isfinite(found["val"][0]):
+            self.eigenvalue = self._eigenvalue()
+        return found
+
+    def _wants_eigenvalue(self) -> bool:
+        return self.config.eigenvalue or self.config.stop_at_eigenvalue is not None
+
+    def _eigenvalue(self) -> float:
+        """See `curvature`; of the first batch of the validation half, not augmented, with batch statistics.
+        The kernels have no second derivative in the alphas alone, so a copy of the network on reference cells
+        computes it; nothing of it is kept.
+
+        Raises:
+            RunError: it is not finite.
+        """
+
+        def after_product(products: int) -> None:
+            self.bar.set_postfix_str(f"eigenvalue: {products} Hessian-vector products", refresh=False)
+            self.bar.update(0)
+            self._stop_if_asked()
+
+        with torch.random.fork_rng(devices=[]):
+            network = self._supernet(fused=False).to(self.device)
+        network.load_state_dict(self.network.state_dict())
+        network.kept, network.added = self.network.kept, self.network.added
+        indices = self.validation_half[: self.config.batch_size]
+        batch = self.batches.cut(self.batches.placed(indices), augment=False)
+        loss = partial(network.loss, *batch, {"weights": network.flat_weights.detach()})
+        found = curvature.largest_eigenvalue(loss, network.alphas(), self.config.seed, after_product)
+        if not math.isfinite(found):
+            raise self._not_finite(f"the largest eigenvalue is {found}", self.steps_done)
         return found
 
     def _decide(self, number: int) -> tuple[Decisions, list[str]]:
@@ -385,34 +445,93 @@ class Search(Loop):
         epoch, genotype = self.epoch + 1, self._genotype()
         self.folder.log(f"genotype = {genotype}")
         self._diagnose(genotype, epoch)
+        if self.eigenvalue is not None:
+            self.folder.log(
+                "largest eigenvalue of the Hessian of the validation loss in the alphas: "
+                f"{self.eigenvalue:.4g}"
+            )
+            self.folder.metrics(epoch=epoch, step=self.steps_done, eigenvalue=self.eigenvalue)
+            self.folder.scalars(self.steps_done, {"val/eigenvalue": self.eigenvalue})
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
-        skips = self._too_many_skips()
-        self.keep(final, eligible=not skips)
+        if epoch > self.config.alpha_warmup:
+            if self.best is not None and self.best["epoch"] <= self.config.alpha_warmup:
+                self.best = None  # the genotype of alphas that were not trained
+            if self.config.stop_at_eigenvalue is not None:
+                self.recent.append({**final, "eigenvalue": self.eigenvalue})
+                self.recent = self.recent[-2 * curvature.WINDOW :]
+        why = self._why_it_ends(epoch)
+        self.keep(final, eligible=why is None)
+        if self._eigenvalue_has_risen():
+            self.best = {name: self.recent[MIDDLE][name] for name in final}
         if self.decisions and epoch == self.epochs:
             self.best = final
-        if skips:
-            self.folder.log(
-                f"The search ends here: skip connections of the normal cell: {skips}; stop_at_skips: "
-                f"{self.config.stop_at_skips}"
-            )
-        self.folder.write_json("genotype.json", {"best": self.best, "final": final})
+        if why is not None:
+            self.folder.log(f"The search ends here: {why}")
+        stopped = {} if why is None else {"stopped": why}
+        self.folder.write_json("genotype.json", {"best": self.best, "final": final, **stopped})
 
-    def _too_many_skips(self) -> int:
-        """The skip connections of the normal cell where they end the search, else 0."""
-        found, limit = operations(self._genotype().normal)["skip"], self.config.stop_at_skips
-        return found if limit is not None and found >= limit else 0
+    def _why_it_ends(self, epochs: int) -> str | None:
+        """Why no other epoch begins after so many, in words. (In the warm-up the alphas say nothing.)"""
+        if epochs <= self.config.alpha_warmup:
+            return None
+        if self._eigenvalue_has_risen():
+            before, now = curvature.window_means(self._recent_eigenvalues())
+            first, middle, last = (self.recent[k]["epoch"] for k in (0, MIDDLE, curvature.WINDOW - 1))
+            return (
+                f"the mean of the largest eigenvalue has risen from {before:.4g} in epochs {first} to {last} "
+                f"to {now:.4g} in epochs {last + 1} to {epochs}; stop_at_eigenvalue: "
+                f"{self.config.stop_at_eigenvalue}; back to epoch {middle}"
+            )
+        skips, limit = operations(self._genotype().normal)["skip"], self.config.stop_at_skips
+        if limit is not None and skips >= limit:
+            return f"skip connections of the normal cell: {skips}; stop_at_skips: {limit}"
+        return None
+
+    def _eigenvalue_has_risen(self) -> bool:
+        ratio = self.config.stop_at_eigenvalue
+        return ratio is not None and curvature.has_risen(self._recent_eigenvalues(), ratio)
+
+    def _recent_eigenvalues(self) -> list[float]:
+        return [record["eigenvalue"] for record in self.recent]
 
     def ends_early(self) -> bool:
-        return self.epoch > 0 and self.step == 0 and self._too_many_skips() > 0
+        return self.step == 0 and self._why_it_ends(self.epoch) is not None
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        super().load(checkpoint)
+        self.recent = checkpoint.get("recent", [])
+
+    def _position(self) -> dict[str, Any]:
+        recent = {} if self.config.stop_at_eigenvalue is None else {"recent": self.recent}
+        return {**super()._position(), **recent}
+
+    def _check_position(self, checkpoint: dict[str, Any]) -> None:
+        super()._check_position(checkpoint)
+        if self.config.stop_at_eigenvalue is None:
+            return
+        recent, ended = checkpoint["recent"], checkpoint["epoch"]
+        length = min(max(0, ended - self.config.alpha_warmup), 2 * curvature.WINDOW)
+        if type(recent) is not list or len(recent) != length:
+            raise ValueError(f"recent is no list of the last {length} epochs")
+        for epoch, record in enumerate(recent, start=ended - length + 1):
+            name = f"recent, epoch {epoch}"
+            check_keys(record, ("epoch", "top1", "genotype", "eigenvalue"), name)
+            check_number(record["epoch"], int, epoch, epoch, f"{name}, epoch")
+            check_number(record["eigenvalue"], float, -math.inf, math.inf, f"{name}, eigenvalue")
+            self.check_record({key: record[key] for key in ("epoch", "top1", "genotype")}, name)
 
     def result(self) -> SearchResult:
         top1, epoch = self.best["top1"], self.best["epoch"]
         genotype = Genotype.from_json(self.best["genotype"])
         if self.decisions:
             self.folder.log(f"Decided by perturbation, validation top-1 {top1:.2%}; the genotype:")
+        elif self._eigenvalue_has_risen():
+            self.folder.log(
+                f"Validation top-1 {top1:.2%} in epoch {epoch}, before the eigenvalue rose; its genotype:"
+            )
         else:
             self.folder.log(f"Best validation top-1 {top1:.2%}, in epoch {epoch}; its genotype:")
         self.folder.log(str(genotype), stamp=False)
@@ -455,7 +574,7 @@ class Search(Loop):
         return self.search_step.activations
 
     def rehearse(self) -> None:
-        network, shape = self._supernet(), self.dataset.images.shape[1:]
+        network, shape = self._supernet(self.config.fused), self.dataset.images.shape[1:]
         step = SearchStep(network, self.config)
         step.loss_scale = None  # the optimizers of meta tensors know of none
         for size in batch_sizes(len(self.train_half), self.config.batch_size):
@@ -466,12 +585,12 @@ class Search(Loop):
             for size in batch_sizes(len(self.validation_half), self.config.batch_size):
                 network(torch.zeros(size, *shape))
 
-    def _supernet(self) -> Supernet:
+    def _supernet(self, fused: bool) -> Supernet:
         """A new one, on PyTorch's default device."""
         config, dataset = self.config, self.dataset
         image_channels = dataset.images.shape[1]
         return Supernet(
-            config.init_channels, dataset.classes, config.layers, image_channels, config.fused, self.space
+            config.init_channels, dataset.classes, config.layers, image_channels, fused, self.space
         )
 
     def announcement(self) -> str:
@@ -500,12 +619,20 @@ class Search(Loop):
             weighed.append(
                 f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}"
             )
+        if config.beta_decay:
+            form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
+        warm_up = {}
+        if config.alpha_warmup:
+            warm_up["alpha warm-up"] = (
+                f"in the first {config.alpha_warmup} epochs only the weights are trained"
+            )
         return {
             "device": environment(config.device)["device"],
             "cells": cells,
             "precision": precision.in_words(config.amp, activations),
             "candidates are weighed by": "; ".join(weighed),
             "architecture gradient": form,
+            **warm_up,
             "step": capture.in_words(self.captured),
         }
 

@@ -1,5 +1,8 @@
 """Architecture gradients against the official code's numbers, and against numerical derivatives."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import relative_error
@@ -181,6 +184,61 @@ def test_second_order_is_the_derivative_of_the_loss_one_step_ahead(smooth_proble
 
     expected = along(loss_ahead, alphas, direction, 1e-3)
     assert relative_error(sum((found[n] * direction[n]).sum() for n in alphas), expected) < 1e-8
+
+
+def test_beta_decay_is_part_of_the_derivative_of_the_loss_one_step_ahead(smooth_problem):
+    network, train_loss, validation_loss = smooth_problem
+    weights, strength = network.weights(), torch.tensor(2.0).double()
+    alphas = {name: a + torch.randn_like(a) for name, a in network.alphas().items()}
+    step = architect.VirtualStep(lr=0.05, momentum=0.9, weight_decay=3e-3)
+    direction = {name: torch.randn_like(a) for name, a in alphas.items()}
+    decayed = architect.with_beta_decay(validation_loss, strength)
+
+    def penalty(a):  # as the paper writes it
+        rows = [row for of_cell in a.values() for row in of_cell]
+        return sum(row.exp().sum().log() for row in rows) / len(rows)
+
+    def loss(a, xi):
+        w = architect.leaves(weights)
+        w_gradients = architect.gradients(train_loss(w, a), w)
+        ahead = step._replace(lr=xi)(w, w_gradients, {})
+        return (validation_loss(ahead, a) + strength * penalty(a)).detach()
+
+    for found, xi in (
+        (architect.first_order(decayed, weights, alphas), 0.0),
+        (architect.second_order_exact(train_loss, decayed, weights, alphas, {}, step), 0.05),
+    ):
+        expected = along(lambda a, xi=xi: loss(a, xi), alphas, direction, 1e-4)
+        assert relative_error(sum((found[n] * direction[n]).sum() for n in alphas), expected) < 1e-8
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("settings", [{"order": 1}, {}, {"hvp": "finite-difference"}], ids=str)
+def test_beta_decay_adds_the_gradient_of_its_penalty(fused, settings):
+    """In each form of the architecture gradient: strength * softmax / 28 edges, and nothing else."""
+    torch.manual_seed(0)
+    network = Supernet(2, 3, 3, fused=fused).double()
+    with torch.no_grad():
+        for alpha in network.alphas().values():
+            alpha.normal_()
+    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(3, (4,))) for _ in range(2)]
+    found = []
+    for decay in (0.0, 7.0):
+        steps = SearchStep(copy.deepcopy(network), SearchConfig(fused=fused, beta_decay=decay, **settings))
+        steps.beta.fill_(3.0)
+        steps._architecture_step(*batches)
+        found.append({name: alpha.grad for name, alpha in steps.alphas.items()})
+    for name, alpha in network.alphas().items():
+        expected = 3.0 * alpha.detach().exp() / alpha.detach().exp().sum(1, keepdim=True) / 28
+        assert relative_error(found[1][name] - found[0][name], expected) < 1e-9, name
+
+
+def test_a_candidate_that_an_edge_lacks_is_not_penalised():
+    alphas = {"one": torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)}
+    penalty = architect.beta_penalty(alphas)
+    assert float(penalty) == pytest.approx(math.log(math.e + math.e**2))
+    (gradient,) = torch.autograd.grad(penalty, alphas["one"])
+    assert gradient[0, 1] == 0 and torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])

@@ -71,6 +71,7 @@ SETTINGS = [
     {"amp_dtype": "float16"},
     {"order": 1},
     {"hvp": "finite-difference"},
+    {"beta_decay": 3.0, "amp_dtype": "float16"},
 ]
 
 
@@ -419,6 +420,30 @@ def test_each_batch_size_is_captured_once(kind, settings, monkeypatch):
     assert all(torch.equal(one, two) for one, two in values)  # no step has written over another's
     assert same(*({**f.state(), "augmentation": f.augmentation.get_state()} for f in (plain, captured)))
     assert driver.places[0] == driver.places[1] and not driver.devices
+
+
+def test_a_step_of_the_warm_up_is_captured_apart(monkeypatch):
+    """The second epoch of the warm-up and the two after it: two graphs each of the weight step alone and of
+    the whole step, by batch size, replayed to the bits of uncaptured steps. The strength of Beta-DARTS's
+    penalty reaches them."""
+    settings = {"alpha_warmup": 2, "epochs": 4, "beta_decay": 40.0, "order": 1}
+    with using(aten_backend):
+        plain, captured = (loop("search", batch_size=3, **settings) for _ in range(2))
+        driver = Driver(monkeypatch, *changed(captured))
+        captured.take.graph = captured.warm_up.graph = True
+        start = copy.deepcopy(plain.search_step.alphas)
+        for epoch, replays in ((1, [2, 1]), (2, [2, 1, 2, 1]), (3, [2, 1, 4, 2])):
+            for found in (plain, captured):
+                found.epoch = epoch
+                found.begin_epoch()
+                assert float(found.search_step.beta) == 10 * epoch
+            for step in range(plain.steps_per_epoch):
+                plain.step = captured.step = step
+                assert torch.equal(*(found.take_step(0.1)[0] for found in (plain, captured)))
+            assert [graph.replays for graph in driver.graphs] == replays
+            moved = [not torch.equal(start[name], a) for name, a in plain.search_step.alphas.items()]
+            assert moved == [epoch > 1] * 2 and (captured.warm_up is None) == (epoch > 1)
+            assert same(*({**f.state(), "a": f.augmentation.get_state()} for f in (plain, captured)))
 
 
 # A graph is captured and replayed by the CUDA driver.

@@ -25,6 +25,7 @@ ALLOWED = {
     "darts_fast.flat": set(),
     "darts_fast.reference": {"darts_fast.space"},
     "darts_fast.architect": {"darts_fast.profiling"},
+    "darts_fast.curvature": {"darts_fast.architect"},
     "darts_fast.profiling": set(),
     "darts_fast.trace": {"darts_fast.profiling"},
     "darts_fast.report": {"darts_fast.profiling", "darts_fast.trace"},
@@ -119,7 +120,7 @@ def test_import_rules(name, path):
     assert ours(found) - {name} <= ALLOWED.get(name, ours(found))
     assert not [other for other in found if (name, other) in FORBIDDEN]
     assert not [o for o in ours(found) if name not in ONLY_FROM.get(o, {name}) | {o}]
-    if name in ("darts_fast.reference", "darts_fast.architect", "darts_fast.kernels"):
+    if name in ("darts_fast.reference", "darts_fast.architect", "darts_fast.curvature", "darts_fast.kernels"):
         external = {other.split(".")[0] for other in found} - {"darts_fast"}
         assert external - sys.stdlib_module_names <= {"torch", "triton"}
 

@@ -1,5 +1,6 @@
 """Whole searches: resumed to the same bits, stopped by signals, killed, and going wrong."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -14,16 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, checkpoint, events, log_lines, same
+from conftest import assert_same_run, checkpoint, events, log_lines, relative_error, same
 from test_run import call
 
-from darts_fast import InputError, RunError, SearchConfig, resume_search, search
+from darts_fast import (
+    InputError,
+    RunError,
+    SearchConfig,
+    architect,
+    curvature,
+    load_genotype,
+    resume_search,
+    search,
+)
+from darts_fast.curvature import largest_eigenvalue
 from darts_fast.data import Batches
 from darts_fast.diagnosis import KINDS
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search, SearchStep
 from darts_fast.space import CANDIDATES
+from darts_fast.supernet import Supernet
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -36,6 +48,9 @@ CONFIGS = {
     "first order": TINY,
     "second order": SearchConfig(**{**SETTINGS, "order": 2}),
     "second order, fused": SearchConfig(**{**SETTINGS, "order": 2}, fused=True),
+    "warm-up, Beta-DARTS, eigenvalue": SearchConfig(
+        **{**SETTINGS, "epochs": 3}, fused=True, alpha_warmup=1, beta_decay=5.0, stop_at_eigenvalue=0.1
+    ),
 }
 
 pytestmark = pytest.mark.usefixtures("no_heat_maps")
@@ -78,6 +93,8 @@ STOPS = [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)]
         *(("first order", *stop) for stop in STOPS),
         ("second order", *STOPS[1]),
         *(("second order, fused", *stop) for stop in STOPS),
+        ("warm-up, Beta-DARTS, eigenvalue", 2, signal.SIGTERM),
+        ("warm-up, Beta-DARTS, eigenvalue", 7, signal.SIGINT),
     ],
 )
 def test_a_signal_saves_and_resume_gives_the_same_bits(
@@ -124,11 +141,12 @@ def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, i
     path = in_tmp / "searchs/tensors/checkpoint.pt"
     state = torch.load(path, weights_only=True)
     assert state.pop("final") is None and state["settings"].pop("stop_at_skips") is None
+    later = ("stop_at_skips", "eigenvalue", "stop_at_eigenvalue", "beta_decay", "alpha_warmup")
+    for name in later[1:]:
+        assert not state["settings"].pop(name)
     settings = path.with_name("config.json")
     content = json.loads(settings.read_text())
-    settings.write_text(
-        json.dumps({name: value for name, value in content.items() if name != "stop_at_skips"})
-    )
+    settings.write_text(json.dumps({name: value for name, value in content.items() if name not in later}))
     for name in ("weight_optimizer", "alpha_optimizer"):
         state[name] = {"state": state[name], "param_groups": [{"lr": 0.025, "params": [0]}]}
     torch.save(state, path)
@@ -213,6 +231,193 @@ def test_a_search_ends_at_skip_connections(collapse, data, in_tmp, monkeypatch, 
         search(dataclasses.replace(stopping, name="again"), data)
     assert resume_search("searchs/again", data)[:-1] == result[:-1]
     assert_same_run(result.path, Path("searchs/again"))
+
+
+def lines_of(path, key):
+    """The lines of metrics.jsonl that have the key."""
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+def test_the_eigenvalue_changes_nothing_of_a_search(data, undisturbed, in_tmp, monkeypatch):
+    """It is that of the whole validation loss in float64, on the first images of the validation half."""
+    whole, expected = undisturbed("second order, fused").path, []
+    plain = Search.finish_epoch
+
+    def finish_epoch(self, found):
+        network = Supernet(2, 4, 3).double()
+        network.load_state_dict(self.network.state_dict())
+        images, labels = self.batches.cut(self.validation_half[:8], augment=False)
+        weights = architect.detached(network.weights())
+        expected.append(
+            largest_eigenvalue(lambda a: network.loss(images.double(), labels, weights, a), network.alphas())
+        )
+        plain(self, found)
+
+    monkeypatch.setattr(Search, "finish_epoch", finish_epoch)
+    path = search(dataclasses.replace(CONFIGS["second order, fused"], eigenvalue=True), data).path
+    kept = lines_of(path, "eigenvalue")
+    assert [row["epoch"] for row in kept] == [1, 2] and [row["step"] for row in kept] == [4, 8]
+    assert [row["eigenvalue"] for row in kept] == pytest.approx(expected, rel=1e-4)
+    assert [(s, v) for s, tag, v in events(path) if tag == "val/eigenvalue"] == [
+        (row["step"], pytest.approx(row["eigenvalue"])) for row in kept
+    ]
+    assert sum("largest eigenvalue of the Hessian" in line for line in log_lines(path)) == 2
+    rows = [row for row in lines_of(path, "epoch") if "eigenvalue" not in row]
+    assert rows == lines_of(whole, "epoch")
+    one, two = checkpoint(whole), checkpoint(path)
+    for state in (one, two):
+        state.pop("lengths"), state.pop("settings")
+    assert same(one, two)
+
+
+def test_a_signal_while_the_eigenvalue_is_computed(data, undisturbed, in_tmp, monkeypatch):
+    name = "warm-up, Beta-DARTS, eigenvalue"
+    plain, calls = curvature.largest_eigenvalue, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments)
+
+    monkeypatch.setattr(curvature, "largest_eigenvalue", interrupted)
+    with pytest.raises(Stopped, match="after 8 steps"):
+        search(CONFIGS[name], data)
+    assert_same_run(undisturbed(name).path, resume_search("searchs/tensors", data).path)
+
+
+def test_an_eigenvalue_that_is_not_finite_stops_before_it_is_recorded(data, in_tmp, monkeypatch):
+    monkeypatch.setattr(curvature, "largest_eigenvalue", lambda *arguments: float("nan"))
+    with pytest.raises(RunError, match=r"the largest eigenvalue is nan at step 4 \(epoch 1\)"):
+        search(dataclasses.replace(TINY, eigenvalue=True), data)
+    assert not lines_of(in_tmp / "searchs/tensors", "val_loss")
+
+
+# Twelve epochs: after the tenth that counts, their means are 1 and 1.6.
+RISING = [1.0] * 7 + [2.0] * 5
+
+
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_a_search_ends_where_the_eigenvalue_has_risen(warm_up, data, in_tmp, monkeypatch, signal_at):
+    """It goes back to the middle of the five epochs before; nothing but that depends on the setting."""
+    values = [50.0] * warm_up + RISING
+    monkeypatch.setattr(Search, "_eigenvalue", lambda self: values[self.epoch])
+    config = dataclasses.replace(
+        TINY,
+        epochs=len(values),
+        alpha_warmup=warm_up,
+        alpha_lr=0.3,
+        eigenvalue=True,
+        batch_size=15,
+        fused=True,
+    )
+    whole = search(config, data)
+    ending = dataclasses.replace(config, eigenvalue=False, stop_at_eigenvalue=0.75, name="ending")
+    result = search(ending, data)
+    end, back = 10 + warm_up, 3 + warm_up
+    rows = lines_of(whole.path, "epoch")
+    assert lines_of(result.path, "epoch") == [row for row in rows if row["epoch"] <= end]
+    log = log_lines(result.path)
+    why = (
+        "the mean of the largest eigenvalue has risen from 1 in epochs "
+        f"{1 + warm_up} to {5 + warm_up} to 1.6 "
+        f"in epochs {6 + warm_up} to {end}; stop_at_eigenvalue: 0.75; back to epoch {back}"
+    )
+    assert f"The search ends here: {why}" in log
+    genotypes = [line.partition("genotype = ")[2] for line in log if "genotype = " in line]
+    top1 = lines_of(whole.path, "val_top1")[back - 1]["val_top1"]
+    assert len(set(genotypes)) > 5 and genotypes[back - 1] == str(result.genotype) == log[-1]
+    assert (result.epoch, result.top1) == (back, top1)
+    record = json.loads((result.path / "genotype.json").read_text())
+    assert record["stopped"] == why and record["final"]["epoch"] == end
+    assert record["best"] == {"epoch": back, "top1": top1, "genotype": result.genotype.as_json()}
+    assert load_genotype(str(result.path)) == result.genotype
+    assert resume_search(result.path, data) == result and log_lines(result.path) == log
+
+    # Resumed between two epochs, of which one would not have stopped, and in the middle of one
+    signal_at(Search, 2 * end - 1, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        search(dataclasses.replace(ending, name="again"), data)
+    for change, sentence in (
+        (lambda recent: recent[1:], "recent is no list of the last 9 epochs"),
+        (lambda recent: [*recent[:-1], {**recent[-1], "eigenvalue": float("nan")}], "eigenvalue is nan"),
+        (
+            lambda recent: [*recent[1:], recent[0]],
+            "is 2, not a whole number from 1 to 1" if not warm_up else "",
+        ),
+        (lambda recent: [{**recent[0], "genotype": 3}, *recent[1:]], "genotype must have normal"),
+    ):
+        path = Path("searchs/again/checkpoint.pt")
+        kept = path.read_bytes()
+        state = checkpoint(path.parent)
+        torch.save({**state, "recent": change(state["recent"])}, path)
+        with pytest.raises(InputError, match=f"does not fit the settings beside it .*{sentence}"):
+            resume_search("searchs/again", data)
+        path.write_bytes(kept)
+    assert resume_search("searchs/again", data)[:-1] == result[:-1]
+    assert_same_run(result.path, Path("searchs/again"))
+
+
+def test_in_the_warm_up_only_the_weights_are_trained(data, in_tmp, monkeypatch):
+    """To the weights of PyTorch's own SGD on the same batches; afterwards the alphas move."""
+    plain, batches, networks = SearchStep._weight_step, [], []
+
+    def weight_step(self, images, labels):
+        batches.append((images.clone(), labels.clone()))
+        return plain(self, images, labels)
+
+    finish = Search.finish_epoch
+
+    def finish_epoch(self, found):
+        networks.append(copy.deepcopy(self.network.state_dict()))
+        finish(self, found)
+
+    monkeypatch.setattr(SearchStep, "_weight_step", weight_step)
+    monkeypatch.setattr(Search, "finish_epoch", finish_epoch)
+    config = dataclasses.replace(TINY, epochs=3, alpha_warmup=2, w_lr_min=TINY.w_lr, stop_at_skips=1)
+    torch.manual_seed(TINY.seed)
+    network = Supernet(2, 4, 3)
+    start = copy.deepcopy(network.alphas())
+    path = search(config, data).path
+    assert len(lines_of(path, "val_loss")) == 3  # in the warm-up nothing is decided by the genotype
+    for state in networks[:2]:
+        assert all(torch.equal(state[name], alpha) for name, alpha in start.items())
+    assert all((networks[2][name] != alpha).all() for name, alpha in start.items())
+    moments = checkpoint(path)["alpha_optimizer"]
+    assert all(state["step"] == 4 for state in moments.values())  # of the third epoch alone
+
+    weights = list(network.weights().values())
+    sgd = torch.optim.SGD(weights, config.w_lr, config.w_momentum, weight_decay=config.w_weight_decay)
+    for images, labels in batches[:8]:
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(weights, config.w_grad_clip)
+        sgd.step()
+    for name, weight in network.weights().items():
+        assert relative_error(networks[1][name], weight) < 1e-4, name
+    record = json.loads((path / "genotype.json").read_text())
+    assert record["best"]["epoch"] == 3  # the alphas of the others were not trained
+    assert "    alpha warm-up: in the first 2 epochs only the weights are trained" in log_lines(path)
+
+
+def test_beta_decay_grows_from_nothing(data, undisturbed, in_tmp, monkeypatch):
+    """The first epoch is as without it."""
+    plain, strengths = SearchStep.take, []
+
+    def take(self, **batches):
+        strengths.append(float(self.beta))
+        return plain(self, **batches)
+
+    monkeypatch.setattr(SearchStep, "take", take)
+    path = search(dataclasses.replace(CONFIGS["first order"], beta_decay=3.0), data).path
+    assert strengths == [0.0] * 4 + [1.5] * 4
+    whole = undisturbed("first order").path
+    found, expected = (lines_of(folder, "epoch") for folder in (path, whole))
+    assert [row for row in found if row["epoch"] == 1] == [row for row in expected if row["epoch"] == 1]
+    assert found[-1] != expected[-1]
+    one, two = (checkpoint(folder)["network"]["alphas_normal"] for folder in (path, whole))
+    assert (one - two).abs().max() > 1e-5
 
 
 def test_same_seed_same_bits_other_seed_others(data, undisturbed, in_tmp):
