@@ -137,8 +137,8 @@ def read_epochs(folder: Path) -> list[Epoch]:
     try:
         for line in read_file(path, LARGEST_METRICS).splitlines():
             row = json.loads(line)
-            if "cell" in row:
-                cells[row["epoch"]] = Cell.parse(row["cell"], f"{path}: a cell")
+            if isinstance(row.get("genotype"), str):
+                cells[row["epoch"]] = Cell.from_json(row["genotype"], f"{path}: a cell")
             elif "val_top1" in row:
                 top1[row["epoch"]] = row["val_top1"]
         epochs = [Epoch(number, cell, top1[number]) for number, cell in sorted(cells.items())]

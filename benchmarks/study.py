@@ -3,15 +3,15 @@
     python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 4] [--images 20000 --side 16 --epochs 50
         --init_channels 8 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
 
-First order, second order by finite differences, and second order by the exact product, on the same images: the
-first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and half
-the alphas. What is not named here is run.py's default. The searches run one after the other, seed by seed, in
-searchs/ below the current folder. `--minutes` (and Ctrl-C) stops them, saved; the same command goes on, each
-search to the same bits as if it had never stopped, and skips those that have ended.
+First order, second order by finite differences, and second order by the exact product, on the same images:
+the first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and
+half the alphas. What is not named here is run.py's default. The searches run one after the other, seed by
+seed, in searchs/ below the current folder. `--minutes` (and Ctrl-C) stops them, saved; the same command goes
+on, each search to the same bits as if it had never stopped, and skips those that have ended.
 
-Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in the
-results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard deviation, and
-what random cells are worth; and accuracy.svg: the accuracy in the table over the epochs.
+Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in
+the results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard
+deviation, and what random cells are worth; and accuracy.svg: the accuracy in the table over the epochs.
 """
 
 import argparse
@@ -159,9 +159,9 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
     return "\n".join(
         [
             f"Searches on CIFAR-10 ({sizes}) by `python benchmarks/study.py`. Accuracies are those that",
-            "NAS-Bench-201 measured on CIFAR-10's validation set, in percent: of the cell of the last epoch, and",
-            "of the epoch in which the supernet was best on the search's validation half. Mean ± standard",
-            "deviation over the seeds.",
+            "NAS-Bench-201 measured on CIFAR-10's validation set, in percent: of the cell of the last epoch,",
+            "and of the epoch in which the supernet was best on the search's validation half. Mean ±",
+            "standard deviation over the seeds.",
             "",
             "| | seeds | last epoch | best epoch |",
             "|---|---|---|---|",

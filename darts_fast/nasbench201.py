@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from darts_fast.errors import InputError
 from darts_fast.flat import FlatNetwork
+from darts_fast.space import Names
 
+NAME = "nasbench201"  # of the space, as a setting
 # The candidates of every edge, in the order of the benchmark: column k of the alphas belongs to the k-th
 # name, and k is its digit in the benchmark's table.
 CANDIDATES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 NODES = 4
 # In the order of the alphas' rows and of the table's digits: (source, node).
 EDGES = tuple((source, node) for node in range(1, NODES) for source in range(node))
+NAMES = Names(
+    tuple(f"{source} to {node}" for source, node in EDGES),
+    CANDIDATES,
+    {"skip_connect": "skip", "nor_conv_1x1": "conv", "nor_conv_3x3": "conv", "avg_pool_3x3": "avg_pool"},
+)
 
 
 class Cell(NamedTuple):
@@ -45,20 +52,34 @@ class Cell(NamedTuple):
         """Its six digits in the benchmark's table: 0 none, 1 skip, 2 and 3 convolutions, 4 average pool."""
         return "".join(str(CANDIDATES.index(name)) for name in self.operations)
 
+    @property
+    def normal(self) -> list[list[tuple[str, int]]]:
+        """As in a `Genotype`: for each of the nodes 1 to 3 the (operation, source) of its edges, without
+        `none`."""
+        edges = list(zip(EDGES, self.operations, strict=True))
+        return [
+            [(name, source) for (source, target), name in edges if target == node and name != "none"]
+            for node in range(1, NODES)
+        ]
+
+    def as_json(self) -> str:
+        """Its notation, for a JSON file."""
+        return str(self)
+
     @classmethod
-    def parse(cls, text: Any, place: str = "cell") -> "Cell":
+    def from_json(cls, content: Any, place: str = "cell") -> "Cell":
         """The inverse of `str()`. `place` begins the sentence about an error.
 
         Raises:
             InputError: it is no cell in this notation.
         """
-        names = re.findall(r"\|([a-z_0-9]{1,20})(?=~)", text) if isinstance(text, str) else []
+        names = re.findall(r"\|([a-z_0-9]{1,20})(?=~)", content) if isinstance(content, str) else []
         cell = cls(tuple(names))
-        if len(names) != len(EDGES) or not set(names) <= set(CANDIDATES) or str(cell) != text:
+        if len(names) != len(EDGES) or not set(names) <= set(CANDIDATES) or str(cell) != content:
             known = ", ".join(CANDIDATES)
             raise InputError(
                 f"{place} must be a cell of NAS-Bench-201, such as {cls(CANDIDATES[3:4] * 6)}, with "
-                f"operations among {known}, not {str(text)[:200]!r}"
+                f"operations among {known}, not {str(content)[:200]!r}"
             )
         return cell
 
@@ -140,11 +161,11 @@ class SearchNetwork(FlatNetwork):
         cells: cells in a stage, the paper's N.
         image_channels: channels of the input images.
 
-    `alphas_cell` ([6, 5]: edges in the order of EDGES, candidates in that of CANDIDATES) is a parameter,
+    `alphas_normal` ([6, 5]: edges in the order of EDGES, candidates in that of CANDIDATES) is a parameter,
     initialised at 1e-3 * randn, and weighs all cells.
     """
 
-    ALPHAS = ("alphas_cell",)
+    ALPHAS = ("alphas_normal",)
 
     def __init__(self, channels: int, classes: int, cells: int, image_channels: int = 3):
         super().__init__()
@@ -159,14 +180,14 @@ class SearchNetwork(FlatNetwork):
             self.body.extend(MixedCell(channels) for _ in range(cells))
         self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
         self.classifier = nn.Linear(channels, classes)
-        self.alphas_cell = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES)))
+        self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES)))
         self._flatten()
 
     def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]. `activations` must
         be None: everything is of the weights' type."""
-        probabilities = self.alphas_cell.softmax(dim=-1)
+        (p,) = self.mixture()
         x = self.stem(images)
         for module in self.body:
-            x = module(x, probabilities) if isinstance(module, MixedCell) else module(x)
+            x = module(x, p) if isinstance(module, MixedCell) else module(x)
         return self.classifier(self.head(x).mean(dim=(2, 3)))

@@ -27,10 +27,10 @@ def certain(key):
 
 def test_the_notation_and_the_key_of_a_cell():
     cell = cell_of("333132")
-    assert str(cell) == BEST and cell.key == "333132" and Cell.parse(BEST) == cell
+    assert str(cell) == BEST and cell.key == "333132" and Cell.from_json(BEST) == cell
     keys = ["".join(digits) for digits in itertools.product("01234", repeat=6)][::7]
     cells = [cell_of(key) for key in keys]
-    assert [Cell.parse(str(cell)) for cell in cells] == cells and [cell.key for cell in cells] == keys
+    assert [Cell.from_json(str(cell)) for cell in cells] == cells and [cell.key for cell in cells] == keys
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_notation_and_the_key_of_a_cell():
 )  # fmt: skip
 def test_what_is_no_cell_is_refused(text):
     with pytest.raises(InputError, match="found must be a cell of NAS-Bench-201") as error:
-        Cell.parse(text, "found")
+        Cell.from_json(text, "found")
     assert len(str(error.value)) < 700
 
 
@@ -109,7 +109,7 @@ def network():
     made = SearchNetwork(2, 4, 2, image_channels=3).double()
     with torch.no_grad():
         for name, tensor in {**made.weights(), **made.alphas()}.items():
-            tensor.add_((1.0 if name == "alphas_cell" else 0.1) * torch.randn_like(tensor))
+            tensor.add_((1.0 if name == "alphas_normal" else 0.1) * torch.randn_like(tensor))
     return made
 
 
@@ -122,7 +122,7 @@ def test_the_network_is_the_papers(network):
     images, labels = batch()
     inputs = {**network.weights(), **network.alphas()}
     found = architect.gradients(F.cross_entropy(network(images), labels), inputs)
-    logits = by_hand(inputs, images, network.alphas_cell.softmax(-1), 2)
+    logits = by_hand(inputs, images, network.alphas_normal.softmax(-1), 2)
     expected = architect.gradients(F.cross_entropy(logits, labels), inputs)
     assert relative_error(network(images), logits) < 1e-12
     assert all(relative_error(found[name], expected[name]) < 1e-9 for name in inputs)
@@ -149,7 +149,7 @@ def test_the_parameters_of_the_benchmarks_network():
 )
 def test_which_cells_see_the_image(key, connected, network):
     """Rows of the alphas, columns, digits and the benchmark's edges are one order."""
-    alphas = {"alphas_cell": certain(key)}
+    alphas = {"alphas_normal": certain(key)}
     images, weights = batch()[0].requires_grad_(), network.weights()
     logits = network.logits(images, weights, alphas)
     (gradient,) = torch.autograd.grad(logits.square().sum(), images)
@@ -172,20 +172,20 @@ def test_second_order_is_the_derivative_of_the_loss_one_step_ahead(smooth):
     momenta = {"weights": 0.1 * torch.randn_like(smooth.flat_weights)}
     step = architect.VirtualStep(lr=0.05, momentum=0.9, weight_decay=3e-3)
     arguments = train, validation, weights, alphas, momenta, step
-    exact = architect.second_order_exact(*arguments)["alphas_cell"]
+    exact = architect.second_order_exact(*arguments)["alphas_normal"]
 
     def loss_ahead(a):
         w = architect.leaves(weights)
-        gradients = architect.gradients(train(w, {"alphas_cell": a}), w)
-        return validation(step(w, gradients, momenta), {"alphas_cell": a}).detach()
+        gradients = architect.gradients(train(w, {"alphas_normal": a}), w)
+        return validation(step(w, gradients, momenta), {"alphas_normal": a}).detach()
 
-    direction, h, alpha = torch.randn(6, 5).double(), 3e-4, alphas["alphas_cell"].detach()
+    direction, h, alpha = torch.randn(6, 5).double(), 3e-4, alphas["alphas_normal"].detach()
     f = {k: loss_ahead(alpha + k * h * direction) for k in (-2, -1, 1, 2)}
     expected = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * h)
     assert relative_error((exact * direction).sum(), expected) < 1e-8
     # Here the published step of the differences is small enough to see the second-order term.
-    by_differences = architect.second_order_finite_difference(*arguments)["alphas_cell"]
-    first_order = architect.first_order(validation, weights, alphas)["alphas_cell"]
+    by_differences = architect.second_order_finite_difference(*arguments)["alphas_normal"]
+    first_order = architect.first_order(validation, weights, alphas)["alphas_normal"]
     assert relative_error(by_differences, exact) < 1e-2 < 0.1 < relative_error(first_order, exact)
 
 

@@ -53,7 +53,7 @@ BAD = {
     "--perturb some": "invalid choice: 'some'",
     "--perturb_epsilon -0.1": "perturb_epsilon must be 0 or more",
     "--derive perturbation --stop_at_skips 2": "leave out --stop_at_skips",
-    "--space s9": "space must be darts, s1, s2, s3, or a JSON file; there is no file 's9'",
+    "--space s9": "space must be darts, s1, s2, s3, nasbench201, or a JSON file; there is no file 's9'",
     "--layers 1001": "layers must be from 3 (normal and reduction cells) to 1000",
     "--init_channels 2000000": "a supernet of 3 layers and 2000000 channels for digits cannot be made on cpu",
     "--batch_size 100000000000000000000": "batch_size must be at most 4294967295",

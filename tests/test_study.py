@@ -128,7 +128,7 @@ def run_folder(path, keys):
     rows = []
     for epoch, key in enumerate(keys, start=1):
         rows += [{"epoch": epoch, "step": epoch, "loss": 1.0}, {"epoch": epoch, "val_top1": epoch / 10}]
-        rows += [{"epoch": epoch, "cell": str(cell_of(key))}]
+        rows += [{"epoch": epoch, "genotype": str(cell_of(key))}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -166,7 +166,7 @@ def test_a_run_is_looked_up(made, in_tmp, monkeypatch, capsys):
 )
 def test_bad_input_is_one_sentence(arguments, sentence, made, in_tmp, monkeypatch, capsys):
     run_folder(in_tmp / "run", ["000000"])
-    rows = {"darts": {"epoch": 1, "loss": 1.0}, "damaged": 7, "other": {"epoch": 1, "cell": "|"}}
+    rows = {"darts": {"epoch": 1, "loss": 1.0}, "damaged": 7, "other": {"epoch": 1, "genotype": "|"}}
     for name, row in rows.items():
         (in_tmp / name).mkdir()
         (in_tmp / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
