@@ -231,8 +231,8 @@ class SearchConfig(Config):
             raise InputError(f"layers must be {what}, not {self.layers}")
         if self.space == "nasbench201" and self.fused:
             raise InputError(
-                "the kernels have no cells of NAS-Bench-201, whose dense convolutions are PyTorch's: leave out "
-                "--fused"
+                "the kernels have no dense convolutions, of which the cells of nasbench201 are made: leave "
+                "out --fused"
             )
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")

@@ -34,7 +34,7 @@ class Diagnosis(NamedTuple):
     @property
     def collapsed(self) -> bool:
         """Half of the operations are skip connections. (DARTS+ stops at two of a cell's eight.)"""
-        return 2 * self.operations["skip"] >= sum(self.operations.values())
+        return 0 < sum(self.operations.values()) <= 2 * self.operations["skip"]
 
 
 def operations(gene: Gene, names: Names = DARTS.names) -> dict[str, int]:
