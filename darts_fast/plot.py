@@ -69,13 +69,14 @@ def cell_source(cell: Cell, caption: str = "") -> str:
         NoGraphviz: as `source`.
     """
     graph = _graph(caption)
-    graph.node("0", "input", fillcolor="#FFF3C4")
+    graph.node("node_0", "input", fillcolor="#FFF3C4")
     for node, edges in enumerate(cell.normal, start=1):
         label, colour = ("output", "#D5EFD9") if node == NODES - 1 else (str(node), "#DCE9F5")
-        graph.node(str(node), label, fillcolor=colour)
+        graph.node(f"node_{node}", label, fillcolor=colour)
         for index, (operation, source) in enumerate(edges):
             colour = COLOURS[NAMES.kinds[operation]]
-            _operation(graph, f"{node}_{index}", operation, colour, str(source), str(node))
+            name = f"operation_{node}_{index}"
+            _operation(graph, name, operation, colour, f"node_{source}", f"node_{node}")
     return graph.source
 
 

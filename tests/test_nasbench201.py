@@ -1,15 +1,24 @@
 """The space of NAS-Bench-201: notation, network, search."""
 
+import dataclasses
 import itertools
+import json
+import os
+import re
+import signal
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import assert_same_run, checkpoint, events, log_lines, relative_error
+from test_run import call
 
-from darts_fast import InputError, architect
-from darts_fast.nasbench201 import CANDIDATES, Cell, SearchNetwork, derive
+from darts_fast import InputError, SearchConfig, architect, plot, resume_search, search
+from darts_fast.data import from_tensors
+from darts_fast.nasbench201 import CANDIDATES, EDGES, Cell, SearchNetwork, derive
+from darts_fast.runs import Stopped
+from darts_fast.search import Search
 
 BEST = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
 
@@ -196,3 +205,130 @@ def test_statistics_are_frozen_in_the_architecture_step(network):
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
     network(batch()[0])
     assert all(not torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# The search
+
+SETTINGS = {
+    "space": "nasbench201", "epochs": 2, "init_channels": 2, "layers": 1, "batch_size": 8, "print_freq": 2,
+    "train_portion": 0.6,
+}  # fmt: skip
+ORDERS = {
+    "first order": {"order": 1},
+    "finite differences": {"hvp": "finite-difference"},
+    "exact product": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, 4, (50,), generator=generator)
+
+
+@pytest.mark.usefixtures("no_heat_maps")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_search_stopped_and_resumed_gives_the_same_bits(order, data, in_tmp, signal_at):
+    config = SearchConfig(**SETTINGS, **ORDERS[order], name="whole")
+    whole = search(config, data)
+    signal_at(Search, 3, signal.SIGTERM)
+    with pytest.raises(Stopped, match="after 3 steps"):
+        search(dataclasses.replace(config, name="stopped"), data)
+    result = resume_search("searchs/stopped", data)
+    assert_same_run(whole.path, result.path)
+    assert result[:-1] == whole[:-1] and isinstance(result.genotype, Cell)
+
+    # What was written of each epoch is of the cell that the alphas make.
+    rows = [json.loads(line) for line in (whole.path / "metrics.jsonl").read_text().splitlines()]
+    of_cells = [row for row in rows if "genotype" in row]
+    assert [row["epoch"] for row in of_cells] == [1, 2]
+    alphas = checkpoint(whole.path)["network"]["alphas_normal"]
+    assert alphas.shape == (6, 5) and Cell.from_json(of_cells[-1]["genotype"]) == derive(alphas)
+    operations = derive(alphas).operations
+    assert of_cells[-1]["normal_skip"] == operations.count("skip_connect")
+    assert of_cells[-1]["normal_conv"] == sum("conv" in name for name in operations)
+    assert of_cells[-1]["normal_avg_pool"] == operations.count("avg_pool_3x3")
+    p = alphas.double().softmax(1)
+    assert of_cells[-1]["normal_none"] == pytest.approx(float(p[:, 0].mean()))
+    assert log_lines(whole.path)[-1] == str(whole.genotype)
+    kept = json.loads((whole.path / "genotype.json").read_text())
+    assert kept["final"]["genotype"] == of_cells[-1]["genotype"]
+    assert {"EP01-genotype.png", "EP02-alphas_normal.png"} <= set(os.listdir(whole.path / "plots"))
+    tags = {tag for _, tag, _ in events(whole.path)}
+    assert len([tag for tag in tags if tag.startswith("alphas_normal/")]) == 30
+    assert "alphas_normal/1 to 2/nor_conv_3x3" in tags
+
+
+def test_the_orders_differ(data, in_tmp):
+    """In the alphas, after the first step already."""
+    found = []
+    for order in ORDERS.values():
+        run = Search(SearchConfig(**SETTINGS, **order), from_tensors(*data))
+        run.begin_epoch()
+        run.take_step(0.1)
+        found.append(run.network.alphas_normal.detach().clone())
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_a_cell_of_none_alone_is_drawn_and_not_called_collapsed(data, in_tmp, monkeypatch):
+    plain = Search.begin_epoch
+
+    def begin_epoch(self):
+        plain(self)
+        with torch.no_grad():
+            self.network.alphas_normal[:, 0] += 10
+
+    monkeypatch.setattr(Search, "begin_epoch", begin_epoch)
+    result = search(SearchConfig(**{**SETTINGS, "epochs": 1, "order": 1}), data)
+    assert result.genotype.key == "000000"
+    log = log_lines(result.path)
+    assert not [line for line in log if "collapsed" in line or "no picture" in line]
+
+
+def test_a_search_ends_at_skip_connections(data, in_tmp, monkeypatch, no_heat_maps):
+    plain = Search.begin_epoch
+
+    def begin_epoch(self):
+        plain(self)
+        with torch.no_grad():
+            self.network.alphas_normal[:2, 1] += 10
+
+    monkeypatch.setattr(Search, "begin_epoch", begin_epoch)
+    result = search(SearchConfig(**{**SETTINGS, "order": 1}, stop_at_skips=2), data)
+    assert any("The search ends here" in line for line in log_lines(result.path)) and result.epoch == 1
+
+
+def test_defaults(in_tmp):
+    """The benchmark's sizes; one cell a stage on the digits."""
+    config = SearchConfig(space="nasbench201", device="cpu")
+    for dataset, layers in {"digits": 1, "cifar10": 5}.items():
+        resolved = config.resolved(dataset)
+        assert (resolved.init_channels, resolved.layers) == (16, layers)
+    given = SearchConfig(space="nasbench201", init_channels=4, layers=2, device="cpu").resolved("digits")
+    assert (given.init_channels, given.layers, given.epochs) == (4, 2, 5)
+
+
+def test_the_source_of_a_picture_has_every_edge_once():
+    cell = cell_of("031342")
+    source = plot.cell_source(cell)
+    labels = dict(re.findall(r"(operation_\d_\d) \[label=(\w+)", source))
+    into = dict(re.findall(r"(operation_\d_\d) -> node_(\d) ", source))
+    out_of = {label: state for state, label in re.findall(r"node_(\d) -> (operation_\d_\d) ", source)}
+    drawn = {(labels[key], int(out_of[key]), int(into[key])) for key in labels}
+    edges = zip(cell.operations, EDGES, strict=True)
+    assert drawn == {(name, *edge) for name, edge in edges if name != "none"} and len(drawn) == 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "json", "log", "text"])
+@pytest.mark.parametrize("program", ["run_from", "visualize"])
+def test_a_cell_is_no_genotype_to_train_or_draw(kind, program, in_tmp, monkeypatch, capsys):
+    (in_tmp / "found").mkdir()
+    record = {"epoch": 1, "top1": 0.5, "genotype": BEST}
+    (in_tmp / "found/genotype.json").write_text(json.dumps({"best": record, "final": record}))
+    (in_tmp / "found/found.log").write_text(f"genotype = {BEST}\n{BEST}\n")
+    given = {"folder": "found", "json": "found/genotype.json", "log": "found/found.log", "text": BEST}[kind]
+    arguments = ["--genotype"] * (program == "run_from") + [given]
+    code, out, err = call(monkeypatch, capsys, *arguments, program=program)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "is a cell of NAS-Bench-201" in err
+    assert os.listdir(in_tmp) == ["found"]

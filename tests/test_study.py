@@ -4,18 +4,24 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_nasbench201 import cell_of
 
-from darts_fast import InputError
+from darts_fast import InputError, plot
+from darts_fast.cells import NasBench201Cells
+from darts_fast.data import Dataset
 from darts_fast.runs import run_program
+from darts_fast.search import Search
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import nasbench201  # noqa: E402
+import study  # noqa: E402
 from nasbench201 import Table, read_epochs, read_table, table_path  # noqa: E402
 
 KEYS = ["".join(digits) for digits in itertools.product("01234", repeat=6)]
@@ -133,9 +139,9 @@ def run_folder(path, keys):
     return path
 
 
-def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["nasbench201.py", *map(str, arguments)])
-    code = run_program("nasbench201.py", nasbench201.main)
+def call(monkeypatch, capsys, *arguments, program=nasbench201):
+    monkeypatch.setattr(sys, "argv", ["program.py", *map(str, arguments)])
+    code = run_program("program.py", program.main)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -188,3 +194,93 @@ def test_without_the_package_it_says_what_to_install(in_tmp, monkeypatch, capsys
 def test_epochs_of_a_run(in_tmp):
     epochs = read_epochs(run_folder(in_tmp / "run", ["000300", "111111"]))
     assert [(e.number, e.cell.key, e.top1) for e in epochs] == [(1, "000300", 0.1), (2, "111111", 0.2)]
+
+
+TINY = "--images 24 --side 8 --epochs 2 --init_channels 2 --batch_size 8 --out results".split()
+
+
+@pytest.fixture
+def studied(made, in_tmp, monkeypatch, capsys, no_heat_maps):
+    """A function: the study, tiny, on 24 images of noise, as `call`."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (30, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    data = Dataset("cifar10", images, torch.arange(30) % 10, images[:0], torch.arange(0), 10, 4, True)
+    monkeypatch.setattr(study, "load", lambda name, path: data)
+    monkeypatch.setattr(NasBench201Cells, "picture", lambda *_: plot.alpha_heat_map())
+    arguments = [*TINY, "--table", made]
+    return lambda *more: call(monkeypatch, capsys, *arguments, *more, program=study)
+
+
+def results():
+    files = sorted(path for path in Path("results").rglob("*") if path.is_file())
+    return {str(path.relative_to("results")): path.read_bytes() for path in files}
+
+
+def test_a_study_stopped_and_resumed_is_the_same(studied, signal_at, made, monkeypatch):
+    code, out, err = studied("--seeds", "0", "1")
+    assert code == 0 and err == "" and "search 6 of 6: exact product, seed 1" in out
+    whole = results()
+    arms = ("first-order", "finite-differences", "exact-product")
+    files = "config.json", "genotype.json", "metrics.jsonl"
+    kept = {f"{arm}-{seed}/{file}" for arm in arms for seed in (0, 1) for file in files}
+    assert set(whole) == kept | {"table.md", "accuracy.svg"}
+    assert str(Path.cwd()).encode() not in b"".join(whole.values())
+
+    # Every figure of the table from what the searches wrote
+    table, text = read_table(made), whole["table.md"].decode()
+    for arm, of_arm in zip(study.ARMS, arms, strict=True):
+        epochs = [read_epochs(Path("results") / f"{of_arm}-{seed}") for seed in (0, 1)]
+        assert all(len(of_run) == 2 for of_run in epochs)
+        last = [table.accuracies[of_run[-1].cell.key] for of_run in epochs]
+        best = [table.accuracies[max(of_run, key=lambda e: e.top1).cell.key] for of_run in epochs]
+        spread = [f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}" for found in (last, best)]
+        assert f"| {arm} | 2 | {spread[0]} | {spread[1]} |" in text
+        assert all(f"| {arm} | {s} | `{epochs[s][-1].cell}` | {last[s]:.2f} |" in text for s in (0, 1))
+
+    # The arms are what they say
+    for of_arm, expected in zip(arms, [(1, "exact"), (2, "finite-difference"), (2, "exact")], strict=True):
+        config = json.loads(whole[f"{of_arm}-1/config.json"])
+        assert (config["order"], config["hvp"]) == expected and config["seed"] == 1
+        assert (config["space"], config["images"], config["side"]) == ("nasbench201", 24, 8)
+
+    # What has ended is not searched again, whatever the seeds are now.
+    monkeypatch.setattr(study, "search", None)
+    assert studied("--seeds", "0")[0] == 0 and results() == whole
+    monkeypatch.undo()
+
+
+def test_stopped_in_the_middle(studied, in_tmp, signal_at, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir((in_tmp / "whole").mkdir() or in_tmp / "whole")
+        assert studied("--seeds", "3")[0] == 0
+        whole = results()
+    signal_at(Search, 6, signal.SIGINT)  # of the finite differences' four steps the second
+    code, _, err = studied("--seeds", "3")
+    assert code == 130 and "stopped and saved after 2 steps" in err
+    assert {name.partition("/")[0] for name in results()} == {"first-order-3", "table.md", "accuracy.svg"}
+    assert studied("--seeds", "3")[0] == 0
+    found = results()
+    assert found.keys() == whole.keys() and all(found[name] == whole[name] for name in whole)
+
+
+def test_the_time_is_up(studied):
+    code, out, err = studied("--minutes", "0.005", "--epochs", "1000")
+    assert (code, err) == (0, "") and out.rstrip().endswith("stopped and saved; the same command goes on")
+
+
+def test_results_of_other_settings_are_refused(studied):
+    assert studied("--seeds", "0")[0] == 0
+    before = results()
+    code, _, err = studied("--seeds", "0", "--images", "20")
+    assert code == 2 and "config.json is of a search with other settings; name another --out" in err
+    code, _, err = studied("--seeds", "0", "--epochs", "1", "--out", "others")
+    assert code == 2 and "searchs/study-first-order-0 is of a search with other settings" in err
+    for arguments, sentence in {
+        "--images 31": "--images must be from 4 to 30",
+        "--side 12": "invalid choice",
+        "--minutes 0": "--minutes must be above 0",
+        "--init_channels 3": "init_channels must be an even number",
+    }.items():
+        code, _, err = studied(*arguments.split())
+        assert code == 2 and sentence in err and err.count("\n") == 1
+    assert results() == before
