@@ -210,8 +210,8 @@ def test_statistics_are_frozen_in_the_architecture_step(network):
 # The search
 
 SETTINGS = {
-    "space": "nasbench201", "epochs": 2, "init_channels": 2, "layers": 1, "batch_size": 8, "print_freq": 2,
-    "train_portion": 0.6,
+    "space": "nasbench201", "epochs": 2, "init_channels": 2, "layers": 1, "batch_size": 8,
+    "train_portion": 0.6, "print_freq": 2,
 }  # fmt: skip
 ORDERS = {
     "first order": {"order": 1},
@@ -269,6 +269,26 @@ def test_the_orders_differ(data, in_tmp):
         run.take_step(0.1)
         found.append(run.network.alphas_normal.detach().clone())
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_what_else_weighs_the_candidates(network, data):
+    """An auxiliary skip connection adds its weight to that of every edge's; a perturbation changes the step."""
+    images, labels = batch()
+    added = torch.zeros(6, 5, dtype=torch.float64)
+    added[:, 1] = 0.7
+    with network.weighed({}, {"alphas_normal": added}):
+        found = network(images)
+    inputs = {**network.weights(), **network.alphas()}
+    expected = by_hand(inputs, images, network.alphas_normal.softmax(-1) + added, 2)
+    assert relative_error(found, expected) < 1e-12
+    weights = []
+    for settings in ({}, {"auxiliary_skip": 1.0}, {"perturb": "random"}, {"perturb": "adversarial"}):
+        run = Search(SearchConfig(**{**SETTINGS, "order": 1}, **settings), from_tensors(*data))
+        run.begin_epoch()
+        run.take_step(0.1)
+        assert run.network.flat_weights.isfinite().all()
+        weights.append(run.network.flat_weights.detach().clone())
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
 
 
 def test_a_cell_of_none_alone_is_drawn_and_not_called_collapsed(data, in_tmp, monkeypatch):
