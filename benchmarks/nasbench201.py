@@ -167,6 +167,14 @@ def markdown(table: Table, epochs: list[Epoch]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
+def yardsticks(table: Table) -> dict[str, str]:
+    """Accuracies that need no search, in percent; of random cells, each as probable as any other, mean ±
+    standard deviation, exactly."""
+    names = {1: "a random cell", 10: "the best of 10 random cells"}
+    found = {name: "{:.2f} ± {:.2f}".format(*table.best_of(k)) for k, name in names.items()}
+    return {**found, "the best cell": f"{table.ranked[-1]:.2f}"}
+
+
 def curve(path: Path, table: Table, runs: dict[str, list[Epoch]], dataset: str) -> None:
     """A picture of each run's accuracy in the table over its epochs, beside the best and the mean cell."""
     from matplotlib.figure import Figure
@@ -208,6 +216,8 @@ def main() -> None:
     runs = {str(folder): read_epochs(folder) for folder in args.folders}
     for name, epochs in runs.items():
         say(f"{name}, NAS-Bench-201 on {args.dataset}:\n\n{markdown(table, epochs)}\n")
+    said = "; ".join(f"{what} {value}" for what, value in yardsticks(table).items())
+    say(f"For comparison: {said}")
     if args.figure:
         curve(args.figure, table, runs, args.dataset)
 

@@ -238,8 +238,7 @@ class SearchConfig(Config):
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
         if self.derive == "perturbation" and self.space == "nasbench201":
             raise InputError(
-                "derive perturbation keeps two edges of a node, and a cell of nasbench201 keeps all: leave it "
-                "out"
+                "derive perturbation keeps two edges a node, a cell of nasbench201 keeps all: leave it out"
             )
         if self.derive == "perturbation" and self.stop_at_skips is not None:
             raise InputError(

@@ -272,7 +272,7 @@ def test_the_orders_differ(data, in_tmp):
 
 
 def test_what_else_weighs_the_candidates(network, data):
-    """An auxiliary skip connection adds its weight to that of every edge's; a perturbation changes the step."""
+    """An auxiliary skip connection adds to the weight of every edge's skip; perturbations change the step."""
     images, labels = batch()
     added = torch.zeros(6, 5, dtype=torch.float64)
     added[:, 1] = 0.7

@@ -58,7 +58,7 @@ BAD = {
     "--space nasbench201 --layers 1001": "layers must be from 1 (cell a stage) to 1000, not 1001",
     "--space nasbench201 --fused": "the kernels have no dense convolutions",
     "--space nasbench201 --fused --amp": "leave out --fused",
-    "--space nasbench201 --derive perturbation": "a cell of nasbench201 keeps all: leave it out",
+    "--space nasbench201 --derive perturbation": "of nasbench201 keeps all: leave it out",
     "--space nasbench201 --amp": "amp is for the fused cells",
     "--space nasbench201 --init_channels 2000000": "a supernet of 1 layers and 2000000 channels for digits",
     "--layers 1001": "layers must be from 3 (normal and reduction cells) to 1000",

@@ -154,6 +154,7 @@ def test_a_run_is_looked_up(made, in_tmp, monkeypatch, capsys):
     assert [row[0] for row in rows] == ["| 1", "| 2", "| 3"] and rows[1][1] == "20.00%"
     assert [float(row[3]) for row in rows] == pytest.approx([0, 3124 / 200, 15624 / 200], abs=5e-3)
     assert [row[4] for row in rows] == ["0.0", "20.0", "100.0"]
+    assert "a random cell 39.06 ± 22.55; " in out and out.endswith("the best cell 78.12\n")
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
