@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from darts_fast.config import OneSentenceParser
 from darts_fast.errors import InputError, first_line, say
 from darts_fast.files import Unreadable, read_file
-from darts_fast.nasbench201 import CANDIDATES, EDGES, Cell
+from darts_fast.nasbench201 import CANDIDATES, EDGES, NAMES, Cell
 from darts_fast.runs import METRICS, run_program, writing
 
 DATASETS = ("cifar10", "cifar100", "imagenet")  # imagenet: ImageNet16-120
@@ -156,10 +156,16 @@ def read_epochs(folder: Path) -> list[Epoch]:
     return epochs
 
 
+# How the tables write a cell: its bars would end a column.
+LEGEND = "A cell is written as six digits, one an edge, {}: {}.".format(
+    ", ".join(NAMES.edges), ", ".join(f"{code} {name}" for code, name in enumerate(CANDIDATES))
+)
+
+
 def markdown(table: Table, epochs: list[Epoch]) -> str:
     """A row an epoch."""
     rows = [
-        f"| {epoch.number} | {epoch.top1:.2%} | `{epoch.cell}` | {table.accuracy(epoch.cell):.2f} "
+        f"| {epoch.number} | {epoch.top1:.2%} | {epoch.cell.key} | {table.accuracy(epoch.cell):.2f} "
         f"| {table.percentile(epoch.cell):.1f} | {table.regret(epoch.cell):.2f} |"
         for epoch in epochs
     ]
@@ -217,7 +223,7 @@ def main() -> None:
     for name, epochs in runs.items():
         say(f"{name}, NAS-Bench-201 on {args.dataset}:\n\n{markdown(table, epochs)}\n")
     said = "; ".join(f"{what} {value}" for what, value in yardsticks(table).items())
-    say(f"For comparison: {said}")
+    say(f"For comparison: {said}. {LEGEND}")
     if args.figure:
         curve(args.figure, table, runs, args.dataset)
 

@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from nasbench201 import Epoch, Table, read_epochs, read_table, references, table_path, yardsticks
+from nasbench201 import LEGEND, Epoch, Table, read_epochs, read_table, references, table_path, yardsticks
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -151,7 +151,7 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
             last.append(table.accuracy(cell))
             best.append(table.accuracy(chosen))
             rows.append(
-                f"| {arm} | {seed} | `{cell}` | {last[-1]:.2f} | {table.percentile(cell):.1f} | "
+                f"| {arm} | {seed} | {cell.key} | {last[-1]:.2f} | {table.percentile(cell):.1f} | "
                 f"{table.regret(cell):.2f} | {best[-1]:.2f} |"
             )
         if of_arm:
@@ -160,10 +160,13 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in ("side", *SIZES))
     return "\n".join(
         [
-            f"Searches on CIFAR-10 ({sizes}) by `python benchmarks/study.py`. Accuracies are those that",
+            f"Searches on CIFAR-10 ({sizes})",
+            "by `python benchmarks/study.py`. Accuracies are those that",
             "NAS-Bench-201 measured on CIFAR-10's validation set, in percent: of the cell of the last epoch,",
             "and of the epoch in which the supernet was best on the search's validation half. Mean ±",
             "standard deviation over the seeds.",
+            "",
+            LEGEND,
             "",
             "| | seeds | last epoch | best epoch |",
             "|---|---|---|---|",
