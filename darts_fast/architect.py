@@ -106,10 +106,11 @@ def second_order_finite_difference(
     return _combine(alpha_gradient, product, step.lr)
 
 
-def with_beta_decay(loss: Loss, strength: Tensor) -> Loss:
-    """The loss + strength * L_Beta (arXiv 2203.01665, Beta-DARTS). L_Beta does not depend on the weights: the
-    second order's v and its Hessian-vector product stay as they are."""
-    return lambda weights, alphas: loss(weights, alphas) + strength * beta_penalty(alphas)
+def with_beta_decay(loss: Loss, strength: Tensor, penalised: Callable[[Tensors], Tensors]) -> Loss:
+    """The loss + strength * L_Beta (arXiv 2203.01665, Beta-DARTS) of what `penalised` makes of the alphas.
+    L_Beta does not depend on the weights: the second order's v and its Hessian-vector product stay as they
+    are."""
+    return lambda weights, alphas: loss(weights, alphas) + strength * beta_penalty(penalised(alphas))
 
 
 def beta_penalty(alphas: Tensors) -> Tensor:

@@ -26,6 +26,7 @@ EVEN: Check = (lambda value: value >= 2 and value % 2 == 0, "an even number, at 
 ZERO_OR_EVEN: Check = (lambda value: value >= 0 and value % 2 == 0, "0 or an even number")
 SKIPS: Check = (lambda value: 1 <= value <= 8, "from 1 to 8")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
+NASBENCH201_LAYERS: Check = (lambda value: 1 <= value <= 1000, "from 1 (cell a stage) to 1000")
 IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
 
@@ -156,9 +157,13 @@ class SearchConfig(Config):
     batch_size: int = option(64, "images a batch, of the training and of the validation half", AT_LEAST_1)
     epochs: int | None = option(None, "passes over the training half", AT_LEAST_1, shown="digits 5, else 50")
     init_channels: int | None = option(
-        None, "width of a node in the first cell", EVEN, shown="digits 4, else 16"
+        None, "width of a node in the first cell", EVEN, shown="digits 4, else and in nasbench201 16"
     )
-    layers: int | None = option(None, "number of cells", LAYERS, shown="digits 3, else 8")
+    layers: int | None = option(
+        None,
+        "number of cells; in the space nasbench201 of those in each of three stages",
+        shown="digits 3, else 8; in nasbench201 digits 1, else 5",
+    )
     w_lr: float = option(0.025, "learning rate of the weights, at the first epoch", POSITIVE)
     w_lr_min: float = option(0.001, "what the cosine schedule brings it down to", NOT_NEGATIVE)
     w_momentum: float = option(0.9, "momentum of the weights", BELOW_1)
@@ -178,7 +183,7 @@ class SearchConfig(Config):
     space: str = option(
         "darts",
         "candidates of each edge: darts, the spaces s1, s2 and s3 of RobustDARTS, or a JSON file with nodes, "
-        "normal and reduce (see docs/search_quality.md)",
+        "normal and reduce; or nasbench201, cells and network (see docs/search_quality.md)",
     )
     derive: str = option(
         "softmax",
@@ -243,8 +248,20 @@ class SearchConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        holds, what = NASBENCH201_LAYERS if self.space == "nasbench201" else LAYERS
+        if self.layers is not None and not holds(self.layers):
+            raise InputError(f"layers must be {what}, not {self.layers}")
+        if self.space == "nasbench201" and self.fused:
+            raise InputError(
+                "the kernels have no dense convolutions, of which the cells of nasbench201 are made: leave "
+                "out --fused"
+            )
         if self.w_lr_min > self.w_lr:
             raise InputError(f"w_lr_min must be at most w_lr ({self.w_lr}), not {self.w_lr_min}")
+        if self.derive == "perturbation" and self.space == "nasbench201":
+            raise InputError(
+                "derive perturbation keeps two edges a node, a cell of nasbench201 keeps all: leave it out"
+            )
         if self.derive == "perturbation" and (
             self.stop_at_skips is not None or self.stop_at_eigenvalue is not None
         ):
@@ -259,6 +276,13 @@ class SearchConfig(Config):
                 "profile records the first steps, which with alpha_warmup are not whole ones: leave out one "
                 "of the two"
             )
+
+    def resolved(self, dataset: str) -> "SearchConfig":
+        if self.space != "nasbench201":
+            return super().resolved(dataset)
+        sizes = {"init_channels": 16, "layers": 1 if dataset == "digits" else 5}
+        sizes = {name: value for name, value in sizes.items() if getattr(self, name) is None}
+        return super(SearchConfig, dataclasses.replace(self, **sizes)).resolved(dataset)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from darts_fast.genotype import Gene
-from darts_fast.space import DARTS, PRIMITIVES, Space
+from darts_fast.space import DARTS, Names
 
 # Of the operations that a cell can keep, skips first
-KINDS = ("skip", "max_pool", "avg_pool", "sep_conv", "dil_conv")
+KINDS = tuple(dict.fromkeys(DARTS.names.kinds.values()))
 
 
 class Diagnosis(NamedTuple):
     """Of the cells of one kind."""
 
-    operations: dict[str, int]  # how many of the genotype's are of each of KINDS
+    operations: dict[str, int]  # how many of the genotype's are of each kind
     # Of the softmaxed alphas of an edge, the mean over edges, in nats: at most ln 8 = 2.079 of 8 candidates
     entropy: float
     none: float  # softmaxed alpha of `none`, the mean over edges; 0 where no edge has it
@@ -34,21 +34,21 @@ class Diagnosis(NamedTuple):
     @property
     def collapsed(self) -> bool:
         """Half of the operations are skip connections. (DARTS+ stops at two of a cell's eight.)"""
-        return 2 * self.operations["skip"] >= sum(self.operations.values())
+        return 0 < sum(self.operations.values()) <= 2 * self.operations["skip"]
 
 
-def operations(gene: Gene) -> dict[str, int]:
-    """How many of the operations of one of a genotype's two cells are of each of KINDS."""
-    kinds = [PRIMITIVES[name].kind for node in gene for name, _ in node]
-    return {kind: kinds.count(kind) for kind in KINDS}
+def operations(gene: Gene, names: Names = DARTS.names) -> dict[str, int]:
+    """How many of the operations of one of a genotype's cells are of each kind."""
+    kinds = [names.kinds[name] for node in gene for name, _ in node]
+    return {kind: kinds.count(kind) for kind in names.kinds.values()}
 
 
-def diagnosis(gene: Gene, alphas: Tensor, space: Space = DARTS) -> Diagnosis:
-    """Of one of a genotype's two cells, and its alphas [edges, candidates], -inf where an edge does not have
+def diagnosis(gene: Gene, alphas: Tensor, names: Names = DARTS.names) -> Diagnosis:
+    """Of one of a genotype's cells, and its alphas [edges, candidates], -inf where an edge does not have
     the candidate."""
     p = alphas.detach().double().softmax(dim=-1)
     return Diagnosis(
-        operations(gene),
+        operations(gene, names),
         float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added
-        float(p[:, space.candidates.index("none")].mean()) if "none" in space.candidates else 0.0,
+        float(p[:, names.candidates.index("none")].mean()) if "none" in names.candidates else 0.0,
     )

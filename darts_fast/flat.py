@@ -18,11 +18,19 @@ class FlatNetwork(nn.Module):
     `flat_weights` (a leaf of its own, in the order of `weights()`): what changes it changes them. `.to()` and
     copies make it anew.
 
+    `kept` and `added` are empty unless something other than the softmax weighs the candidates, see `mixture`.
+
     A subclass names its alphas, calls `_flatten()` when it has made its parameters, and has a
     `forward(images, activations)` that returns logits.
     """
 
     ALPHAS: tuple[str, ...]  # names of the parameters that weigh the candidates
+
+    def __init__(self):
+        super().__init__()
+        # By the names of the alphas, shaped as they, see `mixture`
+        self.kept: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
 
     def _flatten(self) -> None:
         """Moves the weights into one new tensor."""
@@ -67,6 +75,40 @@ class FlatNetwork(nn.Module):
     def alphas(self) -> dict[str, nn.Parameter]:
         """The alphas by name."""
         return {name: getattr(self, name) for name in self.ALPHAS}
+
+    def present(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of ALPHAS, -inf where an edge does not have the candidate."""
+        return {name: alphas[name] for name in self.ALPHAS}
+
+    def present_alphas(self, name: str) -> Tensor:
+        """The network's own of this name, -inf where an edge does not have the candidate."""
+        return self.present(self.alphas())[name]
+
+    def probabilities(self) -> tuple[Tensor, ...]:
+        """An edge's softmaxed alphas, for each of ALPHAS and shaped as they; 0 where it does not have the
+        candidate."""
+        return tuple(alphas.softmax(dim=-1) for alphas in self.present(self.alphas()).values())
+
+    def mixture(self) -> tuple[Tensor, ...]:
+        """What the candidates are weighed by: `kept` times the probabilities plus `added`, where these are
+        there; the paper's are the probabilities alone."""
+        found = []
+        for name, p in zip(self.ALPHAS, self.probabilities(), strict=True):
+            if name in self.kept:
+                p = p * self.kept[name]
+            if name in self.added:
+                p = p + self.added[name]
+            found.append(p)
+        return tuple(found)
+
+    @contextmanager
+    def weighed(self, kept: dict[str, Tensor], added: dict[str, Tensor]) -> Iterator[None]:
+        """Within, these stand in the place of `kept` and `added`."""
+        own, (self.kept, self.added) = (self.kept, self.added), (kept, added)
+        try:
+            yield
+        finally:
+            self.kept, self.added = own
 
     def logits(
         self,

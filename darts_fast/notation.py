@@ -212,6 +212,19 @@ NAMED["DARTS"] = NAMED["DARTS_V2"]
 NAMED["PCDARTS"] = NAMED["PC_DARTS_cifar"]
 
 
+# How the notation of a cell of NAS-Bench-201 begins.
+CELL = re.compile(r"\|[a-z_0-9]+~0\|\+\|")
+
+
+def refuse_cell(text: Any, place: str) -> None:
+    """Raises InputError where the text is a cell of NAS-Bench-201."""
+    if isinstance(text, str) and CELL.search(text):
+        raise InputError(
+            f"{place} is a cell of NAS-Bench-201, and such cells are neither trained nor drawn: "
+            "benchmarks/nasbench201.py looks up what they are worth"
+        )
+
+
 def load_genotype(text: str | os.PathLike[str]) -> Genotype:
     """The genotype that `text` names. It is one of
 
@@ -240,6 +253,7 @@ def load_titled(text: str | os.PathLike[str]) -> tuple[str, Genotype]:
         return Path(text).resolve().name, _read_folder(Path(text))
     if os.path.exists(text):
         return Path(text).stem, _read_file(Path(text))
+    refuse_cell(text, shown(text))
     if "(" in text:
         return "genotype", parse(text)
     if os.path.dirname(text) or os.path.splitext(text)[1]:
@@ -271,6 +285,7 @@ def _from_json(value: Any, place: str) -> Genotype:
         best = value["best"]
         if not isinstance(best, dict) or "genotype" not in best:
             raise InputError(f"{place}: best must have a genotype")
+        refuse_cell(best["genotype"], f"{place}: best.genotype")
         return Genotype.from_json(best["genotype"], f"{place}: best.genotype")
     return Genotype.from_json(value, f"{place}: genotype")
 
@@ -278,6 +293,7 @@ def _from_json(value: Any, place: str) -> Genotype:
 def _last_in_log(content: bytes, place: str) -> Genotype:
     start = content.rfind(b"Genotype(")
     if start < 0:
+        refuse_cell(content.decode(errors="replace"), f"what {place} holds")
         raise InputError(f"{place} holds no genotype: no line of it has Genotype(...)")
     line = content.rfind(b"\n", 0, start) + 1
     number = content.count(b"\n", 0, line) + 1

@@ -13,8 +13,9 @@ import numpy as np
 
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Gene, Genotype
+from darts_fast.nasbench201 import NAMES, NODES, Cell
 from darts_fast.runs import write_atomically, writing
-from darts_fast.space import DARTS, PRIMITIVES, Space
+from darts_fast.space import DARTS, PRIMITIVES, Names
 
 # One a kind of operation. White text on each, and each on white, has a contrast of at least 4.5:1 (WCAG AA).
 COLOURS = {
@@ -51,12 +52,41 @@ def source(genotype: Genotype, caption: str = "") -> str:
             raise ValueError(
                 f"the {cell} cell has {operations:,} operations, and at most {MOST_DRAWN} of a cell are drawn"
             )
+    graph = _graph(caption)
+    # Graphviz stacks the clusters of a left-to-right graph from the bottom up.
+    _cell(graph, "reduction cell", genotype.reduce, genotype.reduce_concat)
+    _cell(graph, "normal cell", genotype.normal, genotype.normal_concat)
+    for rank in ("normal_0 normal_1 reduction_0 reduction_1", "normal_out reduction_out"):
+        graph.body.append(f"\t{{rank=same {rank}}}\n")  # both cells equally wide
+    return graph.source
+
+
+def cell_source(cell: Cell, caption: str = "") -> str:
+    """The same of a cell of NAS-Bench-201: its input on the left, its output, which is node 3, on the right.
+    Edges whose operation is `none` are left out.
+
+    Raises:
+        NoGraphviz: as `source`.
+    """
+    graph = _graph(caption)
+    graph.node("node_0", "input", fillcolor="#FFF3C4")
+    for node, edges in enumerate(cell.normal, start=1):
+        label, colour = ("output", "#D5EFD9") if node == NODES - 1 else (str(node), "#DCE9F5")
+        graph.node(f"node_{node}", label, fillcolor=colour)
+        for index, (operation, source) in enumerate(edges):
+            colour = COLOURS[NAMES.kinds[operation]]
+            name = f"operation_{node}_{index}"
+            _operation(graph, name, operation, colour, f"node_{source}", f"node_{node}")
+    return graph.source
+
+
+def _graph(caption: str) -> Any:
     try:
         import graphviz
     except ImportError as error:
         raise NoGraphviz("no Graphviz: the Python package graphviz is not installed") from error
     printable = graphviz.escape("".join(c if c.isprintable() else "?" for c in caption))
-    graph = graphviz.Digraph(
+    return graphviz.Digraph(
         "genotype",
         graph_attr={
             "rankdir": "LR", "fontname": FONT, "fontsize": "16", "label": printable, "labelloc": "t",
@@ -68,12 +98,6 @@ def source(genotype: Genotype, caption: str = "") -> str:
         },
         edge_attr={"penwidth": "1.6", "arrowsize": "0.7"},
     )  # fmt: skip
-    # Graphviz stacks the clusters of a left-to-right graph from the bottom up.
-    _cell(graph, "reduction cell", genotype.reduce, genotype.reduce_concat)
-    _cell(graph, "normal cell", genotype.normal, genotype.normal_concat)
-    for rank in ("normal_0 normal_1 reduction_0 reduction_1", "normal_out reduction_out"):
-        graph.body.append(f"\t{{rank=same {rank}}}\n")  # both cells equally wide
-    return graph.source
 
 
 def _cell(graph: Any, title: str, gene: Gene, concat: range | list[int]) -> None:
@@ -89,16 +113,26 @@ def _cell(graph: Any, title: str, gene: Gene, concat: range | list[int]) -> None
             for index, (operation, state) in enumerate(node):
                 colour = COLOURS[PRIMITIVES[operation].kind]
                 name = f"{prefix}_{number}_{index}"
-                cell.node(name, operation, color=colour, fillcolor=colour, fontcolor="white", fontsize="13")
-                cell.edge(states[state], name, color=colour, arrowhead="none")
-                cell.edge(name, states[2 + number], color=colour)
+                _operation(cell, name, operation, colour, states[state], states[2 + number])
         for state in concat:
             cell.edge(states[state], f"{prefix}_out", color="#888888", style="dashed")
+
+
+def _operation(graph: Any, name: str, operation: str, colour: str, source: str, target: str) -> None:
+    """A label on the line from one state to another."""
+    graph.node(name, operation, color=colour, fillcolor=colour, fontcolor="white", fontsize="13")
+    graph.edge(source, name, color=colour, arrowhead="none")
+    graph.edge(name, target, color=colour)
 
 
 def genotype_png(genotype: Genotype, caption: str = "") -> bytes:
     """Both cells as a PNG. Raises what `source` and `render` raise."""
     return render(source(genotype, caption), "png")
+
+
+def cell_png(cell: Cell, caption: str = "") -> bytes:
+    """A cell of NAS-Bench-201 as a PNG. Raises what `cell_source` and `render` raise."""
+    return render(cell_source(cell, caption), "png")
 
 
 def render(dot_source: str, file_format: str) -> bytes:
@@ -203,7 +237,7 @@ def _write(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
-def alpha_heat_map(alphas: np.ndarray, title: str, space: Space = DARTS) -> bytes:
+def alpha_heat_map(alphas: np.ndarray, title: str, names: Names = DARTS.names) -> bytes:
     """A PNG of the softmaxed alphas [edges, candidates]: a row an edge, a column a candidate, its weight in
     the cell; blank where the edge does not have it.
 
@@ -218,8 +252,8 @@ def alpha_heat_map(alphas: np.ndarray, title: str, space: Space = DARTS) -> byte
     moved = alphas - 1 / np.isfinite(alphas).sum(axis=1, keepdims=True)
     reach = np.nanmax(np.abs(moved))
     image = axes.imshow(moved, cmap="RdBu_r", aspect="auto", vmin=-reach, vmax=reach)
-    axes.set_xticks(range(len(space.candidates)), space.candidates, rotation=30, ha="right")
-    axes.set_yticks(range(len(space.edges)), [edge_name(source, node) for source, node in space.edges])
+    axes.set_xticks(range(len(names.candidates)), names.candidates, rotation=30, ha="right")
+    axes.set_yticks(range(len(names.edges)), names.edges)
     axes.set_title(title)
     for row, column in np.argwhere(np.isfinite(alphas)):
         colour = "white" if abs(moved[row, column]) > 0.6 * reach else "black"
@@ -229,8 +263,3 @@ def alpha_heat_map(alphas: np.ndarray, title: str, space: Space = DARTS) -> byte
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
-
-
-def edge_name(source: int, node: int) -> str:
-    """`c_k-1 to 2`: how pictures and TensorBoard call the edge from a state to a node."""
-    return f"{('c_k-2', 'c_k-1')[source] if source < 2 else source - 2} to {node}"

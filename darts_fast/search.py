@@ -12,22 +12,23 @@ from torch import Tensor
 
 from darts_fast import architect, capture, curvature, plot, precision
 from darts_fast.capture import Captured
+from darts_fast.cells import cells_of
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.errors import InputError
+from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
-from darts_fast.genotype import Genotype, derive
+from darts_fast.genotype import Genotype
 from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
+from darts_fast.nasbench201 import Cell
 from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.projection import Decisions, all_decided, decided_round, genotype_of, nothing_decided, rounds
 from darts_fast.runs import RunFolder, environment
-from darts_fast.spaces import read_space, written_out
 from darts_fast.state import check_keys, check_number, copy_state
-from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
 SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION = range(6)
@@ -41,10 +42,10 @@ class SearchResult(NamedTuple):
     """What a search found: the genotype of the epoch with the best validation accuracy (or of the epoch that
     `stop_at_eigenvalue` went back to), and the last one."""
 
-    genotype: Genotype
+    genotype: Genotype | Cell  # a Cell in the space of NAS-Bench-201
     top1: float  # of that epoch, on the validation half, 0 to 1
     epoch: int  # that epoch, counted from 1
-    final_genotype: Genotype
+    final_genotype: Genotype | Cell
     path: Path  # the run folder
 
 
@@ -96,7 +97,7 @@ class SearchStep:
         generator: of the device; what `config.perturb` draws from. None: PyTorch's own.
     """
 
-    def __init__(self, network: Supernet, config: SearchConfig, generator: torch.Generator | None = None):
+    def __init__(self, network: FlatNetwork, config: SearchConfig, generator: torch.Generator | None = None):
         self.network, self.config, self.generator = network, config, generator
         self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
         flat = network.flat_weights
@@ -196,7 +197,7 @@ class SearchStep:
         """Adam on the alphas; the paper's xi is the learning rate of the weights."""
         train_loss, validation_loss = self.loss(*train), self.loss(*validation)
         if self.config.beta_decay:
-            validation_loss = architect.with_beta_decay(validation_loss, self.beta)
+            validation_loss = architect.with_beta_decay(validation_loss, self.beta, self.network.present)
         with self.network.frozen_statistics():
             if self.config.order == 1:
                 found = architect.first_order(validation_loss, self.weights, self.alphas, self.scale)
@@ -273,15 +274,14 @@ class Search(Loop):
 
     program, function = "run.py", "resume_search"
     remedy = "a smaller --w_lr or --w_grad_clip"
-    network: Supernet
+    network: FlatNetwork
     eigenvalue: float | None = None  # of the epoch that is being finished
 
     def __init__(self, config: SearchConfig, dataset: Dataset):
         check_for_network(dataset)
         check_split(config, dataset)
-        self.space = read_space(config.space)
-        # Written out: a resumed run needs no file.
-        config = dataclasses.replace(config.resolved(dataset.name), space=written_out(self.space))
+        self.cells = cells_of(config.space)
+        config = dataclasses.replace(config.resolved(dataset.name), space=self.cells.written_out)
         order = permutation(len(dataset.labels), config.seed, SPLIT)
         split = int(config.train_portion * len(order))
         self.train_half, self.validation_half = order[:split], order[split:]
@@ -292,7 +292,7 @@ class Search(Loop):
             torch.random.fork_rng(devices=[]),  # the caller's generator is left as it was
         ):
             torch.default_generator.manual_seed(config.seed)
-            self.network = self._supernet(config.fused).to(self.device)
+            self.network = self.cells.network(config, dataset).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
         self.search_step = SearchStep(self.network, config, self.perturbation)
         nothing = nothing_decided(architect.detached(self.network.alphas()))
@@ -341,10 +341,10 @@ class Search(Loop):
         if config.auxiliary_skip and self.epoch < epochs:
             # From all of it in the first epoch to 0 in the last
             beta = config.auxiliary_skip * (1 - self.epoch / (epochs - 1) if epochs > 1 else 1)
-            for (name, added), present in zip(self.network.added.items(), self.space.present(), strict=True):
-                column = [name == "skip_connect" for name in self.space.candidates]
-                skips = torch.tensor(present) & torch.tensor(column)
-                added.copy_(beta * skips)
+            for name, added in self.network.added.items():
+                present = self.network.present_alphas(name).isfinite()
+                skips = [candidate == "skip_connect" for candidate in self.cells.names.candidates]
+                added.copy_(beta * present * torch.tensor(skips, device=self.device))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         train_indices = self.batch_indices(self.train_order)
@@ -398,7 +398,8 @@ class Search(Loop):
             self._stop_if_asked()
 
         with torch.random.fork_rng(devices=[]):
-            network = self._supernet(fused=False).to(self.device)
+            reference = dataclasses.replace(self.config, fused=False, amp=False, amp_dtype=None)
+            network = self.cells.network(reference, self.dataset).to(self.device)
         network.load_state_dict(self.network.state_dict())
         network.kept, network.added = self.network.kept, self.network.added
         indices = self.validation_half[: self.config.batch_size]
@@ -423,7 +424,7 @@ class Search(Loop):
         if number == 0:  # the auxiliary skip connections' part of `added` is over
             before = nothing_decided(before.kept)
         return decided_round(
-            number, before, self.space, measure, seeded("cpu", self.config.seed, PROJECTION, number)
+            number, before, self.cells.space, measure, seeded("cpu", self.config.seed, PROJECTION, number)
         )
 
     def _commit_decisions(self) -> None:
@@ -485,7 +486,8 @@ class Search(Loop):
                 f"to {now:.4g} in epochs {last + 1} to {epochs}; stop_at_eigenvalue: "
                 f"{self.config.stop_at_eigenvalue}; back to epoch {middle}"
             )
-        skips, limit = operations(self._genotype().normal)["skip"], self.config.stop_at_skips
+        gene, limit = self._genotype().normal, self.config.stop_at_skips
+        skips = operations(gene, self.cells.names)["skip"]
         if limit is not None and skips >= limit:
             return f"skip connections of the normal cell: {skips}; stop_at_skips: {limit}"
         return None
@@ -525,7 +527,7 @@ class Search(Loop):
 
     def result(self) -> SearchResult:
         top1, epoch = self.best["top1"], self.best["epoch"]
-        genotype = Genotype.from_json(self.best["genotype"])
+        genotype = self.cells.read(self.best["genotype"])
         if self.decisions:
             self.folder.log(f"Decided by perturbation, validation top-1 {top1:.2%}; the genotype:")
         elif self._eigenvalue_has_risen():
@@ -559,7 +561,7 @@ class Search(Loop):
         check_keys(record, ("epoch", "top1", "genotype"), name)
         check_number(record["top1"], float, 0, 1, f"{name}.top1")
         try:
-            Genotype.from_json(record["genotype"], f"{name}.genotype")
+            self.cells.read(record["genotype"], f"{name}.genotype")
         except InputError as error:  # the whole sentence is about the checkpoint
             raise ValueError(str(error)) from error
 
@@ -567,14 +569,14 @@ class Search(Loop):
     def epochs(self) -> int:
         if self.config.derive != "perturbation":
             return self.config.epochs
-        return self.config.epochs + (rounds(self.space) - 1) * self.config.projection_epochs
+        return self.config.epochs + (rounds(self.cells.space) - 1) * self.config.projection_epochs
 
     @property
     def activations(self) -> torch.dtype | None:
         return self.search_step.activations
 
     def rehearse(self) -> None:
-        network, shape = self._supernet(self.config.fused), self.dataset.images.shape[1:]
+        network, shape = self.cells.network(self.config, self.dataset), self.dataset.images.shape[1:]
         step = SearchStep(network, self.config)
         step.loss_scale = None  # the optimizers of meta tensors know of none
         for size in batch_sizes(len(self.train_half), self.config.batch_size):
@@ -584,14 +586,6 @@ class Search(Loop):
         with torch.no_grad():
             for size in batch_sizes(len(self.validation_half), self.config.batch_size):
                 network(torch.zeros(size, *shape))
-
-    def _supernet(self, fused: bool) -> Supernet:
-        """A new one, on PyTorch's default device."""
-        config, dataset = self.config, self.dataset
-        image_channels = dataset.images.shape[1]
-        return Supernet(
-            config.init_channels, dataset.classes, config.layers, image_channels, fused, self.space
-        )
 
     def announcement(self) -> str:
         parameters = sum(w.numel() for w in self.network.weights().values())
@@ -639,20 +633,21 @@ class Search(Loop):
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
 
-    def _genotype(self) -> Genotype:
-        if self.decisions and all_decided(self.decisions, self.space):
-            return genotype_of(self.decisions, self.space)
-        alphas = [self.network.present_alphas(name) for name in self.network.ALPHAS]
-        return derive(*alphas, "raw" if self.config.derive == "raw" else "softmax", self.space)
+    def _genotype(self) -> Genotype | Cell:
+        if self.decisions and all_decided(self.decisions, self.cells.space):
+            return genotype_of(self.decisions, self.cells.space)
+        return self.cells.derive(self.network, "raw" if self.config.derive == "raw" else "softmax")
 
     @torch.no_grad()
-    def _probabilities(self) -> tuple[Tensor, Tensor]:
+    def _probabilities(self) -> tuple[Tensor, ...]:
         return self.network.probabilities()
 
-    def _diagnose(self, genotype: Genotype, epoch: int) -> None:
+    def _diagnose(self, genotype: Genotype | Cell, epoch: int) -> None:
         values = {}
-        for name, gene in (("normal", genotype.normal), ("reduce", genotype.reduce)):
-            found = diagnosis(gene, self.network.present_alphas(f"alphas_{name}"), self.space)
+        for alphas in self.network.ALPHAS:
+            name = alphas.removeprefix("alphas_")
+            gene = getattr(genotype, name)
+            found = diagnosis(gene, self.network.present_alphas(alphas), self.cells.names)
             self.folder.log(f"{name} cell: {found.in_words()}")
             if found.collapsed:
                 self.folder.log(
@@ -663,6 +658,7 @@ class Search(Loop):
         self.folder.metrics(
             epoch=epoch,
             step=self.steps_done,
+            genotype=genotype.as_json(),
             **{f"{name}_{what}": value for (name, what), value in values.items()},
         )
         self.folder.scalars(
@@ -672,20 +668,20 @@ class Search(Loop):
     def _record_alphas(self, step: int) -> None:
         values = {}
         for name, rows in zip(self.network.ALPHAS, self._probabilities(), strict=True):
-            for (source, node), row in zip(self.space.edges, rows.tolist(), strict=True):
-                for candidate, value in zip(self.space.candidates, row, strict=True):
-                    values[f"{name}/{plot.edge_name(source, node)}/{candidate}"] = value
+            for edge, row in zip(self.cells.names.edges, rows.tolist(), strict=True):
+                for candidate, value in zip(self.cells.names.candidates, row, strict=True):
+                    values[f"{name}/{edge}/{candidate}"] = value
         self.folder.scalars(step, values)
 
-    def _draw(self, genotype: Genotype, epoch: int) -> None:
+    def _draw(self, genotype: Genotype | Cell, epoch: int) -> None:
         for name, p in zip(self.network.ALPHAS, self._probabilities(), strict=True):
             title = f"{name}, epoch {epoch}"
             self.draw(
                 f"{name}/heat_map",
                 f"EP{epoch:02d}-{name}.png",
-                partial(plot.alpha_heat_map, p.cpu().numpy(), title, self.space),
+                partial(plot.alpha_heat_map, p.cpu().numpy(), title, self.cells.names),
             )
-        picture = partial(plot.genotype_png, genotype, f"epoch {epoch}")
+        picture = partial(self.cells.picture, genotype, f"epoch {epoch}")
         self.draw("genotype", f"EP{epoch:02d}-genotype.png", picture)
 
 

@@ -47,6 +47,14 @@ EDGES = edges(NODES)
 Candidates = tuple[tuple[str, ...], ...]  # of each edge, in the order of PRIMITIVES
 
 
+class Names(NamedTuple):
+    """What the alphas of a space are called."""
+
+    edges: tuple[str, ...]  # of the rows
+    candidates: tuple[str, ...]  # of the columns
+    kinds: dict[str, str]  # the kind of every operation that a cell can keep
+
+
 class Space(NamedTuple):
     """A search space: cells of so many nodes, and the candidates of each of their edges."""
 
@@ -63,6 +71,17 @@ class Space(NamedTuple):
         """Of any edge: column k of the alphas belongs to the k-th."""
         found = {name for of_edge in (*self.normal, *self.reduce) for name in of_edge}
         return tuple(name for name in PRIMITIVES if name in found)
+
+    @property
+    def names(self) -> Names:
+        inputs = "c_k-2", "c_k-1"
+        edges = [
+            f"{inputs[source] if source < INPUTS else source - INPUTS} to {node}"
+            for source, node in self.edges
+        ]
+        kinds = {name: kind for name, (kind, *_) in PRIMITIVES.items() if kind not in ("none", "conv")}
+        skip_first = {"skip_connect": "skip", **kinds}
+        return Names(tuple(edges), self.candidates, skip_first)
 
     def present(self) -> tuple[list[list[bool]], list[list[bool]]]:
         """Of normal and reduction cells: whether an edge has a candidate, shaped as the alphas."""

@@ -59,7 +59,8 @@ def read_space(text: str) -> Space:
             raise InputError(f"space is no JSON ({error})") from error
     if not os.path.lexists(text):
         raise InputError(
-            f"space must be {', '.join(SPACES)}, or a JSON file; there is no file {reprlib.repr(text)}"
+            f"space must be {', '.join(SPACES)}, nasbench201, or a JSON file; there is no file "
+            f"{reprlib.repr(text)}"
         )
     try:
         return _space_of(read_json(Path(text)), text)

@@ -1,7 +1,6 @@
 """The supernet: stem, a stack of mixed cells, classifier, and the alphas that weigh the candidates."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ class Supernet(FlatNetwork):
     The alphas `alphas_normal` and `alphas_reduce` ([edges, candidates] each, in the order of `space.edges`
     and of `space.candidates`: [14, 8] in the space of the paper) are parameters, initialised at 1e-3 * randn.
     That of a candidate which an edge does not have is in no softmax.
-
-    `kept` and `added` are empty unless something other than the softmax weighs the candidates, see `mixture`.
     """
 
     ALPHAS = ("alphas_normal", "alphas_reduce")
@@ -68,9 +65,6 @@ class Supernet(FlatNetwork):
             everywhere = all(map(all, present))
             absent = None if everywhere else torch.where(torch.tensor(present), 0.0, -torch.inf)
             self.register_buffer(self._absent(name), absent, persistent=False)
-        # By the names of the alphas, shaped as they, see `mixture`
-        self.kept: dict[str, Tensor] = {}
-        self.added: dict[str, Tensor] = {}
         self._fused_cells = FusedMixedCells(self.cells) if fused else None
         self._flatten()
 
@@ -118,38 +112,9 @@ class Supernet(FlatNetwork):
                 before_previous, output = output, following
         return self.classifier(output.mean(dim=(2, 3), dtype=stem.dtype))
 
-    def probabilities(self) -> tuple[Tensor, Tensor]:
-        """An edge's softmaxed alphas, of normal and of reduction cells, shaped as these; 0 where it does not
-        have the candidate."""
-        normal, reduce = (self.present_alphas(name).softmax(dim=-1) for name in self.ALPHAS)
-        return normal, reduce
-
-    def mixture(self) -> tuple[Tensor, Tensor]:
-        """What the candidates are weighed by: `kept` times the probabilities plus `added`, where these are
-        there; the paper's are the probabilities alone."""
-        found = []
-        for name, p in zip(self.ALPHAS, self.probabilities(), strict=True):
-            if name in self.kept:
-                p = p * self.kept[name]
-            if name in self.added:
-                p = p + self.added[name]
-            found.append(p)
-        normal, reduce = found
-        return normal, reduce
-
-    @contextmanager
-    def weighed(self, kept: dict[str, Tensor], added: dict[str, Tensor]) -> Iterator[None]:
-        """Within, these stand in the place of `kept` and `added`."""
-        own, (self.kept, self.added) = (self.kept, self.added), (kept, added)
-        try:
-            yield
-        finally:
-            self.kept, self.added = own
-
-    def present_alphas(self, name: str) -> Tensor:
-        """Those alphas, -inf where an edge does not have the candidate."""
-        alphas, absent = getattr(self, name), getattr(self, self._absent(name))
-        return alphas if absent is None else alphas + absent
+    def present(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+        absent = {name: getattr(self, self._absent(name)) for name in self.ALPHAS}
+        return {name: alphas[name] if a is None else alphas[name] + a for name, a in absent.items()}
 
     @staticmethod
     def _absent(name: str) -> str:

@@ -14,6 +14,7 @@ from darts_fast.config import SearchConfig
 from darts_fast.genotype import derive
 from darts_fast.interop import load_official_search
 from darts_fast.search import SearchStep
+from darts_fast.spaces import SPACES
 from darts_fast.supernet import Supernet
 
 
@@ -192,7 +193,7 @@ def test_beta_decay_is_part_of_the_derivative_of_the_loss_one_step_ahead(smooth_
     alphas = {name: a + torch.randn_like(a) for name, a in network.alphas().items()}
     step = architect.VirtualStep(lr=0.05, momentum=0.9, weight_decay=3e-3)
     direction = {name: torch.randn_like(a) for name, a in alphas.items()}
-    decayed = architect.with_beta_decay(validation_loss, strength)
+    decayed = architect.with_beta_decay(validation_loss, strength, network.present)
 
     def penalty(a):  # as the paper writes it
         rows = [row for of_cell in a.values() for row in of_cell]
@@ -234,9 +235,19 @@ def test_beta_decay_adds_the_gradient_of_its_penalty(fused, settings):
 
 
 def test_a_candidate_that_an_edge_lacks_is_not_penalised():
+    network = Supernet(2, 3, 3, space=SPACES["s1"]).double()
+    loss = architect.with_beta_decay(lambda w, a: torch.zeros(()), torch.tensor(1.0), network.present)
+    for (name, a), present in zip(network.alphas().items(), SPACES["s1"].present(), strict=True):
+        (gradient,) = torch.autograd.grad(loss({}, network.alphas()), a)
+        expected = network.present_alphas(name).exp()
+        assert relative_error(gradient, expected / expected.sum(1, keepdim=True) / 28) < 1e-9
+        assert torch.equal(gradient != 0, torch.tensor(present))
+
+
+def test_alphas_at_minus_infinity_add_nothing_to_the_penalty():
     alphas = {"one": torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)}
     penalty = architect.beta_penalty(alphas)
-    assert float(penalty) == pytest.approx(math.log(math.e + math.e**2))
+    assert float(penalty.detach()) == pytest.approx(math.log(math.e + math.e**2))
     (gradient,) = torch.autograd.grad(penalty, alphas["one"])
     assert gradient[0, 1] == 0 and torch.isfinite(gradient).all()
 

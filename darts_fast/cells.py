@@ -1,0 +1,53 @@
+"""What a search must know of the cells it searches: their network, how they are derived, read and drawn."""
+
+from darts_fast import nasbench201, plot
+from darts_fast.config import SearchConfig
+from darts_fast.data import Dataset
+from darts_fast.genotype import Genotype, derive
+from darts_fast.nasbench201 import Cell, SearchNetwork
+from darts_fast.spaces import read_space, written_out
+from darts_fast.supernet import Supernet
+
+
+class DartsCells:
+    """Normal and reduction cells, in the space that `spaces.read_space` reads from `space`. Raises what that
+    does."""
+
+    read = staticmethod(Genotype.from_json)
+    picture = staticmethod(plot.genotype_png)
+
+    def __init__(self, space: str):
+        self.space = read_space(space)
+        self.written_out = written_out(self.space)  # a resumed run needs no file
+        self.names = self.space.names
+
+    def network(self, config: SearchConfig, dataset: Dataset) -> Supernet:
+        """A new one, on PyTorch's default device."""
+        image_channels = dataset.images.shape[1]
+        return Supernet(
+            config.init_channels, dataset.classes, config.layers, image_channels, config.fused, self.space
+        )
+
+    def derive(self, network: Supernet, rule: str) -> Genotype:
+        alphas = [network.present_alphas(name) for name in network.ALPHAS]
+        return derive(*alphas, rule, self.space)
+
+
+class NasBench201Cells:
+    """The same of NAS-Bench-201, whose cells are all alike. (The rules of `derive` agree here: an edge keeps
+    its strongest candidate.)"""
+
+    written_out, names = nasbench201.NAME, nasbench201.NAMES
+    read = staticmethod(Cell.from_json)
+    picture = staticmethod(plot.cell_png)
+
+    def network(self, config: SearchConfig, dataset: Dataset) -> SearchNetwork:
+        return SearchNetwork(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
+
+    def derive(self, network: SearchNetwork, rule: str) -> Cell:
+        return nasbench201.derive(network.alphas_normal)
+
+
+def cells_of(space: str) -> DartsCells | NasBench201Cells:
+    """Those of the setting `space`. Raises InputError where there is no such space."""
+    return NasBench201Cells() if space == nasbench201.NAME else DartsCells(space)
