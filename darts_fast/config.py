@@ -180,6 +180,12 @@ class SearchConfig(Config):
         "candidates of each edge: darts, the spaces s1, s2 and s3 of RobustDARTS, or a JSON file with nodes, "
         "normal and reduce (see docs/search_quality.md)",
     )
+    partial_channels: int = option(
+        1,
+        "PC-DARTS: the candidates of an edge read one channel in so many, and the edges that enter a node "
+        "are weighed by betas, which are trained as the alphas; must divide init_channels",
+        AT_LEAST_1,
+    )
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts); perturbation: after the "
@@ -226,6 +232,15 @@ class SearchConfig(Config):
         if self.derive == "perturbation" and self.stop_at_skips is not None:
             raise InputError(
                 "derive perturbation chooses no cell before the last epoch: leave out --stop_at_skips"
+            )
+        if self.init_channels is not None and self.init_channels % self.partial_channels:
+            raise InputError(
+                f"partial_channels must divide init_channels ({self.init_channels}), not be "
+                f"{self.partial_channels}"
+            )
+        if self.partial_channels > 1 and self.derive != "softmax":
+            raise InputError(
+                f"with partial_channels derive must be softmax, which the betas weigh, not {self.derive}"
             )
 
 

@@ -471,7 +471,13 @@ class Search(Loop):
         config, dataset = self.config, self.dataset
         image_channels = dataset.images.shape[1]
         return Supernet(
-            config.init_channels, dataset.classes, config.layers, image_channels, config.fused, self.space
+            config.init_channels,
+            dataset.classes,
+            config.layers,
+            image_channels,
+            config.fused,
+            self.space,
+            config.partial_channels,
         )
 
     def announcement(self) -> str:
@@ -493,6 +499,8 @@ class Search(Loop):
         if config.fused:
             dtype = activations or torch.float32
             cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
+        if config.partial_channels > 1:
+            cells += f"; candidates read 1/{config.partial_channels} of the channels, betas weigh the edges"
         weighed = ["softmaxed alphas"]
         if config.auxiliary_skip:
             weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
@@ -516,7 +524,8 @@ class Search(Loop):
         if self.decisions and all_decided(self.decisions, self.space):
             return genotype_of(self.decisions, self.space)
         alphas = [self.network.present_alphas(name) for name in self.network.ALPHAS]
-        return derive(*alphas, "raw" if self.config.derive == "raw" else "softmax", self.space)
+        rule = "raw" if self.config.derive == "raw" else "softmax"
+        return derive(*alphas, rule, self.space, self.network.edge_weights())
 
     @torch.no_grad()
     def _probabilities(self) -> tuple[Tensor, Tensor]:
@@ -548,6 +557,10 @@ class Search(Loop):
             for (source, node), row in zip(self.space.edges, rows.tolist(), strict=True):
                 for candidate, value in zip(self.space.candidates, row, strict=True):
                     values[f"{name}/{plot.edge_name(source, node)}/{candidate}"] = value
+        for name, of_edges in zip(self.network.BETAS, self.network.edge_weights(), strict=True):
+            if of_edges is not None:
+                for (source, node), value in zip(self.space.edges, of_edges.tolist(), strict=True):
+                    values[f"{name}/{plot.edge_name(source, node)}"] = value
         self.folder.scalars(step, values)
 
     def _draw(self, genotype: Genotype, epoch: int) -> None:

@@ -26,7 +26,7 @@ class Supernet(FlatNetwork):
             of the same parameters, faster. (Not in evaluation mode where gradients are wanted.)
         space: the candidates of each edge.
         partial_channels: K of PC-DARTS (arXiv 1907.05737): the candidates read 1 / K of the channels, and the
-            edges that enter a node are weighed. `channels / K` is even. 1: neither.
+            edges that enter a node are weighed; K divides `channels`. 1: neither.
 
     The alphas `alphas_normal` and `alphas_reduce` ([edges, candidates] each, in the order of `space.edges`
     and of `space.candidates`: [14, 8] in the space of the paper) are parameters, initialised at 1e-3 * randn.

@@ -38,8 +38,14 @@ def shuffle(sources: Sequence[Sequence[Tensor]], groups: int, *, outs: Sequence[
     total, *others = [torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0] for parts in sources]
     for other in others:
         total = wide(total) + other
-    if groups > 1:  # in channels-last memory, where the channels of a pixel are neighbours
-        total = total.movedim(1, 3).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).movedim(3, 1)
+    # [N, H, W, C / groups, groups]: the channels of a pixel in their new order, a view
+    shuffled = total.movedim(1, 3).unflatten(3, (groups, -1)).transpose(3, 4)
     for parts in outs:
-        for out, channels in zip(parts, total.split([out.shape[1] for out in parts], dim=1), strict=True):
-            out.copy_(channels)
+        sizes = [out.shape[1] for out in parts]
+        if any(size % groups for size in sizes):
+            for out, channels in zip(parts, shuffled.flatten(3).split(sizes, dim=3), strict=True):
+                out.copy_(channels.movedim(3, 1))
+            continue
+        rows = shuffled.split([size // groups for size in sizes], dim=3)
+        for out, channels in zip(parts, rows, strict=True):
+            out.movedim(1, 3).unflatten(3, (-1, groups)).copy_(channels)
