@@ -283,7 +283,9 @@ class Search(Loop):
             self.network = self._supernet().to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
         self.search_step = SearchStep(self.network, config, self.perturbation)
-        nothing = nothing_decided(architect.detached(self.network.alphas()))
+        nothing = nothing_decided(
+            {name: getattr(self.network, name).detach() for name in self.network.ALPHAS}
+        )
         self.decisions = nothing if config.derive == "perturbation" else None
         if self.decisions:
             self.network.kept = nothing.kept
@@ -500,8 +502,10 @@ class Search(Loop):
             dtype = activations or torch.float32
             cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
         if config.partial_channels > 1:
-            cells += f"; candidates read 1/{config.partial_channels} of the channels, betas weigh the edges"
+            cells += f"; candidates read 1/{config.partial_channels} of the channels"
         weighed = ["softmaxed alphas"]
+        if config.partial_channels > 1:
+            weighed.append("their edges by softmaxed betas")
         if config.auxiliary_skip:
             weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
         if config.perturb:
