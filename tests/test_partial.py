@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("no_heat_maps")
 
 SMALL = Space(  # for Triton's interpreter: two nodes, so that one reads another, few candidates
     normal=(
-        ("max_pool_3x3", "skip_connect"), ("none", "sep_conv_3x3"), *[("skip_connect", "avg_pool_3x3")] * 3,
+        ("max_pool_3x3", "skip_connect"), ("none", "sep_conv_3x3"), *[("avg_pool_3x3", "skip_connect")] * 3,
     ),
     reduce=(
-        ("max_pool_3x3", "skip_connect"), ("none", "dil_conv_3x3"), *[("skip_connect", "avg_pool_3x3")] * 3,
+        ("max_pool_3x3", "skip_connect"), ("none", "dil_conv_3x3"), *[("avg_pool_3x3", "skip_connect")] * 3,
     ),
     nodes=2,
 )  # fmt: skip
