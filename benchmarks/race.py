@@ -67,17 +67,19 @@ VARIANTS = {
 
 
 class Setting(NamedTuple):
-    """Of one race; `size` is the side of the images."""
+    """Of one race; `size` is the side of the images, `partial_channels` PC-DARTS's K, of searches."""
 
     batch_size: int = 16
     init_channels: int = 16
     layers: int = 8
     size: int = 32
     threads: int = 1
+    partial_channels: int = 1
 
     @property
     def label(self) -> str:
-        return "-".join(f"{letter}{value}" for letter, value in zip("bclst", self, strict=True))
+        shown = self if self.partial_channels > 1 else self[:-1]
+        return "-".join(f"{letter}{value}" for letter, value in zip("bclstk", shown, strict=False))
 
 
 _SMALL = SearchConfig.SMALL
@@ -95,9 +97,11 @@ def missing(variant: Variant, device: torch.device) -> str | None:
     return None
 
 
-def supernet(channels: int, layers: int, fused: bool, dtype: torch.dtype) -> Supernet:
+def supernet(
+    channels: int, layers: int, fused: bool, dtype: torch.dtype, partial_channels: int = 1
+) -> Supernet:
     torch.manual_seed(0)
-    return Supernet(channels, 10, layers, fused=fused).to(dtype)
+    return Supernet(channels, 10, layers, fused=fused, partial_channels=partial_channels).to(dtype)
 
 
 def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
@@ -121,12 +125,12 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float((difference / sum((t**2).sum() for t in expected.values())).sqrt().detach())
 
 
-def check() -> None:
+def check(partial_channels: int = 1) -> None:
     """On the CPU, on a small network in float64: the fused step with finite differences must end where the
     textbook's does, and its exact product must be automatic differentiation's on the reference cell. Raises
     AssertionError where they do not."""
     dtype, (train, validation) = torch.float64, batches(4, 8, torch.float64)
-    networks = [supernet(4, 3, fused, dtype) for fused in (False, True)]
+    networks = [supernet(4 * partial_channels, 3, fused, dtype, partial_channels) for fused in (False, True)]
     differences = SearchConfig(hvp="finite-difference")
     steps = TextbookStep(networks[0], differences), SearchStep(networks[1], differences)
     for _ in range(2):
@@ -136,7 +140,8 @@ def check() -> None:
         found, expected = (getattr(network, kind)() for network in networks[::-1])
         assert error(found, expected) < TOLERANCE, f"{kind} after two steps: {error(found, expected):.3g}"
 
-    products = [quantities(supernet(4, 3, fused, dtype), train, validation) for fused in (False, True)]
+    networks = [supernet(4 * partial_channels, 3, fused, dtype, partial_channels) for fused in (False, True)]
+    products = [quantities(network, train, validation) for network in networks]
     for name, expected in products[0].items():
         found = error({name: products[1][name]}, {name: expected})
         assert found < TOLERANCE, f"{name}: {found:.3g}"
@@ -187,15 +192,19 @@ def quantities(
 
 
 def check_on(
-    device: torch.device, channels: int, layers: int, size: int, copies: int = 8
+    device: torch.device, channels: int, layers: int, size: int, copies: int = 8, partial_channels: int = 1
 ) -> dict[str, list[float]]:
     """The fused network's `quantities` in float32 on a device against the reference's in float64 there, batch
     16: their errors may be twice the reference's largest over eight copies of the weights moved by 6e-8
     relative (kinks make float32 itself no better). Returns [error, that allowance]; raises AssertionError."""
     pair = [(x.to(device), y.to(device)) for x, y in batches(16, size, torch.float64)]
     narrow = [(x.float(), y) for x, y in pair]
+
+    def made(fused: bool) -> Supernet:
+        return supernet(channels, layers, fused, torch.float32, partial_channels)
+
     # The same weights for all three: drawn in float32, then widened.
-    exact = quantities(supernet(channels, layers, False, torch.float32).double().to(device), *pair)
+    exact = quantities(made(False).double().to(device), *pair)
 
     def errors(network: Supernet) -> dict[str, float]:
         found = quantities(network, *narrow)
@@ -204,12 +213,12 @@ def check_on(
     allowed = dict.fromkeys(exact, 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(copies):
-        network = supernet(channels, layers, False, torch.float32)
+        network = made(False)
         with torch.no_grad():
             network.flat_weights.mul_(1 + 6e-8 * torch.randn(network.flat_weights.shape, generator=generator))
         for name, value in errors(network.to(device)).items():
             allowed[name] = max(allowed[name], 2 * value)
-    found = errors(supernet(channels, layers, True, torch.float32).to(device))
+    found = errors(made(True).to(device))
     for name, value in found.items():
         assert value <= allowed[name], f"{name} on {device}: {value:.3g}, allowed {allowed[name]:.3g}"
     return {name: [value, allowed[name]] for name, value in found.items()}
@@ -285,7 +294,9 @@ class Runner:
         return found
 
     def _network(self) -> nn.Module:
-        return supernet(self.setting.init_channels, self.setting.layers, self.fused, torch.float32)
+        setting = self.setting
+        sizes = setting.init_channels, setting.layers
+        return supernet(*sizes, self.fused, torch.float32, setting.partial_channels)
 
     def _step(self) -> Callable[[], object]:
         config = SearchConfig(fused=self.fused, amp_dtype=self.variant.amp_dtype)
@@ -447,7 +458,8 @@ def counted(runner: Runner) -> traffic.Counted | None:
         return None
     dtype = torch.float32 if variant.amp_dtype is None else torch.bfloat16  # as many bytes as float16
     sizes = setting.batch_size, setting.init_channels, setting.layers, setting.size
-    return runner.count(variant.kernels, *sizes, dtype=dtype)
+    partial_channels = setting.partial_channels
+    return runner.count(variant.kernels, *sizes, dtype=dtype, partial_channels=partial_channels)
 
 
 def records(

@@ -15,6 +15,7 @@ pair; on a CPU the share of the time outside the kernels' programs (p50); peak m
 else counted; launches and bytes, counted by traffic.py; the bandwidth that these bytes make, and its share of
 the device's measured copy rate; the p50 of every phase. What cannot run here is named with the reason.
 `--digits` takes the sizes of run.py's default.
+`--partial_channels K` races PC-DARTS's searches; beside them, with no ratio, the fused ones of all channels.
 `--sweep` races the variants at each value of batch_size, init_channels, layers, size or threads, all values
 in turns, and draws a plot; over batch_size it also fits the part of a step that is the same for any number of
 images. `--cpu_time` takes the seconds of the processor for those of the wall, on a machine with other work.
@@ -79,6 +80,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
+    if args.init_channels % args.partial_channels or (args.train and args.partial_channels > 1):
+        parser.error("--partial_channels must divide --init_channels, and is for a search's step")
     if args.busy < 0:
         parser.error("--busy must be at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -89,13 +92,13 @@ def main() -> int:
         Runner.clock = staticmethod(time.process_time)
     device = torch.device(args.device)
     base = DIGITS if args.digits else Setting(**{name: getattr(args, name) for name in Setting._fields})
-    base = base._replace(threads=args.threads)
+    base = base._replace(threads=args.threads, partial_channels=args.partial_channels)
     name, values = args.sweep or ("batch_size", [base.batch_size])
     what = "training step of DARTS_V2" if args.train else "second-order step"
     with strict_float32(), nothing_old_collected(), freed_memory_kept():  # as a run has it
-        check_training() if args.train else check()
+        check_training() if args.train else check(base.partial_channels)
         if device.type == "cuda" and not args.train:
-            check_on(device, base.init_channels, 3, base.size)
+            check_on(device, base.init_channels, 3, base.size, partial_channels=base.partial_channels)
         conditions = environment(device)
         beside = f", beside {args.busy} busy process{'es' * (args.busy > 1)}" if args.busy else ""
         print(f"results agree; one {what}, float32 where it says nothing else; {base}{beside}")
@@ -106,6 +109,12 @@ def main() -> int:
             setting = base._replace(**{name: value})
             more, reasons = runners(args.only, setting, device, args.compile_seconds, kind)
             entrants, left_out = entrants + more, left_out | reasons
+        if base.partial_channels > 1 and not args.sweep:
+            fused = [name for name in args.only if VARIANTS[name].kernels is not None]
+            more, _ = runners(fused, base._replace(partial_channels=1), device)
+            for runner in more:
+                runner.name += ", all channels"
+            entrants += more
         with neighbours(args.busy):
             rows = race(entrants, args.repeats)
         rate = copy_rate(device)

@@ -1,12 +1,14 @@
 """Counts the launches and the bytes of one second-order step, or of a training step, without a GPU and
 without computing anything.
 
-    python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--json F]
+    python benchmarks/traffic.py [--batch_size 64 --init_channels 16 --layers 8] [--partial_channels 1]
+        [--json F]
     python benchmarks/traffic.py --train [--batch_size 96 --init_channels 36 --layers 20]
 
 `--train` is the training of DARTS_V2 with auxiliary head and drop path.
 The step runs on meta tensors, which have shapes and no data. A launch is one ATen operation that is no view
-(darts_fast/traffic.py), or one that a backend returns for the calls of the cells' sweeps (kernels/plan.py);
+(darts_fast/traffic.py), or one that a backend returns for the calls of the cells' sweeps (kernels/plan.py;
+of what it leaves to ATen, ATen's operations are counted);
 its bytes are those of the distinct elements of its tensor arguments and results; its operations, where
 Triton's kernels are counted, are those of the equations. The peak is that of live storages, the plan's blocks
 among them, and of what the call with the most temporary memory allocates besides.
@@ -31,6 +33,7 @@ from darts_fast import load_genotype, network  # noqa: E402
 from darts_fast.config import SearchConfig, TrainConfig  # noqa: E402
 from darts_fast.derived import auxiliary_fits  # noqa: E402
 from darts_fast.kernels import Plan  # noqa: E402
+from darts_fast.kernels.aten.launch import AtenLaunch  # noqa: E402
 from darts_fast.kernels.backends import collected, using  # noqa: E402
 from darts_fast.kernels.types import Call, Launch, launches, tensors  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
@@ -99,10 +102,13 @@ def search_step(
     size: int,
     device: str,
     dtype: torch.dtype,
+    partial_channels: int = 1,
 ) -> Step:
     """With momenta as if it were not the first."""
     with torch.device(device):
-        supernet = Supernet(channels, 10, layers, fused=kernels is not None)
+        supernet = Supernet(
+            channels, 10, layers, fused=kernels is not None, partial_channels=partial_channels
+        )
         batch = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
     if kernels is not None:
         step = SearchStep(supernet, SearchConfig(fused=True, amp_dtype=_amp_dtype(dtype)))
@@ -160,6 +166,7 @@ def count(
     device: str = "meta",
     dtype: torch.dtype = torch.float32,
     train: bool = False,
+    partial_channels: int = 1,
 ) -> Counted:
     """The counts of one step of a search, or with `train` of a training, with the fused cells on the kernels
     of this package ("triton", "native"), or of the textbook's. On a real device, too, the kernels compute
@@ -168,9 +175,10 @@ def count(
     With a 2-byte `dtype` the activations of the cells are of it.
     """
     make, traffic, marks = training_step if train else search_step, Traffic(), [("", 0, Count())]
+    more = {} if train else {"partial_channels": partial_channels}
     with using(Idle()), collected() as calls:
         # The plan is made beforehand: its tensors only stand for buffers, and are no memory.
-        step = make(kernels, batch_size, channels, layers, size, device, dtype)
+        step = make(kernels, batch_size, channels, layers, size, device, dtype, **more)
         kept = 0 if step.plan is None else step.plan.layouts["first order"].sizes["forward kept"]
         with traffic, observed_phases(lambda name: marks.append((name, len(calls), traffic.total))):
             step.take()
@@ -181,6 +189,14 @@ def count(
             found = list(launches(import_module(f"darts_fast.kernels.{kernels}"), [call]))
             most = max(most, temporaries(call, found))
             for launch in found:
+                if isinstance(launch, AtenLaunch):
+                    with torch.no_grad(), Traffic() as own:
+                        launch.run()
+                    most = max(most, own.peak)
+                    phases[name] = phases[name].plus(*own.total)
+                    for operation, counted in own.by_name.items():
+                        by_name[operation] = by_name.get(operation, Count()).plus(*counted)
+                    continue
                 phases[name] = phases[name].plus(1, launch.bytes)
                 by_name[launch.name] = by_name.get(launch.name, Count()).plus(1, launch.bytes)
                 if kernels == "triton":
@@ -206,6 +222,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="default 64, of --train 96")
     parser.add_argument("--init_channels", type=int, help="default 16, of --train 36")
     parser.add_argument("--layers", type=int, help="default 8, of --train 20")
+    parser.add_argument("--partial_channels", type=int, default=1, help="of a search, PC-DARTS's K")
     parser.add_argument("--only", choices=list(VARIANTS), nargs="+", default=list(VARIANTS))
     parser.add_argument("--top", type=int, default=8, help="operations that move most bytes, to be listed")
     parser.add_argument("--json", metavar="F", help="write the counts there too")
@@ -219,6 +236,8 @@ def main() -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     setting = f"batch {args.batch_size}, {args.init_channels} channels, {args.layers} layers, 32x32"
+    if args.partial_channels > 1:
+        setting += f", candidates read 1/{args.partial_channels} of the channels"
     what = "training step of DARTS_V2" if args.train else "second-order step"
     print(f"one {what}, {setting}, torch {torch.__version__}, meta tensors")
     results = {}
@@ -228,6 +247,7 @@ def main() -> None:
             channels=args.init_channels,
             layers=args.layers,
             train=args.train,
+            partial_channels=args.partial_channels,
             **VARIANTS[name],
         )
         results[name] = found._asdict()

@@ -25,12 +25,18 @@ class DartsCells:
         """A new one, on PyTorch's default device."""
         image_channels = dataset.images.shape[1]
         return Supernet(
-            config.init_channels, dataset.classes, config.layers, image_channels, config.fused, self.space
+            config.init_channels,
+            dataset.classes,
+            config.layers,
+            image_channels,
+            config.fused,
+            self.space,
+            config.partial_channels,
         )
 
     def derive(self, network: Supernet, rule: str) -> Genotype:
         alphas = [network.present_alphas(name) for name in network.ALPHAS]
-        return derive(*alphas, rule, self.space)
+        return derive(*alphas, rule, self.space, network.edge_weights())
 
 
 class NasBench201Cells:

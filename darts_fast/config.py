@@ -185,6 +185,12 @@ class SearchConfig(Config):
         "candidates of each edge: darts, the spaces s1, s2 and s3 of RobustDARTS, or a JSON file with nodes, "
         "normal and reduce; or nasbench201, cells and network (see docs/search_quality.md)",
     )
+    partial_channels: int = option(
+        1,
+        "PC-DARTS: the candidates of an edge read one channel in so many, and the edges that enter a node "
+        "are weighed by betas, which are trained as the alphas; must divide init_channels",
+        AT_LEAST_1,
+    )
     derive: str = option(
         "softmax",
         "edges are ranked by softmaxed alphas (official) or by raw ones (pt.darts); perturbation: after the "
@@ -275,6 +281,19 @@ class SearchConfig(Config):
             raise InputError(
                 "profile records the first steps, which with alpha_warmup are not whole ones: leave out one "
                 "of the two"
+            )
+        if self.init_channels is not None and self.init_channels % self.partial_channels:
+            raise InputError(
+                f"partial_channels must divide init_channels ({self.init_channels}), not be "
+                f"{self.partial_channels}"
+            )
+        if self.partial_channels > 1 and self.space == "nasbench201":
+            raise InputError(
+                "partial_channels is for the cells of DARTS: leave it out, or --space nasbench201"
+            )
+        if self.partial_channels > 1 and self.derive != "softmax":
+            raise InputError(
+                f"with partial_channels derive must be softmax, which the betas weigh, not {self.derive}"
             )
 
     def resolved(self, dataset: str) -> "SearchConfig":

@@ -70,7 +70,8 @@ class FlatNetwork(nn.Module):
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Every parameter but the alphas, by name, in the order of construction."""
-        return {name: p for name, p in self.named_parameters() if name not in self.ALPHAS}
+        alphas = self.alphas()
+        return {name: p for name, p in self.named_parameters() if name not in alphas}
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The alphas by name."""

@@ -257,7 +257,12 @@ class FusedMixedCells(FusedCells):
                 self._weighed.append(torch.tensor(flat).nonzero().flatten())
 
     def __call__(
-        self, x: Tensor, weights: Tensor, probabilities: Sequence[Tensor], dtype: torch.dtype
+        self,
+        x: Tensor,
+        weights: Tensor,
+        probabilities: Sequence[Tensor],
+        edge_weights: Sequence[Tensor | None],
+        dtype: torch.dtype,
     ) -> Tensor:
         """The last cell's output, [N, nodes * C, H', W'] in `dtype`, channels-last, valid as its graph is.
 
@@ -267,10 +272,11 @@ class FusedMixedCells(FusedCells):
             x: the stem's output [N, C, H, W].
             weights: those of all cells in a row, in the order of the modules' parameters.
             probabilities: the softmaxed alphas of normal and of reduction cells, [edges, candidates] each.
+            edge_weights: with partial channels, what their edges are weighed by, [edges] each; else None.
             dtype: of the activations.
         """
         self.check_statistics()
-        p = {kind: self._weights(kind, of_kind) for kind, of_kind in enumerate(probabilities)}
+        p = {kind: self._weights(kind, probabilities[kind], edge_weights[kind]) for kind in (0, 1)}
         plan = self.plan([x.shape], dtype, x.device, 2 if self.training else 0)
         if not self.training:
             return kernels.cells(plan, x, weights, p, self._constants())[0]
@@ -279,14 +285,18 @@ class FusedMixedCells(FusedCells):
             self._update_statistics(statistics())
         return output
 
-    def _weights(self, kind: int, probabilities: Tensor) -> Tensor:
-        """Those of what the kernels compute. `none` adds nothing; its alpha has its gradient through the
-        softmax."""
+    def _weights(self, kind: int, probabilities: Tensor, of_edges: Tensor | None) -> Tensor:
+        """Those of what the kernels compute, p of a `Cell`. `none` adds nothing; its alpha has its gradient
+        through the softmax."""
+        if of_edges is not None:
+            probabilities = of_edges[:, None] * probabilities
         weighed = self._weighed[kind]
         if isinstance(weighed, slice):
-            return probabilities[:, weighed]
-        weighed = self._weighed[kind] = weighed.to(probabilities.device)
-        return probabilities.flatten().index_select(0, weighed)
+            p = probabilities[:, weighed]
+        else:
+            weighed = self._weighed[kind] = weighed.to(probabilities.device)
+            p = probabilities.flatten().index_select(0, weighed)
+        return p if of_edges is None else torch.cat([p.flatten(), of_edges])
 
     def _cell(self, module: MixedCell) -> Cell:
         edges, space = [], module.space
@@ -298,7 +308,8 @@ class FusedMixedCells(FusedCells):
             edges.append(Edge(source, node, stride, tuple(operations)))
         channels = module.preprocess1[1].out_channels
         concat = tuple(range(INPUTS, INPUTS + space.nodes))
-        return Cell(channels, preprocessing, tuple(edges), concat, kind=int(module.reduction))
+        kind = int(module.reduction)
+        return Cell(channels, preprocessing, tuple(edges), concat, kind, module.partial_channels)
 
 
 class FusedDerivedCells(FusedCells):

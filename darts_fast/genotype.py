@@ -176,7 +176,11 @@ def _plain(fragment: Any) -> Any:
 
 
 def derive(
-    alphas_normal: Tensor, alphas_reduce: Tensor, rule: str = "softmax", space: Space = DARTS
+    alphas_normal: Tensor,
+    alphas_reduce: Tensor,
+    rule: str = "softmax",
+    space: Space = DARTS,
+    edge_weights: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Genotype:
     """The genotype of the alphas ([edges, candidates] of the space each): section 2.4 of the paper.
 
@@ -184,17 +188,20 @@ def derive(
     strongest first. Strength is the softmaxed alpha over the edge's candidates, `none` among them, under the
     rule "softmax" (the official code), the alpha itself under "raw" (pt.darts): they choose other edges where
     the weight of `none` differs between edges. Ties go to the lower index. The alpha of a candidate that an
-    edge does not have is -inf.
+    edge does not have is -inf. `edge_weights` ([edges] each) multiply the strengths of their edges (PC-DARTS,
+    arXiv 1907.05737).
     """
     strengths: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax": lambda alphas: alphas.softmax(dim=-1),
         "raw": lambda alphas: alphas,
     }
-    concat = range(INPUTS, INPUTS + space.nodes)
-    normal, reduce = (
-        _strongest(strengths[rule](alphas.detach()).tolist(), space)
-        for alphas in (alphas_normal, alphas_reduce)
-    )
+    concat, genes = range(INPUTS, INPUTS + space.nodes), []
+    for alphas, of_edges in zip((alphas_normal, alphas_reduce), edge_weights, strict=True):
+        strength = strengths[rule](alphas.detach())
+        if of_edges is not None:
+            strength = of_edges.detach()[:, None] * strength
+        genes.append(_strongest(strength.tolist(), space))
+    normal, reduce = genes
     return Genotype(normal, concat, reduce, concat)
 
 

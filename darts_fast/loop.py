@@ -48,6 +48,7 @@ Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), o
 # Settings that runs of before do not have, and what they were
 LATER_SETTINGS = {
     "space": "darts",
+    "partial_channels": 1,
     "projection_epochs": 5,
     "auxiliary_skip": 0.0,
     "perturb": None,

@@ -1,10 +1,12 @@
 """The mixed cell in textbook PyTorch: the oracle that every faster implementation is held against.
 
-Written to be read beside the paper (arXiv 1806.09055, sections 2.1, 2.2 and 3.1), with nothing shared
-between edges and nothing fused. All tensors are NCHW, of any floating dtype.
+Written to be read beside the paper (arXiv 1806.09055, sections 2.1, 2.2 and 3.1; partial channels: arXiv
+1907.05737, section 3), with nothing shared between edges and nothing fused. All tensors are NCHW, of any
+floating dtype.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Space
@@ -97,16 +99,36 @@ class MixedOp(nn.ModuleDict):
 
     Batch norm without affine parameters, also behind the pools: only so the candidates share one scale.
     `names` are the edge's candidates, `columns` those of the whole space.
+
+    With `partial_channels` K above 1 (PC-DARTS, arXiv 1907.05737, section 3.1) the candidates read the first
+    C / K channels; the others pass by, with stride 2 through a 2x2 max pool; and the channels of both, side
+    by side, are shuffled with K groups.
     """
 
-    def __init__(self, channels: int, stride: int, names: tuple[str, ...], columns: tuple[str, ...]):
+    def __init__(
+        self,
+        channels: int,
+        stride: int,
+        names: tuple[str, ...],
+        columns: tuple[str, ...],
+        partial_channels: int = 1,
+    ):
+        width = channels // partial_channels
         super().__init__(
-            {name: operation(name, channels, stride, False, pool_batch_norm=True) for name in names}
+            {name: operation(name, width, stride, False, pool_batch_norm=True) for name in names}
         )
-        self.columns = columns
+        self.columns, self.width, self.stride, self.groups = columns, width, stride, partial_channels
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         """x [N, C, H, W] and the edge's softmaxed alphas [columns] -> [N, C, H/stride, W/stride]."""
+        if self.groups == 1:
+            return self._sum(x, probabilities)
+        mixed, passed = self._sum(x[:, : self.width], probabilities), x[:, self.width :]
+        if self.stride == 2:
+            passed = F.max_pool2d(passed, 2)
+        return F.channel_shuffle(torch.cat([mixed, passed], dim=1), self.groups)
+
+    def _sum(self, x: Tensor, probabilities: Tensor) -> Tensor:
         p = zip(self.columns, probabilities, strict=True)
         return sum(p_o * self[name](x) for name, p_o in p if name in self)
 
@@ -115,7 +137,8 @@ class MixedCell(nn.Module):
     """A cell with a mixed op on every edge (equation 1): node = sum of its edges; output = all nodes.
 
     `channels` is the width of every node; the cell's output has `space.nodes` times as many. The factorized
-    reduce before state 0 is there where the previous cell halved the image.
+    reduce before state 0 is there where the previous cell halved the image. `partial_channels` is that of the
+    mixed ops.
     """
 
     def __init__(
@@ -126,9 +149,10 @@ class MixedCell(nn.Module):
         reduction: bool,
         previous_reduction: bool,
         space: Space = DARTS,
+        partial_channels: int = 1,
     ):
         super().__init__()
-        self.reduction, self.space = reduction, space
+        self.reduction, self.space, self.partial_channels = reduction, space, partial_channels
         if previous_reduction:
             self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=False)
         else:
@@ -136,20 +160,42 @@ class MixedCell(nn.Module):
         self.preprocess1 = relu_conv_bn(channels_previous, channels, affine=False)
         candidates = space.reduce if reduction else space.normal
         self.edges = nn.ModuleList(
-            MixedOp(channels, 2 if reduction and source < INPUTS else 1, names, space.candidates)
+            MixedOp(
+                channels,
+                2 if reduction and source < INPUTS else 1,
+                names,
+                space.candidates,
+                partial_channels,
+            )
             for (source, _), names in zip(space.edges, candidates, strict=True)
         )
 
-    def forward(self, before_previous: Tensor, previous: Tensor, probabilities: Tensor) -> Tensor:
+    def forward(
+        self,
+        before_previous: Tensor,
+        previous: Tensor,
+        probabilities: Tensor,
+        edge_weights: Tensor | None = None,
+    ) -> Tensor:
         """Outputs of the two cells before, and the softmaxed alphas [edges, candidates] of `space`
-        -> [N, nodes * channels, H', W']."""
+        -> [N, nodes * channels, H', W'].
+
+        `edge_weights` [edges] weigh the edges in the sums of their nodes (None: by 1): see the function of
+        this name.
+        """
         states = [self.preprocess0(before_previous), self.preprocess1(previous)]
         for node in range(self.space.nodes):
-            states.append(
-                sum(
-                    self.edges[edge](states[source], probabilities[edge])
-                    for edge, (source, target) in enumerate(self.space.edges)
-                    if target == node
-                )
-            )
+            terms = []
+            for edge, (source, target) in enumerate(self.space.edges):
+                if target == node:
+                    term = self.edges[edge](states[source], probabilities[edge])
+                    terms.append(term if edge_weights is None else edge_weights[edge] * term)
+            states.append(sum(terms))
         return torch.cat(states[INPUTS:], dim=1)
+
+
+def edge_weights(betas: Tensor, space: Space) -> Tensor:
+    """Edge normalisation (PC-DARTS, arXiv 1907.05737, section 3.2): the softmax of the betas [edges] over the
+    edges that enter the same node, [edges]."""
+    incoming = [sum(target == node for _, target in space.edges) for node in range(space.nodes)]
+    return torch.cat([of_node.softmax(dim=0) for of_node in betas.split(incoming)])

@@ -295,7 +295,9 @@ class Search(Loop):
             self.network = self.cells.network(config, dataset).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
         self.search_step = SearchStep(self.network, config, self.perturbation)
-        nothing = nothing_decided(architect.detached(self.network.alphas()))
+        nothing = nothing_decided(
+            {name: getattr(self.network, name).detach() for name in self.network.ALPHAS}
+        )
         self.decisions = nothing if config.derive == "perturbation" else None
         if self.decisions:
             self.network.kept = nothing.kept
@@ -606,7 +608,11 @@ class Search(Loop):
         if config.fused:
             dtype = activations or torch.float32
             cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
+        if config.partial_channels > 1:
+            cells += f"; candidates read 1/{config.partial_channels} of the channels"
         weighed = ["softmaxed alphas"]
+        if config.partial_channels > 1:
+            weighed.append("their edges by softmaxed betas")
         if config.auxiliary_skip:
             weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
         if config.perturb:
@@ -671,6 +677,10 @@ class Search(Loop):
             for edge, row in zip(self.cells.names.edges, rows.tolist(), strict=True):
                 for candidate, value in zip(self.cells.names.candidates, row, strict=True):
                     values[f"{name}/{edge}/{candidate}"] = value
+        if self.config.partial_channels > 1:
+            for name, of_edges in zip(self.network.BETAS, self.network.edge_weights(), strict=True):
+                for edge, value in zip(self.cells.names.edges, of_edges.tolist(), strict=True):
+                    values[f"{name}/{edge}"] = value
         self.folder.scalars(step, values)
 
     def _draw(self, genotype: Genotype | Cell, epoch: int) -> None:

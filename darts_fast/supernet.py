@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from darts_fast.flat import FlatNetwork, split
 from darts_fast.fused import FusedMixedCells, fused_stem
-from darts_fast.reference import MixedCell
+from darts_fast.reference import MixedCell, edge_weights
 from darts_fast.space import DARTS, STEM_MULTIPLIER, Space, reduction_layers
 
 CELLS = "cells."  # what the names of the cells' weights begin with
@@ -24,13 +24,17 @@ class Supernet(FlatNetwork):
         fused: compute the cells by `fused.FusedMixedCells` instead of their own `forward`: the same function
             of the same parameters, faster. (Not in evaluation mode where gradients are wanted.)
         space: the candidates of each edge.
+        partial_channels: K of PC-DARTS (arXiv 1907.05737): the candidates read 1 / K of the channels, and the
+            edges that enter a node are weighed; K divides `channels`. 1: neither.
 
     The alphas `alphas_normal` and `alphas_reduce` ([edges, candidates] each, in the order of `space.edges`
     and of `space.candidates`: [14, 8] in the space of the paper) are parameters, initialised at 1e-3 * randn.
-    That of a candidate which an edge does not have is in no softmax.
+    That of a candidate which an edge does not have is in no softmax. With partial channels the betas
+    `betas_normal` and `betas_reduce` ([edges] each), which weigh the edges, are among the `alphas()`.
     """
 
     ALPHAS = ("alphas_normal", "alphas_reduce")
+    BETAS = ("betas_normal", "betas_reduce")
 
     def __init__(
         self,
@@ -40,9 +44,10 @@ class Supernet(FlatNetwork):
         image_channels: int = 3,
         fused: bool = False,
         space: Space = DARTS,
+        partial_channels: int = 1,
     ):
         super().__init__()
-        self.fused, self.space = fused, space
+        self.fused, self.space, self.partial_channels = fused, space, partial_channels
         width = STEM_MULTIPLIER * channels
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
@@ -53,13 +58,16 @@ class Supernet(FlatNetwork):
             reduction = layer in reduction_layers(layers)
             if reduction:
                 channels *= 2
-            cell = MixedCell(before_previous, previous, channels, reduction, previous_reduction, space)
+            inputs = before_previous, previous
+            cell = MixedCell(*inputs, channels, reduction, previous_reduction, space, partial_channels)
             self.cells.append(cell)
             before_previous, previous, previous_reduction = previous, space.nodes * channels, reduction
         self.classifier = nn.Linear(previous, classes)
         for name in self.ALPHAS:
             shape = len(space.edges), len(space.candidates)
             self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(shape)))
+        for name in self.BETAS if partial_channels > 1 else ():
+            self.register_parameter(name, nn.Parameter(1e-3 * torch.randn(len(space.edges))))
         for name, present in zip(self.ALPHAS, space.present(), strict=True):
             # Added to the alphas: -inf where the edge does not have the candidate. None: every edge has all.
             everywhere = all(map(all, present))
@@ -67,6 +75,10 @@ class Supernet(FlatNetwork):
             self.register_buffer(self._absent(name), absent, persistent=False)
         self._fused_cells = FusedMixedCells(self.cells) if fused else None
         self._flatten()
+
+    def alphas(self) -> dict[str, nn.Parameter]:
+        betas = self.BETAS if self.partial_channels > 1 else ()
+        return super().alphas() | {name: getattr(self, name) for name in betas}
 
     def _flatten(self) -> None:
         super()._flatten()
@@ -99,22 +111,30 @@ class Supernet(FlatNetwork):
 
     def _forward(self, images: Tensor, activations: torch.dtype | None, cells: Tensor | None) -> Tensor:
         """`cells`: the weights of all cells in a row, where these are computed by the kernels."""
-        p = self.mixture()
+        p, weights = self.mixture(), self.edge_weights()
         if cells is not None:
             # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and
             # float32 gradients crossed kinks that the reference's do not (tests/test_float32.py).
             stem = fused_stem(self.stem, images)
-            output = self._fused_cells(stem, cells, p, activations or stem.dtype)
+            output = self._fused_cells(stem, cells, p, weights, activations or stem.dtype)
         else:
             stem = before_previous = output = self.stem(images)
             for cell in self.cells:
-                following = cell(before_previous, output, p[int(cell.reduction)])
+                kind = int(cell.reduction)
+                following = cell(before_previous, output, p[kind], weights[kind])
                 before_previous, output = output, following
         return self.classifier(output.mean(dim=(2, 3), dtype=stem.dtype))
 
     def present(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
         absent = {name: getattr(self, self._absent(name)) for name in self.ALPHAS}
         return {name: alphas[name] if a is None else alphas[name] + a for name, a in absent.items()}
+
+    def edge_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the edges of normal and of reduction cells are weighed by in the sums of their nodes, [edges]
+        each; None: by 1."""
+        if self.partial_channels == 1:
+            return None, None
+        return edge_weights(self.betas_normal, self.space), edge_weights(self.betas_reduce, self.space)
 
     @staticmethod
     def _absent(name: str) -> str:

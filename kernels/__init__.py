@@ -7,7 +7,7 @@ normalize.py  batch norm with affine parameters, of a search's stem
 first_derivative.py    which derivatives a pass asks for, and the refusal of those that there are not
 types.py      what a backend is: its functions and their arguments
 aten/  native/  triton/    the backends, a package each with the same functions in the same files (but for
-                           aten/convolution.py, which is for all)
+                           aten/convolution.py and aten/partial.py, which are for all)
 backends.py   which of them computes what
 processors.py    how many processors this process may use
 """

@@ -113,7 +113,8 @@ class Cell(NamedTuple):
     """Two preprocessed states and nodes behind them; state 2 + n is node n.
 
     Edges are in the order of their nodes. p of a cell is one vector: its edges one after the other, each with
-    its operations.
+    its operations; with partial channels (arXiv 1907.05737) behind them one number an edge, the weight of the
+    channels that pass by its operations.
     """
 
     channels: int
@@ -122,6 +123,15 @@ class Cell(NamedTuple):
     concat: tuple[int, ...]  # the states that are the output, side by side: nodes
     # 0 (normal) or 1 (reduction): the cells of a kind are weighed by one vector p. None: not weighed
     kind: int | None = None
+    # K: the operations of an edge read the first channels / K of its source, the others pass them by, and the
+    # channels of every node are shuffled with K groups. 1: the operations read all, and nothing is shuffled
+    partial_channels: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Numbers in p."""
+        passing = len(self.edges) if self.partial_channels > 1 else 0
+        return sum(len(edge.operations) for edge in self.edges) + passing
 
     @property
     def nodes(self) -> int:
@@ -172,11 +182,7 @@ class Sweeps:
         self.values: dict[int, int] = {}  # images times pixels that these are of
         self._gradient_parts: list[tuple[int, Parameter]] = []  # where a gradient lies in `gradients`
         self._gradient_size = 0
-        lengths = {
-            cell.kind: sum(len(edge.operations) for edge in cell.edges)
-            for cell in cells
-            if cell.kind is not None
-        }
+        lengths = {cell.kind: cell.weights for cell in cells if cell.kind is not None}
 
         with self._sweep("forward"):
             self.inputs = [images(1, shape, dtype, "meta")[0] for shape in shapes]
@@ -632,7 +638,9 @@ class Mix:
     def backward(self, adjoint: Tensor) -> None:
         count, c = len(self.candidates), adjoint.shape[1]
         self.adjoints = (adjoint,) * count
-        self.sums, self.tangent_sums = self.s.sums(self.sums_at, self.summed, c), self.s.numbers(3, count, c)
+        self.sums, self.tangent_sums = self.s.sums(self.sums_at, self.summed, c), None
+        if any(source.statistics is not None for source in self.sources):
+            self.tangent_sums = self.s.numbers(3, count, c)
         by_image = self.p is not None and self.p.dim() == 2
         if self.summed:
             self.s.k.mix_backward(
@@ -643,10 +651,10 @@ class Mix:
                 weight_gradient=self.gradients[0] if self.gradients else None,
             )
 
-    def tangent(self, slot: Tensor) -> None:
-        s = self.s
-        outs = (s.like(slot), slot) if self.own else (slot,)
-        self.products = s.numbers(len(self.candidates), slot.shape[1])
+    def tangent(self, slot: Tensor | None) -> None:
+        s, y = self.s, self.output.y
+        outs = (*([s.like(y)] if self.own else []), *([] if slot is None else [slot]))
+        self.products = s.numbers(len(self.candidates), y.shape[1])
         s.k.mix_tangent(
             self.sources,
             self.p,
@@ -805,47 +813,160 @@ class Stage:
             halves.tangent()
 
 
+class Passing:
+    """The channels of a state that pass by the operations which read it; of stride 2, the maximum of every
+    2x2 pixels of them."""
+
+    def __init__(self, s: Sweeps, state: Image, stride: int):
+        self.s, self.state, self.output, self.position = s, state, state, None
+        if stride == 2:
+            n, c, height, width = state.y.shape
+            refuse_odd_size(height, width, 2)
+            shape = n, c, height // 2, width // 2
+            self.output = Image(s.images(1, shape)[0])
+            self.position = images(1, shape, torch.uint8, "meta")[0]
+            s.k.max_pool_2x2_forward(state.y, y=self.output.y, position=self.position)
+
+    def backward(self, second: bool) -> Tensor:
+        """The adjoint of the state's channels, or the second one."""
+        s, found = self.s, self.output
+        out = s.images(1, found.y.shape)
+        if second:
+            s.k.fan_out_second((found.source(),), (found.second(),), out=out)
+        else:
+            s.k.fan_out_backward((found.source(),), (found.first(),), out=out)
+        if self.position is None:
+            return out[0]
+        adjoint = s.like(self.state.y)
+        s.k.max_pool_2x2_backward(self.position, out[0], out=adjoint)
+        return adjoint
+
+    def tangent(self) -> None:
+        if self.position is not None:
+            self.output.tangent = self.s.like(self.output.y)
+            self.s.k.max_pool_2x2_tangent(self.state.tangent, self.position, y=self.output.tangent)
+
+
+class PartialStage:
+    """A state whose operations read a part of its channels: its parts (the two sums of a node, or a
+    preprocessed state alone) side by side, their channels shuffled; the first are for the `Stage` of the
+    operations, the others pass by them."""
+
+    def __init__(
+        self,
+        s: Sweeps,
+        cell: Cell,
+        state: int,
+        parts: Sequence[Image],
+        edges: dict[int, Edge],
+        slot: Tensor | None,
+    ):
+        """`edges` leave the state (of the last node none do); `slot` is its slice of the cell's output, if it
+        is a node."""
+        self.s, self.parts, self.channels = s, parts, cell.channels
+        self.groups = 1 if state < 2 else cell.partial_channels  # 1: a preprocessed state is not shuffled
+        self.candidates: dict[tuple[int, int], Image] = {}
+        self.passed: Image | None = None
+        self.pieces: list[Image] = []  # what the operations read, and what passes by
+        if edges:
+            n, _, height, width = parts[0].y.shape
+            first = cell.channels // cell.partial_channels
+            widths = first, cell.channels - first
+            self.pieces = [Image(s.images(1, (n, c, height, width))[0]) for c in widths]
+        self._shuffle([part.y for part in parts], [piece.y for piece in self.pieces], slot)
+        if edges:
+            self.stage = Stage(s, self.pieces[0], cell.stride(state), edges)
+            self.passing = Passing(s, self.pieces[1], cell.stride(state))
+            self.candidates, self.passed = self.stage.candidates, self.passing.output
+
+    def _shuffle(self, parts: Sequence[Tensor], pieces: Sequence[Tensor], slot: Tensor | None) -> None:
+        outs = (*([tuple(pieces)] if pieces else []), *([] if slot is None else [(slot,)]))
+        self.s.k.shuffle((tuple(parts),), self.groups, outs=outs)
+
+    def backward(self, terms: Sequence[Tensor], second: bool) -> list[Tensor]:
+        """The adjoints of the parts, or the second ones; `terms` are other adjoints of the shuffled state."""
+        read = [(term,) for term in terms]
+        if self.pieces:
+            read.append((self.stage.backward([], second), self.passing.backward(second)))
+        found = [self.s.like(part.y) for part in self.parts]
+        # Shuffling back is shuffling with as many groups as there were channels in one.
+        self.s.k.shuffle(tuple(read), self.channels // self.groups, outs=(tuple(found),))
+        return found
+
+    def tangent(self, slot: Tensor | None) -> None:
+        for piece in self.pieces:
+            piece.tangent = self.s.like(piece.y)
+        self._shuffle([part.tangent for part in self.parts], [piece.tangent for piece in self.pieces], slot)
+        if self.pieces:
+            self.stage.tangent()
+            self.passing.tangent()
+
+
 class LoweredCell:
     """A cell in its sweeps."""
 
     def __init__(self, s: Sweeps, cell: Cell, inputs: Sequence[Image], row: int, path: int):
         """`inputs` are the outputs of the two cells before; `row` is the cell's in the gradients of p, `path`
         the row of its first edge in the weights of drop path."""
-        self.s, self.cell, self.inputs = s, cell, inputs
+        self.s, self.cell, self.inputs, self.row, self.path = s, cell, inputs, row, path
+        self.partial = cell.partial_channels > 1
         self._preprocess()
-        states = [image for norms in self.norms for image in norms.outputs]
-        n, c, height, width = self._node_shape(states)
+        # What each state is made of: itself; with partial channels, a node of its two sums
+        states = [[image] for norms in self.norms for image in norms.outputs]
+        n, c, height, width = self._node_shape(states[0][0])
         self.output = Image(s.images(1, (n, len(cell.concat) * c, height, width))[0])
-        self.stages: dict[int, Stage] = {}
-        self.nodes: list[Mix] = []
-        candidates: dict[int, list[Image]] = {}  # by edge
-        start = 0
+        self.stages: dict[int, Stage | PartialStage] = {}
+        self.nodes: list[list[Mix]] = []
+        self.candidates: dict[int, list[Image]] = {}  # by edge
+        self.passed: dict[int, Image] = {}  # with partial channels, by edge
         for state in range(2 + cell.nodes):
+            slot = self._slot(self.output.y, state)
+            read = {e: edge for e, edge in enumerate(cell.edges) if edge.source == state}
             if state >= 2:
-                numbers = [e for e, edge in enumerate(cell.edges) if edge.node == state - 2]
-                mixed = [image for e in numbers for image in candidates[e]]
-                found = slice(start, start + len(mixed))
-                start += len(mixed)
-                p, kept, gradients = None, (), ()
-                if cell.kind is not None:
-                    p = s.p[cell.kind][found]
-                    gradients = [of_p[cell.kind][row][found] for of_p in (s.p_gradients, s.p_seconds)]
-                elif s.path_weights is not None:
-                    p = s.path_weights[path + found.start : path + found.stop]
-                if cell.kind is None:
-                    kept = [
-                        i for i, e in enumerate(numbers) if isinstance(cell.edges[e].operations[0], Identity)
-                    ]
-                own = any(edge.source == state for edge in cell.edges)
-                slot, like = self._slot(self.output.y, state), s.images(1, (n, c, height, width))[0]
-                self.nodes.append(Mix(s, mixed, slot, like, own, p, kept, gradients))
-                states.append(self.nodes[-1].output)
-            edges = {e: edge for e, edge in enumerate(cell.edges) if edge.source == state}
-            if edges:
-                self.stages[state] = stage = Stage(s, states[state], cell.stride(state), edges)
-                for e, edge in edges.items():
-                    candidates[e] = [stage.candidates[e, i] for i in range(len(edge.operations))]
+                self.nodes.append(self._node(state - 2, slot, (n, c, height, width), bool(read)))
+                states.append([mix.output for mix in self.nodes[-1]])
+            if self.partial:
+                self.stages[state] = PartialStage(s, cell, state, states[state], read, slot)
+                self.passed |= dict.fromkeys(read, self.stages[state].passed)
+            elif read:
+                self.stages[state] = Stage(s, states[state][0], cell.stride(state), read)
+            for e, edge in read.items():
+                found = self.stages[state].candidates
+                self.candidates[e] = [found[e, i] for i in range(len(edge.operations))]
         self.states = states
+
+    def _node(
+        self, node: int, slot: Tensor | None, shape: tuple[int, int, int, int], read: bool
+    ) -> list[Mix]:
+        """The sum over the node's edges of their operations; with partial channels also that of what passes
+        by, in place of writing `slot`. `read`: other nodes read it."""
+        s, cell, like = self.s, self.cell, self.s.images(1, shape)[0]
+        numbers = [e for e, edge in enumerate(cell.edges) if edge.node == node]
+        mixed = [image for e in numbers for image in self.candidates[e]]
+        start = sum(len(edge.operations) for edge in cell.edges[: numbers[0]])
+        p, gradients = self._weights(start, len(mixed))
+        if self.partial:
+            first = shape[1] // cell.partial_channels
+            passed = [self.passed[e] for e in numbers]
+            of_passed = self._weights(cell.weights - len(cell.edges) + numbers[0], len(passed))
+            return [
+                Mix(s, mixed, None, like[:, :first], True, p, (), gradients),
+                Mix(s, passed, None, like[:, first:], True, of_passed[0], (), of_passed[1]),
+            ]
+        kept = ()
+        if cell.kind is None:
+            kept = [i for i, e in enumerate(numbers) if isinstance(cell.edges[e].operations[0], Identity)]
+        return [Mix(s, mixed, slot, like, read, p, kept, gradients)]
+
+    def _weights(self, start: int, count: int) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """Of so many candidates p, or with drop path what weighs them by image; and where both backward
+        sweeps write the gradients of p."""
+        s, kind, found = self.s, self.cell.kind, slice(start, start + count)
+        if kind is not None:
+            return s.p[kind][found], [of_p[kind][self.row][found] for of_p in (s.p_gradients, s.p_seconds)]
+        if s.path_weights is None:
+            return None, ()
+        return s.path_weights[self.path + start : self.path + start + count], ()
 
     def _preprocess(self) -> None:
         """In one call for both inputs where they have one shape and 1x1 convolutions preprocess them."""
@@ -862,8 +983,8 @@ class LoweredCell:
             ]
         self.norms = [Norms(s, halves.outputs) for halves in self.preprocessing]
 
-    def _node_shape(self, states: Sequence[Image]) -> tuple[int, int, int, int]:
-        n, _, height, width = states[0].y.shape
+    def _node_shape(self, state: Image) -> tuple[int, int, int, int]:
+        n, _, height, width = state.y.shape
         stride = self.cell.edges[0].stride  # the first node reads preprocessed states alone
         return n, self.cell.channels, -(-height // stride), -(-width // stride)
 
@@ -881,16 +1002,20 @@ class LoweredCell:
         for state in reversed(range(len(self.states))):
             slot = self._slot(adjoint, state)
             terms = [] if slot is None else [slot]
-            if state in self.stages:
+            if self.partial:
                 found = self.stages[state].backward(terms, second)
+            elif state in self.stages:
+                found = [self.stages[state].backward(terms, second)]
             else:
-                found = self.s.sum(terms, self.states[state].y)
+                found = [self.s.sum(terms, self.states[state][0].y)]
             if state < 2:
-                of_states.insert(0, found)
-            elif second:
-                self.nodes[state - 2].second(found)
-            else:
-                self.nodes[state - 2].backward(found)
+                of_states = found + of_states
+                continue
+            for mix, of_mix in zip(self.nodes[state - 2], found, strict=True):
+                if second:
+                    mix.second(of_mix)
+                else:
+                    mix.backward(of_mix)
         of_inputs: list[Tensor] = []
         for halves, norms in zip(self.preprocessing, self.norms, strict=True):
             count = len(norms.inputs)
@@ -910,7 +1035,11 @@ class LoweredCell:
             norms.tangent()
         self.output.tangent = self.s.like(self.output.y)
         for state in range(len(self.states)):
+            slot = self._slot(self.output.tangent, state)
             if state >= 2:
-                self.nodes[state - 2].tangent(self._slot(self.output.tangent, state))
-            if state in self.stages:
+                for mix in self.nodes[state - 2]:
+                    mix.tangent(None if self.partial else slot)
+            if self.partial:
+                self.stages[state].tangent(slot)
+            elif state in self.stages:
                 self.stages[state].tangent()

@@ -217,7 +217,8 @@ class Backend(Protocol):
         candidates: Sequence[Source],
         weights: Tensor,
         tangents: Sequence[Tensor],  # yd of each candidate
-        tangent_sums: Tensor,  # [3, candidates, C]: of yd, yd h, yd G, where a candidate has statistics
+        # [3, candidates, C]: of yd, yd h, yd G, where a candidate has statistics; None: none has
+        tangent_sums: Tensor | None,
         adjoint: Tensor,  # G
         *,
         outs: Sequence[Tensor],  # od = sum over k of p_k hd_k
@@ -229,7 +230,7 @@ class Backend(Protocol):
         candidates: Sequence[Source],
         adjoint: Tensor,  # Gd
         first_sums: Tensor,  # what `mix_backward` wrote
-        tangent_sums: Tensor,  # as in `mix_tangent`
+        tangent_sums: Tensor | None,  # as in `mix_tangent`
         products: Tensor,  # what it wrote
         *,
         sums: Tensor,  # [2, candidates, C]: of Gd, Gd h
@@ -310,6 +311,45 @@ class Backend(Protocol):
         pools: Tensor,  # [2, N, C, H', W']: the tangents of both, linear once the positions are held
         sums: Sequence[Sequence[Tensor]],  # [3, C] of each reader: of yd, yd h, yd G
     ) -> list[Launch]: ...
+
+    # Partial channels: what passes by the operations of stride 2, and nodes, whose channels are shuffled.
+
+    def max_pool_2x2_forward(
+        self,
+        x: Tensor,  # H and W are even
+        *,
+        y: Tensor,  # [N, C, H / 2, W / 2]: the maximum of every 2x2 pixels
+        # uint8, like y: of the maximum in its window, 0 to 3, row-major; of equal values the first
+        position: Tensor,
+    ) -> list[Launch]: ...
+
+    def max_pool_2x2_backward(
+        self,
+        position: Tensor,
+        adjoint: Tensor,  # of y, or the second one
+        *,
+        out: Tensor,  # [N, C, H, W]: the adjoint of x
+    ) -> list[Launch]: ...
+
+    def max_pool_2x2_tangent(
+        self,
+        tangent: Tensor,  # of x
+        position: Tensor,
+        *,
+        y: Tensor,  # [N, C, H / 2, W / 2]: the tangent of y, linear once the positions are held
+    ) -> list[Launch]: ...
+
+    def shuffle(
+        self,
+        sources: Sequence[Sequence[Tensor]],
+        groups: int,
+        *,
+        outs: Sequence[Sequence[Tensor]],
+    ) -> list[Launch]:
+        """The sum of the sources, each of which is tensors side by side, C channels together; channel `g *
+        (C / groups) + c` of the sum becomes channel `c * groups + g` of every out, each of which is tensors
+        side by side. All tensors may be slices of channels. It is linear, so it is its own tangent; its
+        adjoint is the same function with C / groups groups."""
 
     def add(self, terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
         """The sum of two or more tensors, which may be slices of channels."""

@@ -539,7 +539,7 @@ class Mix(NamedTuple):
             for k, (t, i, normed) in enumerate(zip(y, h, self.normalised, strict=True))
             if normed
         }
-        of_y = r.entries(of_y, count)
+        of_y = r.entries(of_y, count) if of_y else None
         r("mix_tangent", candidates, weights, tangents, of_y, as_read(g.value),
           outs=outs, products=products)  # fmt: skip
         for out in outs:
@@ -914,6 +914,77 @@ class Pool(NamedTuple):
                 r.compare_sums("yd, yd h, yd G", of_reader, of_tangent(pool, h, g))
 
 
+class MaxPool2x2(NamedTuple):
+    shape: tuple[int, int, int, int]
+
+    def graph(self, device):
+        g = Graph(8, device)
+        x = g.random(*self.shape).mul(2).round().div(2).relu()  # many windows have several maxima
+        x = g.leaf("x", x, g.random(*self.shape, shift=0.5))
+        g.adjoint("g", g.watched("y", F.max_pool2d(x, 2)))
+        return g.sweeps()
+
+    def check(self, r, of):
+        x, y, g = of["x"], of["y"], of["g"]
+        n, c, height, width = self.shape
+        windows = F.unfold(x.value, 2, stride=2).view(n, c, 4, height // 2, width // 2)
+        order = torch.arange(4, 0, -1, device=x.value.device)[:, None, None]
+        expected = ((windows == windows.amax(2, keepdim=True)) * order).argmax(2)  # the first maximum
+        position = poison(types.images(1, y.value.shape, torch.uint8, r.device)[0])
+        out = r.empty_image(y.value.shape)
+        r("max_pool_2x2_forward", r.image(x.value), y=out, position=position)
+        assert torch.equal(position.long(), expected)
+        r.compare("y", out, y.value)
+        position = types.images(1, y.value.shape, torch.uint8, r.device)[0].copy_(expected)
+        for adjoint, result in ((g.value, x.adjoint), (g.tangent, x.second)):
+            out = r.empty_image(self.shape)
+            r("max_pool_2x2_backward", position, r.image(adjoint), out=out)
+            r.compare("the adjoint of x", out, result)
+        out = r.empty_image(y.value.shape)
+        r("max_pool_2x2_tangent", r.image(x.tangent), position, y=out)
+        r.compare("yd", out, y.tangent)
+
+
+class Shuffle(NamedTuple):
+    shape: tuple[int, int, int, int]
+    groups: int
+    first: int  # channels of the first of the two tensors that are side by side
+    terms: int = 1  # whole tensors, which are added in the adjoint
+
+    def graph(self, device):
+        g, (n, c, height, width) = Graph(9, device), self.shape
+        x = [
+            g.leaf(name, *(g.random(n, k, height, width) for _ in range(2)))
+            for name, k in (("x0", self.first), ("x1", c - self.first))
+        ]
+        y = g.watched("y", F.channel_shuffle(torch.cat(x, dim=1), self.groups))
+        for i, piece in enumerate((y[:, : self.first], y[:, self.first :])):
+            g.adjoint(f"g{i}", piece)
+        for i in range(self.terms):
+            g.adjoint(f"term{i}", y)
+        return g.sweeps()
+
+    def check(self, r, of):
+        x, y = [of["x0"], of["x1"]], of["y"]
+        pieces, terms = [of["g0"], of["g1"]], [of[f"term{i}"] for i in range(self.terms)]
+        for parts, expected in (
+            ([t.value for t in x], y.value),
+            ([t.tangent for t in x], y.tangent),
+        ):
+            outs = [r.empty_image(t.value.shape) for t in pieces]
+            whole = r.empty_slice(self.shape)
+            r("shuffle", [[r.image(t) for t in parts]], self.groups, outs=[outs, [whole]])
+            r.compare("the pieces of y", torch.cat(outs, dim=1), expected)
+            r.compare("y", whole, expected)
+        for field, result in (("value", "adjoint"), ("tangent", "second")):
+            read = [[r.slice(getattr(t, field))] for t in terms]
+            read.append([r.image(getattr(t, field)) for t in pieces])
+            outs = [r.empty_image(t.value.shape) for t in x]
+            r("shuffle", read, self.shape[1] // self.groups, outs=[outs])
+            for i, (out, t) in enumerate(zip(outs, x, strict=True)):
+                r.compare(f"the {result} of x{i}", out, getattr(t, result))
+
+
 class Add(NamedTuple):
     shape: tuple[int, int, int, int]
     terms: int
@@ -974,6 +1045,11 @@ CASES = {
     ),
     "factorized convolution": Factorized((2, 3, 6, 7), 1),
     "factorized convolution, stride 2": Factorized((2, 3, 6, 8), 2),
+    "mix of what passes": Mix((2, 5, 3, 4), (False, False)),
+    "2x2 max pool": MaxPool2x2((2, 3, 6, 8)),
+    "shuffle": Shuffle((2, 12, 3, 5), 4, 3),
+    "shuffle of the last node": Shuffle((1, 6, 4, 3), 2, 3, terms=2),
+    "split": Shuffle((2, 8, 3, 4), 1, 2, terms=0),
     "add": Add((2, 5, 3, 4), 3),
     "add two": Add((1, 20, 4, 4), 2),
 }

@@ -24,6 +24,8 @@ import race_tables  # noqa: E402
 import step  # noqa: E402
 import traffic  # noqa: E402
 
+from darts_fast.kernels import native  # noqa: E402
+
 
 def test_the_textbook_step_is_no_slower_than_the_published_port():
     """89,400 launches and 352 GB were counted there at batch 64 and 32x32. Launches do not depend on the
@@ -41,6 +43,25 @@ def test_meta_tensors_count_what_a_real_run_counts(kernels):
     for phase in ("virtual step", "validation pass", "hessian-vector product"):
         assert meta[phase].launches == real[phase].launches, phase
         assert meta[phase].bytes == pytest.approx(real[phase].bytes, rel=0.03), phase
+
+
+def test_what_the_kernels_leave_to_aten_is_counted_as_it_runs():
+    """The shuffle and the 2x2 max pool of partial channels; and a quarter of the channels moves less."""
+    if native.level() is None:
+        pytest.skip(f"the C++ library {native.absence()}")
+    sizes = 3, 8, 3, 8
+    step = traffic.search_step("native", *sizes, "cpu", torch.float32, partial_channels=4)
+    step.take()  # which makes what is made once
+    with traffic.Traffic() as real:
+        step.take()
+    meta, whole = (traffic.count("native", *sizes, partial_channels=k) for k in (4, 1))
+    for operation in ("aten::cat", "aten::copy_", "aten::max.dim", "aten::gather", "aten::where.self"):
+        assert meta.by_name[operation] == real.by_name[operation], operation
+    assert 0 < meta.total.bytes < whole.total.bytes
+
+
+def test_the_race_checks_searches_with_partial_channels():
+    race.check(partial_channels=2)
 
 
 def test_the_peak_of_live_bytes_is_at_most_the_textbooks():

@@ -93,12 +93,25 @@ def plain(cell, inputs, weights, p):
         return x
 
     states = [compute(part, x, 1) for part, x in zip(cell.preprocessing, inputs, strict=True)]
-    p = iter(p)
+    groups, p = cell.partial_channels, iter(p)
+    first = cell.channels // groups
+    mixed = [[next(p) for _ in edge.operations] for edge in cell.edges]
     for node in range(cell.nodes):
-        edges = [edge for edge in cell.edges if edge.node == node]
-        states.append(
-            sum(next(p) * compute(op, states[e.source], e.stride) for e in edges for op in e.operations)
-        )
+        total = 0
+        for edge, of_edge in zip(cell.edges, mixed, strict=True):
+            if edge.node == node:
+                x = states[edge.source][:, :first]
+                total = total + sum(
+                    q * compute(op, x, edge.stride) for q, op in zip(of_edge, edge.operations, strict=True)
+                )
+        if groups > 1:
+            passed = 0
+            for edge in cell.edges:
+                if edge.node == node:
+                    x = states[edge.source][:, first:]
+                    passed = passed + next(p) * (F.max_pool2d(x, 2) if edge.stride == 2 else x)
+            total = F.channel_shuffle(torch.cat([total, passed], dim=1), groups)
+        states.append(total)
     return torch.cat(states[2:], dim=1)
 
 
@@ -136,30 +149,33 @@ def convolutions(book, c, stride):
 MIXED = everything, one_pool, without_pools, convolutions
 
 
-def network(nodes, operations, reduction):
-    """Two cells, the second of which may halve the image; images have 5 channels."""
+def network(nodes, operations, reduction, partial=1):
+    """Three cells, the second of which may halve the image; images have 5 channels. With partial channels the
+    operations have the same widths, the nodes wider ones."""
     book, c, concat = Book(), 4, tuple(range(2, 2 + nodes))
     first = Cell(
-        c,
-        (book.pointwise(5, c), book.pointwise(5, c)),
+        c * partial,
+        (book.pointwise(5, c * partial), book.pointwise(5, c * partial)),
         search_edges(book, c, nodes, 1, operations),
         concat,
         0,
+        partial,
     )
     stride = 2 if reduction else 1
     k = 6
     second = Cell(
-        k,
-        (book.pointwise(5, k), book.pointwise(nodes * c, k)),
+        k * partial,
+        (book.pointwise(5, k * partial), book.pointwise(nodes * c * partial, k * partial)),
         search_edges(book, k, nodes, stride, operations),
         concat,
         int(reduction),
+        partial,
     )
     third = Cell(
-        k,
+        k * partial,
         (
-            book.reduce(nodes * c, k) if reduction else book.pointwise(nodes * c, k),
-            book.pointwise(nodes * k, k),
+            (book.reduce if reduction else book.pointwise)(nodes * c * partial, k * partial),
+            book.pointwise(nodes * k * partial, k * partial),
         ),
         # Edges with different candidates: a state that only some nodes read by a pool, or by the identity.
         tuple(
@@ -169,19 +185,20 @@ def network(nodes, operations, reduction):
         ),
         concat,
         2,
+        partial,
     )
     return book, [first, second, third]
 
 
 @pytest.mark.parametrize("reduction", [False, True], ids=["normal", "reduction"])
 @pytest.mark.parametrize("operations", [everything, without_pools, one_pool, convolutions])
-@pytest.mark.parametrize("nodes", [1, 3])
-def test_all_sweeps_are_automatic_differentiation(nodes, operations, reduction):
+@pytest.mark.parametrize("nodes, partial", [(1, 1), (3, 1), (1, 4), (3, 2)])
+def test_all_sweeps_are_automatic_differentiation(nodes, partial, operations, reduction):
     torch.manual_seed(0)
-    book, data = network(nodes, operations, reduction)
+    book, data = network(nodes, operations, reduction, partial)
     shape = 2, 5, 8, 6
     plan = Plan(data, [shape], torch.float64, book.size, book.channels, 2, Blocks(torch.device("cpu")), aten)
-    lengths = {cell.kind: sum(len(edge.operations) for edge in cell.edges) for cell in data}
+    lengths = {cell.kind: cell.weights for cell in data}
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()
     p = {kind: torch.rand(n, dtype=torch.float64, requires_grad=True) for kind, n in lengths.items()}

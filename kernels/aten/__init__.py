@@ -22,6 +22,12 @@ from darts_fast.kernels.aten.mix import (
     norm_forward,
     norm_tangent,
 )
+from darts_fast.kernels.aten.partial import (
+    max_pool_2x2_backward,
+    max_pool_2x2_forward,
+    max_pool_2x2_tangent,
+    shuffle,
+)
 from darts_fast.kernels.aten.pool import pool_backward, pool_forward, pool_tangent
 from darts_fast.kernels.aten.sepconv import sepconv_backward, sepconv_forward, sepconv_second, sepconv_tangent
 from darts_fast.kernels.types import Call, launches

@@ -65,7 +65,7 @@ def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
     tangents: Sequence[Tensor],
-    tangent_sums: Tensor,
+    tangent_sums: Tensor | None,
     adjoint: Tensor,
     *,
     outs: Sequence[Tensor],
@@ -73,7 +73,7 @@ def mix_tangent(
 ) -> None:
     total = None
     for k, (candidate, p, yd) in enumerate(zip(candidates, weights, tangents, strict=True)):
-        hd = normalise_tangent(yd, candidate, tangent_sums[:, k])
+        hd = normalise_tangent(yd, candidate, None if tangent_sums is None else tangent_sums[:, k])
         total = hd * p if total is None else total.addcmul_(hd, p)
         if candidate.statistics is None:
             products[k] = sums_with(hd, Source(adjoint))[1]
@@ -86,7 +86,7 @@ def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
     first_sums: Tensor,
-    tangent_sums: Tensor,
+    tangent_sums: Tensor | None,
     products: Tensor,
     *,
     sums: Tensor,

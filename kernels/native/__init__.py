@@ -14,6 +14,12 @@ import torch
 
 from darts_fast.kernels.aten.convolution import convolution_backward, convolution_forward
 from darts_fast.kernels.aten.launch import AtenLaunch
+from darts_fast.kernels.aten.partial import (
+    max_pool_2x2_backward,
+    max_pool_2x2_forward,
+    max_pool_2x2_tangent,
+    shuffle,
+)
 from darts_fast.kernels.native.library import (
     LEVELS,
     absence,

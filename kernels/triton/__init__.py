@@ -13,6 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from darts_fast.kernels.aten.convolution import convolution_backward, convolution_forward
+from darts_fast.kernels.aten.partial import (
+    max_pool_2x2_backward,
+    max_pool_2x2_forward,
+    max_pool_2x2_tangent,
+    shuffle,
+)
 from darts_fast.kernels.triton.mix import (
     add,
     fan_out_backward,

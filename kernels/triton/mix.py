@@ -444,7 +444,7 @@ def mix_tangent(
     candidates: Sequence[Source],
     weights: Tensor,
     tangents: Sequence[Tensor],
-    tangent_sums: Tensor,
+    tangent_sums: Tensor | None,
     adjoint: Tensor,
     *,
     outs: Sequence[Tensor],
@@ -466,7 +466,7 @@ def mix_tangent(
         "p_means": means,
         "p_rs": rs,
         "p_weights": weights,
-        "p_sums": tangent_sums,
+        "p_sums": weights if tangent_sums is None else tangent_sums,
         "p_adjoint": adjoint if count else y,
         "p_partials": y if partials is None else partials,
         "p_products": products if count else y,
@@ -488,14 +488,15 @@ def mix_second(
     candidates: Sequence[Source],
     adjoint: Tensor,
     first_sums: Tensor,
-    tangent_sums: Tensor,
+    tangent_sums: Tensor | None,
     products: Tensor,
     *,
     sums: Tensor,
     weight_gradient: Tensor,
 ) -> list[Launch]:
     adjoints = [adjoint] * len(candidates)
-    return [_sums(adjoints, candidates, sums, weight_gradient, (first_sums, tangent_sums, products))]
+    read = first_sums, first_sums if tangent_sums is None else tangent_sums, products
+    return [_sums(adjoints, candidates, sums, weight_gradient, read)]
 
 
 def _sums(
