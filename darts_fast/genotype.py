@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from darts_fast.errors import InputError
@@ -208,6 +209,26 @@ def _strongest(strength: list[list[float]], space: Space) -> Gene:
         edges.sort(key=lambda edge: -strength[edge][best[edge]])  # stable: equals stay in order
         gene.append([(names[best[edge]], connections[edge][0]) for edge in edges[:EDGES_KEPT]])
     return gene
+
+
+def random_genotype(generator: torch.Generator) -> Genotype:
+    """A genotype of the search space, every one with the same probability: each node reads two different
+    states before it, each by one of the seven candidates other than `none`.
+
+    generator: of the CPU.
+    """
+    names = [name for name in CANDIDATES if name != "none"]
+
+    def gene() -> Gene:
+        nodes = []
+        for node in range(NODES):
+            sources = torch.randperm(INPUTS + node, generator=generator)[:EDGES_KEPT].tolist()
+            chosen = torch.randint(len(names), (EDGES_KEPT,), generator=generator).tolist()
+            nodes.append([(names[k], source) for k, source in zip(chosen, sources, strict=True)])
+        return nodes
+
+    concat = range(INPUTS, INPUTS + NODES)
+    return Genotype(gene(), concat, gene(), concat)
 
 
 def _range_if_consecutive(states: list[int]) -> range | list[int]:
