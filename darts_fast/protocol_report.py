@@ -218,12 +218,15 @@ def _markdown(
         "",
         *_header("test top-1", "mean ± deviation", "trainings", "parameters", "multiply-adds"),
     ]
-    for name, noun in (("found", "the best of {} searches"), ("random", "the best of {} random cells")):
-        group = groups[name]
+    for name, group in groups.items():
+        count = len(group.candidates)
+        noun = _count(count, "random cell")
+        if name == "found":
+            noun = f"{count} search{'' if count == 1 else 'es'}"
         ended = [outcome for outcome in group.trainings if "failed" not in outcome]
         lines.append(
             _row(
-                f"**{noun.format(len(group.candidates))}**",
+                f"**the best of {noun}**",
                 f"**{_spread(group)}**" if ended else "none",
                 f"{len(ended)} of {config.trainings}",
                 f"{ended[0]['parameters'] / 1e6:.3g} M" if ended else "",
