@@ -326,10 +326,10 @@ class ProtocolConfig(Config):
         "search": (SearchConfig, {}, {}),
         "brief": (
             TrainConfig,
-            {"epochs": 10, "init_channels": 8, "layers": 3, "train_portion": 0.5},
+            {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5},
             {"epochs": 100, "init_channels": 16, "layers": 8, "train_portion": 0.5},
         ),
-        "train": (TrainConfig, {"epochs": 15}, {}),
+        "train": (TrainConfig, {}, {}),
     }
 
     name: str | None = option(
@@ -351,13 +351,13 @@ class ProtocolConfig(Config):
     brief_settings: str = option(
         "",
         "settings of run_from.py for every brief training; its train_portion leaves images to choose by",
-        shown="digits epochs=10 init_channels=8 layers=3, else epochs=100 init_channels=16 layers=8; "
+        shown="digits epochs=20 init_channels=8 layers=3, else epochs=100 init_channels=16 layers=8; "
         "train_portion=0.5",
     )
     train_settings: str = option(
         "",
         "settings of run_from.py for every training of a chosen cell",
-        shown="digits epochs=15, else those of run_from.py",
+        shown="those of run_from.py",
     )
 
     def __post_init__(self):

@@ -22,12 +22,13 @@ from darts_fast.search import Search
 from darts_fast.train import Training
 
 CELLS = "init_channels=2 layers=3 batch_size=16"
+PLAIN = f"lr=0.1 cutout_length=0 drop_path_prob=0 {CELLS}"
 TINY = ProtocolConfig(
     searches=2,
     trainings=2,
     search_settings=f"epochs=1 order=1 {CELLS}",
-    brief_settings=f"epochs=1 lr=0.1 train_portion=0.4 {CELLS}",
-    train_settings=f"epochs=2 lr=0.1 {CELLS}",
+    brief_settings=f"epochs=2 train_portion=0.4 {PLAIN}",
+    train_settings=f"epochs=2 {PLAIN}",
 )
 REPORT = ("report.md", "report.json", "curves.png", "found.svg", "random.svg")
 
@@ -75,6 +76,7 @@ def test_the_best_on_validation_images_is_trained_with_every_seed(whole):
         assert [c["validation_top1"] for c in part["candidates"]] == validation
         assert [c.get("seed") for c in part["candidates"]] == seeds[group]
         assert [settings(run)["seed"] for run in brief] == [2, 2]
+        assert validation[0] != validation[1]
         chosen = validation.index(max(validation))
         assert part["chosen"] == f"{group}-{chosen + 1}"
         genotypes = [settings(run)["genotype"] for run in brief]
@@ -85,6 +87,7 @@ def test_the_best_on_validation_images_is_trained_with_every_seed(whole):
         assert {settings(run)["train_portion"] for run in runs} == {1.0}
         test = [accuracies(run, "test_top1")[-1] for run in runs]
         assert [t["top1"] for t in part["trainings"]] == test
+        assert test[0] != test[1]
         assert part["mean"] == pytest.approx(sum(test) / 2)
         deviation = (sum((t - sum(test) / 2) ** 2 for t in test) / (2 - 1)) ** 0.5
         assert part["deviation"] == pytest.approx(deviation)
