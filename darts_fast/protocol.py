@@ -334,6 +334,7 @@ def _tell(line: str) -> None:
 
 def main() -> None:
     parser = argument_parser(ProtocolConfig, __doc__)
+    parser.prog = "python -m darts_fast.protocol"
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the protocol of this folder, on --device if given"
     )

@@ -121,6 +121,20 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert again == result
 
 
+def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
+    """Without the settings that came later."""
+    signal_at(Training, 3, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(TINY, data)
+    path = in_tmp / "augments" / "tensors"
+    state, settings = checkpoint(path), json.loads((path / "config.json").read_text())
+    for name, value in {"label_smoothing": 0.0, "ema": 0.0, "train_portion": 1.0}.items():
+        assert state["settings"].pop(name) == settings.pop(name) == value
+    torch.save(state, path / "checkpoint.pt")
+    (path / "config.json").write_text(json.dumps(settings))
+    assert_same_run(undisturbed.path, resume_training(path, data).path)
+
+
 def test_random_numbers_of_another_kind_of_device_begin_anew_from_the_position(data, in_tmp, signal_at):
     """A generator's state has 5,056 bytes on a CPU and 16 on CUDA."""
     for number, at in enumerate((3, 3, 4)):
