@@ -40,6 +40,7 @@ from darts_fast.runs import (
     writing,
 )
 from darts_fast.search import Search, resume_search, search
+from darts_fast.spaces import read_space, written_out
 from darts_fast.state import check_keys, check_number
 from darts_fast.train import Data, Training, resume_training, train
 
@@ -81,10 +82,15 @@ def protocol(config: ProtocolConfig, data: Data | None = None) -> ProtocolResult
     """
     dataset = read_data(config, data)
     config = config.resolved(dataset.name)
+    given = config.of_run("search").space
+    space = written_out(read_space(given))
+    if given != space:  # a file, which may be another one, or elsewhere, when the protocol is resumed
+        settings = f"{config.search_settings} {shlex.quote(f'space={space}')}"
+        config = dataclasses.replace(config, search_settings=settings)
     # What a run of the last phase refuses is refused before the first.
     Search(config.of_run("search"), dataset)
     for phase in ("brief", "train"):
-        Training(config.of_run(phase, genotype=random_cell(config.seed, 0)), dataset)
+        Training(config.of_run(phase, genotype=random_cell(config, 0)), dataset)
     path, environment = new_folder(config, dataset.name, config.FOLDER)
     with Protocol(path, dataclasses.replace(config, name=path.name), environment, data) as run:
         return run.run()
@@ -101,9 +107,10 @@ def resume_protocol(path: str | Path, data: Data | None = None, device: str | No
         return run.run()
 
 
-def random_cell(seed: int, number: int) -> Genotype:
-    """The random genotype of that number, from 0, which depends on nothing else but the seed."""
-    return random_genotype(seeded("cpu", seed, number))
+def random_cell(config: ProtocolConfig, number: int) -> Genotype:
+    """The random genotype of that number, from 0, of the searches' space. It depends on nothing else but the
+    seed."""
+    return random_genotype(seeded("cpu", config.seed, number), read_space(config.of_run("search").space))
 
 
 class Protocol:
@@ -157,7 +164,7 @@ class Protocol:
                     for search in found
                 ]
             ),
-            "random": Group([Candidate(None, random_cell(config.seed, i)) for i in range(config.searches)]),
+            "random": Group([Candidate(None, random_cell(config, i)) for i in range(config.searches)]),
         }
         for name, group in groups.items():
             for i, candidate in enumerate(group.candidates):

@@ -7,6 +7,7 @@ from darts_fast import Genotype
 from darts_fast.data import seeded
 from darts_fast.genotype import derive, random_genotype
 from darts_fast.space import CANDIDATES
+from darts_fast.spaces import SPACES
 
 
 def test_the_official_rule(golden_search):
@@ -63,3 +64,15 @@ def test_random_genotypes_are_valid_reproducible_and_uniform():
             assert_uniform([frozenset(state for _, state in node) for node in nodes], pairs)
             for place in range(2):
                 assert_uniform([node[place][0] for node in nodes], names)
+
+
+def test_random_genotypes_of_a_space_read_each_edge_by_its_own_candidates():
+    space, seen = SPACES["s1"], set()
+    for i in range(300):
+        genotype = random_genotype(seeded("cpu", 1, i), space)
+        for kind in ("normal", "reduce"):
+            for number, node in enumerate(getattr(genotype, kind)):
+                for name, source in node:
+                    assert name in getattr(space, kind)[space.edges.index((source, number))]
+                    seen.add((kind, number, name, source))
+    assert len(seen) == 2 * 2 * 14  # both candidates of each edge of both cells

@@ -102,7 +102,7 @@ def test_the_best_on_validation_images_is_trained_with_every_seed(whole):
         assert settings(run)["seed"] == 2 + i
         assert candidate["supernet_top1"] == max(accuracies(run, "val_top1"))
         assert candidate["genotype"] == str(load_genotype(run))
-    assert [c["genotype"] for c in other["candidates"]] == [str(random_cell(2, i)) for i in range(2)]
+    assert [c["genotype"] for c in other["candidates"]] == [str(random_cell(TINY, i)) for i in range(2)]
 
 
 def test_the_report_says_the_same_as_its_figures(whole):
@@ -277,6 +277,7 @@ BAD = {
     "--brief_settings 'epochs=1": "brief_settings: No closing quotation",
     "--brief_settings train_portion=1": "train_portion must be below 1, to choose by other images, not 1.0",
     "--train_settings train_portion=0.5": "train_settings: train_portion must be 1, not 0.5",
+    "--search_settings space=s9": "space must be darts, s1, s2, s3",
     "--train_settings seed=1": "train_settings: seed is the protocol's: it is not passed on",
     "--train_settings fused": "train_settings: fused is the protocol's: it is not passed on",
     "--train_settings genotype=DARTS": "train_settings: genotype is the protocol's: it is not passed on",
@@ -359,3 +360,21 @@ def test_a_setting_that_is_passed_on_wins_over_the_default():
     sizes = {name: (p.epochs, p.init_channels, p.layers) for name, p in phases.items()}
     assert sizes == {"search": (50, 16, 8), "brief": (100, 16, 8), "train": (600, 36, 20)}
     assert all(phase.fused for phase in phases.values())
+
+
+def test_random_cells_are_of_the_searches_space(data, in_tmp, signal_at):
+    """Also where its file is gone when the protocol is resumed."""
+    space = {"nodes": 2, "normal": ["skip_connect", "sep_conv_3x3"], "reduce": ["none", "max_pool_3x3"]}
+    Path("space.json").write_text(json.dumps(space))
+    text = f"{TINY.search_settings} space=space.json"
+    signal_at(Search, 2, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        protocol(dataclasses.replace(TINY, search_settings=text, trainings=1), data)
+    Path("space.json").unlink()
+    resume_protocol("protocols/tensors", data)
+    content = report(Path("protocols/tensors"))
+    for group in ("found", "random"):
+        for genotype in (load_genotype(c["genotype"]) for c in content[group]["candidates"]):
+            assert [len(genotype.normal), len(genotype.reduce)] == [2, 2]
+            assert {name for node in genotype.normal for name, _ in node} <= {"skip_connect", "sep_conv_3x3"}
+            assert {name for node in genotype.reduce for name, _ in node} == {"max_pool_3x3"}
