@@ -237,8 +237,8 @@ def _markdown(
     if error is not None:
         lines += [
             "",
-            f"The means differ by {100 * difference:+.2f} points (standard error {100 * error:.2f}); "
-            "a difference of less than two standard errors may well be chance.",
+            f"The first mean less the second is {100 * difference:+.2f} points, with a standard error of "
+            f"{100 * error:.2f}; a difference of less than two standard errors may well be chance.",
         ]
     lines += [
         "",

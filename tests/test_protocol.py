@@ -378,3 +378,19 @@ def test_random_cells_are_of_the_searches_space(data, in_tmp, signal_at):
             assert [len(genotype.normal), len(genotype.reduce)] == [2, 2]
             assert {name for node in genotype.normal for name, _ in node} <= {"skip_connect", "sep_conv_3x3"}
             assert {name for node in genotype.reduce for name, _ in node} == {"max_pool_3x3"}
+
+
+def test_hours_of_a_killed_run_count_up_to_its_last_checkpoint(whole, data, in_tmp):
+    path = shutil.copytree(whole.path, in_tmp / "protocols" / "tensors")
+    runs, hours = (json.loads((path / name).read_text()) for name in ("runs.json", "hours.json"))
+    key, before = "trainings/random-seed-3", dict(hours)
+    del runs["runs"][key]
+    hours[key] = {"hours": 2.0, "since": 1000.0}
+    (path / "runs.json").write_text(json.dumps(runs))
+    (path / "hours.json").write_text(json.dumps(hours))
+    os.utime(path / key / "checkpoint.pt", (4600, 4600))
+    resume_protocol(path, data)
+    after = json.loads((path / "hours.json").read_text())
+    assert after[key]["since"] is None and 3 < after.pop(key)["hours"] < 3.1
+    del before[key]
+    assert after == before
