@@ -139,7 +139,7 @@ def test_the_test_images_have_no_part_in_the_choice(whole, data, in_tmp):
     assert same(states[0]["state_dict"], states[1]["state_dict"])
 
 
-@pytest.mark.parametrize(("loop", "at"), [(Search, 2), (Training, 1), (Training, 12)])
+@pytest.mark.parametrize(("loop", "at"), [(Search, 2), (Training, 6)])
 def test_stopped_by_a_signal_and_resumed_gives_the_same_report(loop, at, whole, data, in_tmp, signal_at):
     signal_at(loop, at, signal.SIGTERM)
     sentence = (
