@@ -7,7 +7,7 @@ print(result.genotype)
 
 from importlib.metadata import version
 
-from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.config import ProtocolConfig, SearchConfig, TrainConfig
 from darts_fast.derived import load_network, network
 from darts_fast.errors import InputError, RunError
 from darts_fast.genotype import Genotype
@@ -20,6 +20,7 @@ __version__ = version("darts_fast")
 __all__ = [
     "Genotype",
     "InputError",
+    "ProtocolConfig",
     "RunError",
     "SearchConfig",
     "SearchResult",

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import reprlib
+import shlex
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ SKIPS: Check = (lambda value: 1 <= value <= 8, "from 1 to 8")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
 NASBENCH201_LAYERS: Check = (lambda value: 1 <= value <= 1000, "from 1 (cell a stage) to 1000")
 IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
+PORTION: Check = (lambda value: 0 < value <= 1, "above 0, at most 1")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
 
 FOLDER_IMAGE_SIZE = 32  # of the data set `folder`, whose files may be of any size
@@ -338,6 +340,12 @@ class TrainConfig(Config):
         None, "width of a node in the first cell", EVEN, shown="digits 16, ImageNet stem 48, else 36"
     )
     layers: int | None = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
+    train_portion: float = option(
+        1.0,
+        "share of the training images that is trained on; below 1 the network is tested on the others, in "
+        "place of the test images; they are the same for every seed",
+        PORTION,
+    )
     label_smoothing: float = option(
         0.0,
         "share of a label that the training loss (not the test's) spreads evenly over all classes",
@@ -379,6 +387,88 @@ class TrainConfig(Config):
             sizes = {name: value for name, value in self.IMAGENET.items() if getattr(self, name) is None}
             return super(TrainConfig, dataclasses.replace(self, **sizes)).resolved(dataset)
         return super().resolved(dataset)
+
+
+@dataclass(frozen=True)
+class ProtocolConfig(Config):
+    """Settings of the paper's protocol: searches, the choice of a cell, its trainings."""
+
+    FOLDER, WORD = "protocols", "protocol"
+    SMALL, PAPER = {}, {}
+    # The runs of a phase: the kind of their settings, and which of these are not that kind's defaults, for
+    # digits and for every other data set.
+    PHASES = {
+        "search": (SearchConfig, {}, {}),
+        "brief": (
+            TrainConfig,
+            {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5},
+            {"epochs": 100, "init_channels": 16, "layers": 8, "train_portion": 0.5},
+        ),
+        "train": (TrainConfig, {}, {}),
+    }
+
+    name: str | None = option(
+        None, "folder, below protocols/", shown="the data set's name, numbered where that is taken"
+    )
+    searches: int = option(4, "searches, and random cells beside them", AT_LEAST_1)
+    trainings: int = option(5, "trainings of the chosen cell, and of the chosen random one", AT_LEAST_1)
+    seed: int = option(
+        2,
+        "seed of the first search, of every brief training and of the first training; the next search and "
+        "training have the next number; random cells depend on it and their number",
+        SEED,
+    )
+    search_settings: str = option(
+        "",
+        "settings of run.py for every search, such as 'epochs=20 order=1'",
+        shown="those of run.py",
+    )
+    brief_settings: str = option(
+        "",
+        "settings of run_from.py for every brief training; its train_portion leaves images to choose by",
+        shown="digits epochs=20 init_channels=8 layers=3, else epochs=100 init_channels=16 layers=8; "
+        "train_portion=0.5",
+    )
+    train_settings: str = option(
+        "",
+        "settings of run_from.py for every training of a chosen cell",
+        shown="those of run_from.py",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        last = self.seed + max(self.searches, self.trainings) - 1
+        if last > LARGEST:
+            raise InputError(f"the last run's seed would be {last}, and must be at most {LARGEST}")
+        for phase in self.PHASES:
+            self.of_run(phase)
+
+    def of_run(self, phase: str, **own: Any) -> Config:
+        """The settings of a run of the phase, "search", "brief" or "train"; `own` are that run's, such as its
+        seed.
+
+        Raises:
+            InputError: the settings that are passed on are none, or the protocol's own.
+        """
+        kind, small, paper = self.PHASES[phase]
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        field = f"{phase}_settings"
+        try:
+            words = shlex.split(getattr(self, field))
+            for name in (word.partition("=")[0] for word in words):
+                if name in (*shared, "name", "seed", "genotype"):
+                    raise InputError(f"{name} is the protocol's: it is not passed on")
+                if name not in {known.name for known in dataclasses.fields(kind)}:
+                    raise InputError(f"no setting of a {kind.WORD} is called {reprlib.repr(name)}")
+            given = vars(argument_parser(kind, "").parse_args([f"--{word}" for word in words]))
+            defaults = small if self.dataset == "digits" else paper
+            config = kind(**{**shared, **defaults, **given, **own})
+        except ValueError as error:  # an InputError, or a quotation that does not end
+            raise InputError(f"{field}: {error}") from error
+        if phase != "search" and (config.train_portion < 1) != (phase == "brief"):
+            needed = "below 1, to choose by other images" if phase == "brief" else "1"
+            raise InputError(f"{field}: train_portion must be {needed}, not {config.train_portion}")
+        return config
 
 
 NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -5,10 +5,11 @@ import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from darts_fast.errors import InputError
-from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Space
+from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Candidates, Space
 
 EDGES_KEPT = 2  # incoming edges that each node keeps (section 2.4)
 OPERATIONS = tuple(name for name in PRIMITIVES if name != "none")  # what an edge of a genotype may be
@@ -215,6 +216,35 @@ def _strongest(strength: list[list[float]], space: Space) -> Gene:
         edges.sort(key=lambda edge: -strength[edge][best[edge]])  # stable: equals stay in order
         gene.append([(names[best[edge]], connections[edge][0]) for edge in edges[:EDGES_KEPT]])
     return gene
+
+
+def random_genotype(generator: torch.Generator, space: Space = DARTS) -> Genotype:
+    """A random genotype of the space: each node reads two different states before it, every two of them with
+    the same probability, and each by one of the edge's candidates other than `none`, every one of these with
+    the same probability.
+
+    generator: of the CPU.
+    """
+
+    def gene(candidates: Candidates) -> Gene:
+        names = {
+            edge: [name for name in of_edge if name != "none"]
+            for edge, of_edge in zip(space.edges, candidates, strict=True)
+        }
+        return [
+            [
+                (names[source, node][_drawn(len(names[source, node]), generator)], source)
+                for source in torch.randperm(INPUTS + node, generator=generator)[:EDGES_KEPT].tolist()
+            ]
+            for node in range(space.nodes)
+        ]
+
+    concat = range(INPUTS, INPUTS + space.nodes)
+    return Genotype(gene(space.normal), concat, gene(space.reduce), concat)
+
+
+def _drawn(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
 
 
 def _range_if_consecutive(states: list[int]) -> range | list[int]:

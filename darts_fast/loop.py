@@ -60,10 +60,11 @@ LATER_SETTINGS = {
     "stop_at_eigenvalue": None,
     "beta_decay": 0.0,
     "alpha_warmup": 0,
+    "train_portion": 1.0,
 }
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
-MEASURED = {"val": "validation", "test": "test", "ema": "test, moving average:"}
+MEASURED = {"val": "validation", "test": "test", "ema": "moving average:"}
 
 
 class Loop(ABC):

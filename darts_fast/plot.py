@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -260,6 +260,62 @@ def alpha_heat_map(alphas: np.ndarray, title: str, names: Names = DARTS.names) -
         text = f"{alphas[row, column]:.4f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, label="softmax(alpha) - 1 / candidates")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+class Curve(NamedTuple):
+    """Values of the epochs from 1 on, how their line is drawn, and its name in the legend ("": none), where
+    each name is once."""
+
+    values: list[float]
+    colour: str
+    dashed: bool
+    width: float
+    label: str
+
+
+class Panel(NamedTuple):
+    """Curves on common axes."""
+
+    title: str
+    curves: list[Curve]
+
+
+def curves(panels: list[Panel]) -> bytes:
+    """A PNG of accuracies in percent by epoch, the panels side by side. The first epochs, which are far below
+    the others, may lie outside: an axis begins at the least value of the second half of the epochs, and a
+    little below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6 * len(panels), 4.6), dpi=100, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set_title(panel.title)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("top-1 accuracy (%)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        named = {""}
+        for values, colour, dashed, width, label in panel.curves:
+            style = {"linestyle": "--" if dashed else "-", "marker": "." if len(values) < 20 else ""}
+            epochs = range(1, len(values) + 1)
+            axes.plot(
+                epochs,
+                values,
+                color=colour,
+                linewidth=width,
+                label=None if label in named else label,
+                **style,
+            )
+            named.add(label)
+        late = [value for curve in panel.curves for value in curve.values[len(curve.values) // 2 :]]
+        if late:
+            margin = 0.1 * (max(late) - min(late)) + 0.1
+            axes.set_ylim(min(late) - margin, max(late) + margin)
+            axes.legend(loc="best", fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

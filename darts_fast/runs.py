@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -69,42 +69,23 @@ class RunFolder:
             self._files = {file: (path / file).open("ab") for file in appended(name)}
         self._log, self._metrics, self._events = self._files.values()
         self._records = RecordWriter(self._events)
-        self._lock()
+        try:
+            lock(self._log, path)
+        except InputError:
+            self.close()
+            raise
 
     @classmethod
-    def create(cls, config: Config, default_name: str) -> "RunFolder":
-        """The new folder of config.name, below searchs/ or augments/; where config has no name, the first
-        that is free of default_name, default_name-2, ...
+    def create(cls, config: Config, default_name: str, parent: str | Path | None = None) -> "RunFolder":
+        """The folder that `new_folder` makes, opened; its `parent` is searchs/ or augments/ if not given.
 
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
-        parent, name = config.FOLDER, config.name
-        if name is not None and not is_folder_name(name):
-            raise InputError(f"name must be the name of a new folder below {parent}, not {name!r}")
-        path = Path(parent, name or default_name)
-        number = 1
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
-                    if name is not None:
-                        raise InputError(
-                            f"{path} exists and is not overwritten; choose another --name, "
-                            f"or go on with it by --resume {path}"
-                        ) from None
-                number += 1
-                path = Path(parent, f"{default_name}-{number}")
+        path, environment_now = new_folder(config, default_name, parent or config.FOLDER)
         try:
-            settings = {**dataclasses.asdict(config), "name": path.name}
-            content = {**settings, "environment": environment(config.device)}
-            with writing(path / CONFIG):
-                write_atomically(path / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
             folder = cls(path, path.name)
-            folder.environment = content["environment"]
+            folder.environment = environment_now
             folder._event(file_version="brain.Event:2")
             return folder
         except BaseException:
@@ -164,19 +145,6 @@ class RunFolder:
                 )
         return checkpoint
 
-    def _lock(self) -> None:
-        """Keeps a second process out for as long as this one lives; a kill lets go of the lock too."""
-        try:
-            if fcntl:
-                fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise InputError(
-                f"another process is writing {self.path}; wait for it or stop it first"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -231,8 +199,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """A whole file, replaced at once."""
-        with writing(self.path / name):
-            write_atomically(self.path / name, json.dumps(content, indent=2).encode() + b"\n")
+        write_json(self.path / name, content)
 
     def save_tensors(self, name: str, state: dict[str, Any]) -> None:
         """A file of tensors and plain values, replaced at once."""
@@ -256,6 +223,59 @@ class RunFolder:
         with writing(self.path):
             self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
             self._events.flush()
+
+
+def new_folder(config: Config, default_name: str, parent: str | Path) -> tuple[Path, dict[str, str]]:
+    """Makes the folder of config.name below `parent`, or where config has no name the first that is free of
+    default_name, default_name-2, ..., with a config.json in it. Returns its path and the environment.
+
+    Raises:
+        InputError: the name is no folder name, the folder exists, or it cannot be written.
+    """
+    name = config.name
+    if name is not None and not is_folder_name(name):
+        raise InputError(f"name must be the name of a new folder below {parent}, not {name!r}")
+    path = Path(parent, name or default_name)
+    number = 1
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                if name is not None:
+                    raise InputError(
+                        f"{path} exists and is not overwritten; choose another --name, "
+                        f"or go on with it by --resume {path}"
+                    ) from None
+            number += 1
+            path = Path(parent, f"{default_name}-{number}")
+    try:
+        environment_now = environment(config.device)
+        write_json(
+            path / CONFIG, {**dataclasses.asdict(config), "name": path.name, "environment": environment_now}
+        )
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return path, environment_now
+
+
+def lock(file: IO[bytes], path: Path) -> None:
+    """Keeps a second process out of the folder `path` for as long as `file`, which is in it, is open here; a
+    kill closes it, too.
+
+    Raises:
+        InputError: another process is in it.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is writing {path}; wait for it or stop it first") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def appended(name: str) -> tuple[str, str, str]:
@@ -311,6 +331,12 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {error.filename or path}: {error.strerror or error}; "
             "what was saved before is intact"
         ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A whole file, replaced at once. Raises InputError where it cannot be written."""
+    with writing(path):
+        write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

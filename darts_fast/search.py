@@ -49,13 +49,16 @@ class SearchResult(NamedTuple):
     path: Path  # the run folder
 
 
-def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> SearchResult:
+def search(
+    config: SearchConfig, data: tuple[Tensor, Tensor] | None = None, parent: str | Path | None = None
+) -> SearchResult:
     """Searches for an architecture; writes the run folder `searchs/<name>/`.
 
     Args:
         config: the settings; what is None takes the data set's default.
         data: the user's own training images (uint8 [N, channels, H, W]) and labels (integers [N]), used
             instead of `config.dataset`.
+        parent: where the run folder is made; None: searchs/.
 
     Raises:
         InputError: bad settings or data, or the folder exists or cannot be written.
@@ -63,7 +66,7 @@ def search(config: SearchConfig, data: tuple[Tensor, Tensor] | None = None) -> S
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
     run = Search(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
-    with RunFolder.create(run.config, run.dataset.name) as run.folder:
+    with RunFolder.create(run.config, run.dataset.name, parent) as run.folder:
         run.config = dataclasses.replace(run.config, name=run.folder.path.name)
         return run.run()
 

@@ -28,7 +28,16 @@ from darts_fast.derived import (
 )
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on, missing_on
-from darts_fast.loop import Loop, Means, batch_sizes, cosine, evaluated, hits, refusing_what_does_not_fit
+from darts_fast.loop import (
+    MEASURED,
+    Loop,
+    Means,
+    batch_sizes,
+    cosine,
+    evaluated,
+    hits,
+    refusing_what_does_not_fit,
+)
 from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
@@ -36,15 +45,18 @@ from darts_fast.runs import RunFolder, environment, read_config
 from darts_fast.state import check_keys, check_number, copy_state
 
 # Streams of random numbers, told apart by the second number of a seed.
-TRAIN_ORDER, AUGMENTATION, DROP_PATH = range(3)
+TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT = range(4)
 
 BEST, FINAL, AVERAGE = "best.pt", "final.pt", "ema.pt"
+
+NO_TEST_IMAGES = "data has no test images; give them and their labels as its third and fourth tensor"
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # training images and labels, test images and labels
 
 
 class TrainResult(NamedTuple):
-    """What a training ended in. Accuracies are of the test images, 0 to 1."""
+    """What a training ended in. Accuracies are of the test images, 0 to 1; with a `train_portion` below 1, of
+    the training images that were held out."""
 
     top1: float  # after the last epoch
     top5: float
@@ -58,7 +70,7 @@ class TrainResult(NamedTuple):
     )
 
 
-def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
+def train(config: TrainConfig, data: Data | None = None, parent: str | Path | None = None) -> TrainResult:
     """Trains a genotype; writes the run folder `augments/<name>/` with best.pt and final.pt, and with
     a moving average of the weights ema.pt.
 
@@ -66,6 +78,7 @@ def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
         config: the settings; what is None takes the data set's default.
         data: the user's own images (uint8 [N, channels, H, W]) and labels (integers [N]), to train and to
             test, used instead of `config.dataset`.
+        parent: where the run folder is made; None: augments/.
 
     Raises:
         InputError: bad settings or data, or the folder exists or cannot be written.
@@ -76,7 +89,7 @@ def train(config: TrainConfig, data: Data | None = None) -> TrainResult:
         raise InputError("genotype must be given: --genotype DARTS_V2, --genotype searchs/digits, ...")
     config = dataclasses.replace(config, genotype=str(load_genotype(config.genotype)))
     run = Training(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
-    with RunFolder.create(run.config, run.dataset.name) as run.folder:
+    with RunFolder.create(run.config, run.dataset.name, parent) as run.folder:
         run.config = dataclasses.replace(run.config, name=run.folder.path.name)
         return run.run()
 
@@ -99,7 +112,8 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
 
 
 def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
-    """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images.
+    """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images, also
+    where it was trained on a part of the training images and judged by the others.
 
     A training with `fused` is tested by the fused kernels, too, where this machine has them, and else by
     PyTorch's modules, to rounding with the same result.
@@ -122,6 +136,8 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
+    if not len(dataset.test_labels):
+        raise InputError(NO_TEST_IMAGES)
     checksum, found = fingerprint(dataset), {}
     for name in files:
         module, content = unpacked(path / name)
@@ -138,6 +154,24 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
         with strict_float32(), refusing_what_does_not_fit(what, where):
             found[name] = evaluated(module.to(where), batches, order, config.batch_size)
     return found
+
+
+def split(images: int, train_portion: float) -> tuple[Tensor, Tensor]:
+    """Indices (int64) of so many training images that are trained on, and of those held out. They do not
+    depend on a run's seed, so that trainings can be compared.
+
+    Raises:
+        InputError: fewer than two are left to train on, or none of a portion below 1 is held out.
+    """
+    if train_portion == 1:
+        return torch.arange(images), torch.arange(0)
+    order, size = permutation(images, SPLIT), int(train_portion * images)
+    if size < 2 or size == images:
+        raise InputError(
+            f"train_portion {train_portion} gives {size} of {images} images to the training and "
+            f"{images - size} to judge it by; it needs at least 2 and 1"
+        )
+    return order[:size], order[size:]
 
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
@@ -275,8 +309,8 @@ class Training(Loop):
     """A training under way: the network, its optimizer, and the position in the schedule.
 
     Raises:
-        InputError: the images have a size that the stem does not take, there are none to test, or the data or
-            the network do not fit the memory.
+        InputError: the images have a size that the stem does not take, there are none to test or too few to
+            train on, or the data or the network do not fit the memory.
     """
 
     program, function = "run_from.py", "resume_training"
@@ -285,19 +319,23 @@ class Training(Loop):
 
     def __init__(self, config: TrainConfig, dataset: Dataset):
         check_for_network(dataset, SIZE_MULTIPLE[config.stem])
-        if not len(dataset.test_labels):
-            raise InputError(
-                "data has no test images; give them and their labels as its third and fourth tensor"
-            )
+        if config.train_portion == 1 and not len(dataset.test_labels):
+            raise InputError(NO_TEST_IMAGES)
         config = config.resolved(dataset.name)
-        super().__init__(config, dataset, len(dataset.labels), config.seed, AUGMENTATION)
-        self.test_batches = self._batches(dataset.test_images, dataset.test_labels)
+        self.train_part, held_out = split(len(dataset.labels), config.train_portion)
+        super().__init__(config, dataset, len(self.train_part), config.seed, AUGMENTATION)
+        # What the network is judged by after an epoch: its key in MEASURED, the images, and which of them.
+        if config.train_portion < 1:
+            self.judge, self.judge_batches, self.judge_order = "val", self.batches, held_out
+        else:
+            self.judge, self.judge_order = "test", torch.arange(len(dataset.test_labels))
+            self.judge_batches = self._batches(dataset.test_images, dataset.test_labels)
         self.genotype = load_genotype(config.genotype)
         self.height, self.width = dataset.images.shape[2:]
         self.auxiliary = config.aux_weight > 0 and auxiliary_fits(self.height, self.width, config.stem)
-        if self.auxiliary and 1 in (config.batch_size, len(dataset.labels) % config.batch_size):
+        if self.auxiliary and 1 in (config.batch_size, self.train_images % config.batch_size):
             raise InputError(
-                f"{len(dataset.labels)} images in batches of {config.batch_size} end in a batch of one, "
+                f"{self.train_images} images in batches of {config.batch_size} end in a batch of one, "
                 "which has no variance for the auxiliary head's batch norm; choose another --batch_size, or "
                 "--aux_weight 0"
             )
@@ -315,7 +353,7 @@ class Training(Loop):
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
         self.train_step = TrainStep(self.network, config, average)
-        images, labels = self.buffers(min(config.batch_size, len(dataset.labels)))
+        images, labels = self.buffers(min(config.batch_size, self.train_images))
         self.take = Captured(
             self._take,
             {"images": images, "labels": labels},
@@ -325,8 +363,8 @@ class Training(Loop):
         )
 
     def begin_epoch(self) -> None:
-        order = permutation(len(self.dataset.labels), self.config.seed, TRAIN_ORDER, self.epoch)
-        self.order = self.batches.placed(order)
+        order = permutation(self.train_images, self.config.seed, TRAIN_ORDER, self.epoch)
+        self.order = self.batches.placed(self.train_part[order])
         if self.config.drop_path_prob:
             self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 
@@ -345,10 +383,10 @@ class Training(Loop):
         return self.train_step.take(images, labels)
 
     def evaluate(self) -> dict[str, Means]:
-        networks, average = {"test": self.network}, self.train_step.average
+        networks, average = {self.judge: self.network}, self.train_step.average
         if average is not None:
             networks["ema"] = average
-        return self.measured(networks, self.test_batches, torch.arange(len(self.dataset.test_labels)))
+        return self.measured(networks, self.judge_batches, self.judge_order)
 
     def finish_epoch(self, found: dict[str, Means]) -> None:
         """Records the epoch; keeps its network where it is the best so far, or the last."""
@@ -357,20 +395,21 @@ class Training(Loop):
             name: {"epoch": self.epoch + 1, "loss": loss, "top1": top1, "top5": top5}
             for name, (loss, top1, top5) in found.items()
         }
-        this = tested["test"] | ({"ema_top1": tested["ema"]["top1"]} if "ema" in tested else {})
+        this = tested[self.judge] | ({"ema_top1": tested["ema"]["top1"]} if "ema" in tested else {})
         self.keep(this)
         if self.best is this:
-            self._save_network(BEST, self.network, tested["test"])
+            self._save_network(BEST, self.network, tested[self.judge])
         if self.final is this:
-            self._save_network(FINAL, self.network, tested["test"])
+            self._save_network(FINAL, self.network, tested[self.judge])
             if "ema" in tested:
                 self._save_network(AVERAGE, self.train_step.average, tested["ema"])
 
     def result(self) -> TrainResult:
         average = self.final.get("ema_top1")
         of_average = "" if average is None else f"; moving average top-1 {average:.2%}"
+        judge = MEASURED[self.judge].capitalize()
         self.folder.log(
-            f"Test top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch"
+            f"{judge} top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch"
             f"{of_average}; best top-1 {self.best['top1']:.2%}, in epoch {self.best['epoch']}; {self._size()}"
         )
         return TrainResult(
@@ -411,14 +450,14 @@ class Training(Loop):
         module, shape = self._network(), self.dataset.images.shape[1:]
         if self.config.drop_path_prob:
             module.drop_path_prob = torch.zeros(())
-        for size in batch_sizes(len(self.dataset.labels), self.config.batch_size):
+        for size in batch_sizes(self.train_images, self.config.batch_size):
             outputs = module(torch.zeros(size, *shape), self.train_step.activations)
             heads = outputs if isinstance(outputs, tuple) else (outputs,)
             total = torch.stack([y.sum() for y in heads]).sum()
             torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
         module.eval()
         with torch.no_grad():
-            for size in batch_sizes(len(self.dataset.test_labels), self.config.batch_size):
+            for size in batch_sizes(len(self.judge_order), self.config.batch_size):
                 module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:
@@ -443,8 +482,9 @@ class Training(Loop):
         elif config.aux_weight > 0:
             auxiliary = f"no auxiliary head (images of {self.height} x {self.width} are too small for it)"
         return (
-            f"{self.dataset.name}: {len(self.dataset.labels)} images to train, "
-            f"{len(self.dataset.test_labels)} to test; {self._size()}, {auxiliary}; "
+            f"{self.dataset.name}: {self.train_images} images to train, {len(self.judge_order)} "
+            f"{'to test' if self.judge == 'test' else 'held out of the training images'}; "
+            f"{self._size()}, {auxiliary}; "
             f"{config.epochs} epochs of {self.steps_per_epoch} steps"
         )
 

@@ -99,3 +99,31 @@ def test_heat_map_tells_strong_from_weak():
     assert Image.open(io.BytesIO(png)).size == (750, 650)
     alphas[3, 4], alphas[3, 0] = 0.2, 0.05
     assert plot.alpha_heat_map(alphas, "even") != png
+
+
+def test_curves_show_what_comes_late_and_name_each_line_once(monkeypatch):
+    """The axis leaves out the first epochs, far below; equal names are one entry of the legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures, plain = [], FigureCanvasAgg.print_png
+
+    def print_png(self, *arguments):
+        figures.append(self.figure)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", print_png)
+    lines = [[10.0, 50.0, 90.0, 92.0], [20.0, 60.0, 94.0, 95.0], [30.0, 70.0, 91.0, 96.0]]
+    names = ["chosen", "others", "others"]
+    curves = [
+        plot.Curve(values, "#0067A5", i == 0, 1 + i, name)
+        for i, (values, name) in enumerate(zip(lines, names, strict=True))
+    ]
+    png = plot.curves([plot.Panel("one", curves), plot.Panel("nothing", [])])
+    assert Image.open(io.BytesIO(png)).size == (1200, 460)
+    one, nothing = figures[0].axes
+    assert [list(line.get_ydata()) for line in one.lines] == lines and not nothing.lines
+    assert [list(line.get_xdata()) for line in one.lines] == [[1, 2, 3, 4]] * 3
+    assert [line.get_linestyle() for line in one.lines] == ["--", "-", "-"]
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["chosen", "others"]
+    low, high = one.get_ylim()
+    assert 85 < low < 90 and 96 < high < 100

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_run, checkpoint, events, relative_error
+from conftest import assert_same_run, checkpoint, events, relative_error, same
 from test_run import call
 
 from darts_fast import (
@@ -30,7 +30,7 @@ from darts_fast import (
     resume_training,
     train,
 )
-from darts_fast.data import permutation
+from darts_fast.data import from_tensors, permutation
 from darts_fast.runs import METRICS, Stopped
 from darts_fast.train import TRAIN_ORDER, Training, TrainStep
 
@@ -119,6 +119,20 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
     assert result._replace(path=undisturbed.path) == undisturbed
     again = resume_training(result.path, data)
     assert again == result
+
+
+def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
+    """Without the settings that came later."""
+    signal_at(Training, 3, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(TINY, data)
+    path = in_tmp / "augments" / "tensors"
+    state, settings = checkpoint(path), json.loads((path / "config.json").read_text())
+    for name, value in {"label_smoothing": 0.0, "ema": 0.0, "train_portion": 1.0}.items():
+        assert state["settings"].pop(name) == settings.pop(name) == value
+    torch.save(state, path / "checkpoint.pt")
+    (path / "config.json").write_text(json.dumps(settings))
+    assert_same_run(undisturbed.path, resume_training(path, data).path)
 
 
 def test_random_numbers_of_another_kind_of_device_begin_anew_from_the_position(data, in_tmp, signal_at):
@@ -318,6 +332,9 @@ BAD = {
     "--genotype DARTS --amp": "amp is for the fused cells: give --fused, too",
     "--genotype DARTS --fused --amp_dtype float32": "invalid choice",
     "--genotype DARTS --drop_path_prob 1": "drop_path_prob must be from 0 to below 1",
+    "--genotype DARTS --train_portion 0": "train_portion must be above 0, at most 1",
+    "--genotype DARTS --train_portion 1.1": "train_portion must be above 0, at most 1",
+    "--genotype DARTS --train_portion 0.001": "gives 1 of 1437 images to the training",
     "--genotype DARTS --aux_weight -1": "aux_weight must be 0 or more",
     "--genotype DARTS --stem mnist": "invalid choice",
     "--genotype DARTS --stem imagenet": "both sides must be divisible by 32",
@@ -456,3 +473,47 @@ def test_an_operation_that_nothing_reads_is_trained_as_any_other(data, in_tmp):
     unread = Genotype(nodes, [3], nodes, [3])
     result = train(dataclasses.replace(TINY, genotype=unread, epochs=1), data)
     assert result.top1 == evaluate(result.path, data=data)["final.pt"][1]
+
+
+def test_a_part_of_the_training_images_is_held_out_to_judge_by(data, in_tmp):
+    """The part trains, the others judge, the test images do nothing; the same split for every seed."""
+    config = dataclasses.replace(TINY, train_portion=0.7, ema=0.5, lr=0.3)
+    run = Training(config, from_tensors(*data))
+    held_out = run.judge_order
+    assert len(held_out) == 9 and sorted([*run.train_part, *held_out]) == list(range(30))
+    other = Training(dataclasses.replace(config, seed=3), from_tensors(*data))
+    assert torch.equal(held_out, other.judge_order)
+
+    def results(name, *data):
+        result = train(dataclasses.replace(config, name=name), data)
+        states = [torch.load(result.path / file, weights_only=True) for file in ("final.pt", "ema.pt")]
+        return result._replace(path=None), [state["state_dict"] for state in states]
+
+    result, states = results("one", *data)
+    module = load_network(in_tmp / "augments/one/final.pt")
+    content = torch.load(in_tmp / "augments/one/final.pt", weights_only=True)
+    mean, std = (content[key].float().view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        found = module((data[0][held_out].float() - mean) / std).argmax(1) == data[1][held_out]
+    assert float(found.float().mean()) == pytest.approx(result.top1)
+    rows = [json.loads(line) for line in (in_tmp / "augments/one" / METRICS).read_text().splitlines()]
+    assert [row["val_top1"] for row in rows if "val_top1" in row][-1] == result.top1
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))  # two epochs of 21 images by 8
+    log = (in_tmp / "augments/one/one.log").read_text()
+    assert "21 images to train, 9 held out of the training images" in log
+    assert f"Validation top-1 {result.top1:.2%}" in log.splitlines()[-1]
+
+    without, same_states = results("without-test", *data[:2])
+    assert without == result and same(states, same_states)
+    wrong = data[1].clone()
+    wrong[held_out] = (wrong[held_out] + 1) % 6
+    judged_wrong, same_states = results("wrong-labels", data[0], wrong, *data[2:])
+    assert same(states, same_states) and judged_wrong.top1 != result.top1
+    # Tested later, it is tested on the test images, which it never saw.
+    assert evaluate("augments/one", data=data)["final.pt"][1] == pytest.approx(
+        float((module((data[2].float() - mean) / std).argmax(1) == data[3]).float().mean())
+    )
+    with pytest.raises(InputError, match="no test images"):
+        evaluate("augments/without-test", data=data[:2])
+    with pytest.raises(InputError, match=r"gives 1 of 30 images to the training and 29 to judge it by"):
+        train(dataclasses.replace(TINY, train_portion=0.04), data)

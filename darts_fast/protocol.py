@@ -1,0 +1,359 @@
+"""Searches, chooses, trains and tests as the DARTS paper does, with random cells beside:
+python -m darts_fast.protocol [--dataset cifar10 ...]; -h lists the options."""
+
+import dataclasses
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from darts_fast.config import (
+    ProtocolConfig,
+    argument_parser,
+    available_device,
+    refuse_settings,
+)
+from darts_fast.data import fingerprint, seeded
+from darts_fast.datasets import read_data
+from darts_fast.errors import InputError, RunError, one_line
+from darts_fast.files import Unreadable, read_json
+from darts_fast.genotype import Genotype, random_genotype
+from darts_fast.loop import MOVABLE, is_out_of_memory
+from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, write_report
+from darts_fast.runs import (
+    CHECKPOINT,
+    CONFIG,
+    Stopped,
+    lock,
+    new_folder,
+    read_config,
+    run_program,
+    write_json,
+    writing,
+)
+from darts_fast.search import Search, resume_search, search
+from darts_fast.spaces import read_space, written_out
+from darts_fast.state import check_keys, check_number
+from darts_fast.train import Data, Training, resume_training, train
+
+RUNS, HOURS = "runs.json", "hours.json"
+
+
+class ProtocolResult(NamedTuple):
+    """What a protocol ended in. Accuracies are of the test images after the last epoch, 0 to 1."""
+
+    genotype: Genotype  # the chosen one of the searches
+    top1: float  # the mean of its trainings
+    deviation: float | None  # their sample standard deviation; None of one training
+    random_genotype: Genotype  # the chosen one of the random genotypes
+    random_top1: float
+    random_deviation: float | None
+    path: Path  # the folder; report.json in it has every figure
+
+
+def protocol(config: ProtocolConfig, data: Data | None = None) -> ProtocolResult:
+    """The protocol of the paper's section 3.
+
+    Searches run with different seeds. The genotype of each is trained briefly on a part of the training
+    images, and the best on the other training images is chosen. That one is trained on all training images
+    with different seeds, and tested. As many random genotypes go the same way. Writes the folder
+    `protocols/<name>/` with all runs in it, report.md, report.json and pictures.
+
+    A run whose loss is not finite is reported with its reason, and the protocol goes on without it.
+
+    Args:
+        config: the settings; what is None takes the data set's default.
+        data: the user's own images (uint8 [N, channels, H, W]) and labels (integers [N]), to train and to
+            test, used instead of `config.dataset`. The test images are not used before the choice.
+
+    Raises:
+        InputError: bad settings or data, or the folder exists or cannot be written.
+        RunError: no genotype of a search, or no random one, was trained to the end (the report is written);
+            the device ran out of memory.
+        Stopped: Ctrl-C or SIGTERM; the run was saved.
+    """
+    dataset = read_data(config, data)
+    config = config.resolved(dataset.name)
+    given = config.of_run("search").space
+    space = written_out(read_space(given))
+    if given != space:  # a file, which may be another one, or elsewhere, when the protocol is resumed
+        settings = f"{config.search_settings} {shlex.quote(f'space={space}')}"
+        config = dataclasses.replace(config, search_settings=settings)
+    # What a run of the last phase refuses is refused before the first.
+    Search(config.of_run("search"), dataset)
+    for phase in ("brief", "train"):
+        Training(config.of_run(phase, genotype=random_cell(config, 0)), dataset)
+    path, environment = new_folder(config, dataset.name, config.FOLDER)
+    with Protocol(path, dataclasses.replace(config, name=path.name), environment, data) as run:
+        return run.run()
+
+
+def resume_protocol(path: str | Path, data: Data | None = None, device: str | None = None) -> ProtocolResult:
+    """Goes on with the protocol of a folder, from the checkpoint of the run that was under way, to the same
+    report as if it had never stopped. `data` as in `protocol`, where it was given; `device`, if another than
+    it began on (then to other bits). Raises what `protocol` raises.
+    """
+    config, environment = read_config(Path(path), ProtocolConfig)
+    config = dataclasses.replace(config, device=str(available_device(device or config.device)))
+    with Protocol(Path(path), config, environment, data, resumed=True) as run:
+        return run.run()
+
+
+def random_cell(config: ProtocolConfig, number: int) -> Genotype:
+    """The random genotype of that number, from 0, of the searches' space. It depends on nothing else but the
+    seed."""
+    return random_genotype(seeded("cpu", config.seed, number), read_space(config.of_run("search").space))
+
+
+class Protocol:
+    """A protocol under way: its folder, which it keeps other processes out of, and the outcomes of the runs
+    that ended, by their folders, such as "searches/found-1"."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: ProtocolConfig,
+        environment: dict[str, str],
+        data: tuple[Tensor, ...] | None,
+        resumed: bool = False,
+    ):
+        self.path, self.config, self.environment, self.data = path, config, environment, data
+        dataset = read_data(config, data, resumed=path if resumed else None)
+        self.images = len(dataset.labels), len(dataset.test_labels)
+        settings = dataclasses.asdict(config).items()
+        self.origin = {
+            "data": fingerprint(dataset),
+            "settings": {name: value for name, value in settings if name not in MOVABLE},
+        }
+        self.outcomes: dict[str, Outcome] = {}
+        self.hours: dict[str, dict[str, float | None]] = {}
+
+    def __enter__(self) -> "Protocol":
+        with writing(self.path):
+            self._locked = (self.path / CONFIG).open("rb")
+        try:
+            lock(self._locked, self.path)
+            self._read()
+        except InputError:
+            self._locked.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._locked.close()
+
+    def run(self) -> ProtocolResult:
+        """From where it stands to the report."""
+        config, path = self.config, self.path
+        found = [
+            self._run(f"searches/found-{i + 1}", "search", seed=config.seed + i)
+            for i in range(config.searches)
+        ]
+        groups = {
+            "found": Group(
+                [
+                    Candidate(search, None if "failed" in search else Genotype.from_json(search["genotype"]))
+                    for search in found
+                ]
+            ),
+            "random": Group([Candidate(None, random_cell(config, i)) for i in range(config.searches)]),
+        }
+        for name, group in groups.items():
+            for i, candidate in enumerate(group.candidates):
+                if candidate.genotype is not None:
+                    own = {"seed": config.seed, "genotype": candidate.genotype}
+                    candidate.brief = self._run(f"brief/{name}-{i + 1}", "brief", **own)
+        for name, group in groups.items():
+            if group.chosen is not None:
+                genotype = group.candidates[group.chosen].genotype
+                for j in range(config.trainings):
+                    own = {"seed": config.seed + j, "genotype": genotype}
+                    group.trainings.append(self._run(f"trainings/{name}-seed-{own['seed']}", "train", **own))
+        write_report(path, config, self.environment, self.images, groups)
+        _tell(f"{path / 'report.md'}: {in_words(groups)}; hours: {self._hours_in_words()}")
+        for name, group in groups.items():
+            if group.mean is None:
+                raise RunError(
+                    f"no {name} cell was trained to the end; the reasons are in {path / 'report.md'}"
+                )
+        values = []
+        for group in groups.values():
+            values += [group.candidates[group.chosen].genotype, group.mean, group.deviation]
+        return ProtocolResult(*values, path)
+
+    def _run(self, key: str, phase: str, **own: Any) -> Outcome:
+        """The outcome of the run with its folder at `key`: known, or that of the run begun or resumed."""
+        if key in self.outcomes:
+            return self.outcomes[key]
+        path = self.path / key
+        begin, go_on, data = train, resume_training, self.data
+        if phase == "search":
+            begin, go_on, data = search, resume_search, None if data is None else data[:2]
+        _tell(f"Protocol: {key}")
+        self._begin_hours(key)
+        try:
+            if os.path.lexists(path / CHECKPOINT):
+                result = go_on(path, data, self.config.device)
+            else:
+                with writing(path):
+                    if os.path.lexists(path):  # it was killed before its first step
+                        shutil.rmtree(path)
+                result = begin(self.config.of_run(phase, name=path.name, **own), data, path.parent)
+            outcome = _outcome(result)
+        except RunError as error:
+            if is_out_of_memory(error.__cause__):  # not the seed's fault
+                raise
+            outcome = {"failed": str(error).replace(f"{self.path}{os.sep}", "")}
+        except Stopped as stop:
+            how = f"python -m darts_fast.protocol --resume {shlex.quote(str(self.path))}"
+            if self.data is not None:
+                how = f"darts_fast.protocol.resume_protocol({str(self.path)!r}, data)"
+            raise Stopped(
+                f"stopped and saved within {key}; go on with: {how}", stop.exit_code - 128
+            ) from stop
+        finally:
+            self._end_hours(key)
+        self.outcomes[key] = outcome
+        write_json(self.path / RUNS, {**self.origin, "runs": self.outcomes})
+        return outcome
+
+    # Hours, which differ between two runs of the same bits: in a file of their own
+
+    def _begin_hours(self, key: str) -> None:
+        """Counts what a session before, which was killed, did up to its last checkpoint."""
+        known = self.hours.get(key, {"hours": 0.0, "since": None})
+        hours, since = known["hours"], known["since"]
+        if since is not None:
+            with suppress(OSError):
+                hours += max(0.0, (self.path / key / CHECKPOINT).stat().st_mtime - since) / 3600
+        self.hours[key] = {"hours": hours, "since": time.time()}
+        write_json(self.path / HOURS, self.hours)
+
+    def _end_hours(self, key: str) -> None:
+        known = self.hours[key]
+        self.hours[key] = {"hours": known["hours"] + (time.time() - known["since"]) / 3600, "since": None}
+        write_json(self.path / HOURS, self.hours)
+
+    def _hours_in_words(self) -> str:
+        totals: dict[str, float] = {}
+        for key, known in self.hours.items():
+            phase = key.partition("/")[0]
+            totals[phase] = totals.get(phase, 0.0) + known["hours"]
+        return ", ".join(f"{phase} {hours:.3g}" for phase, hours in totals.items())
+
+    # What was written before
+
+    def _read(self) -> None:
+        """Takes up the outcomes and hours that are in the folder.
+
+        Raises:
+            InputError: they are of other images or settings, or no protocol writes such.
+        """
+        if os.path.lexists(self.path / RUNS):
+            with _reading(self.path / RUNS) as content:
+                check_keys(content, (*self.origin, "runs"), "it")
+                check_keys(content["settings"], self.origin["settings"], "settings")
+                if not isinstance(content["runs"], dict):
+                    raise ValueError("runs is no dictionary")
+                for key, outcome in content["runs"].items():
+                    _check_outcome(outcome, key)
+            self._check_origin(content)
+            self.outcomes = content["runs"]
+        if os.path.lexists(self.path / HOURS):
+            with _reading(self.path / HOURS) as content:
+                for key, known in content.items():
+                    check_keys(known, ("hours", "since"), key)
+                    check_number(known["hours"], float, 0, math.inf, f"{key}.hours")
+                    if known["since"] is not None:
+                        check_number(known["since"], float, 0, math.inf, f"{key}.since")
+            self.hours = content
+
+    def _check_origin(self, content: dict[str, Any]) -> None:
+        if content["data"] != self.origin["data"]:
+            raise InputError(
+                f"{self.path} began with other images than {self.config.dataset} holds now; restore them, or "
+                "start a new protocol"
+            )
+        for name, value in self.origin["settings"].items():
+            if content["settings"][name] != value:
+                raise InputError(
+                    f"{self.path / CONFIG} says {name} = {value}, but the protocol began with "
+                    f"{content['settings'][name]!r}; put that back, or start a new protocol"
+                )
+
+
+def _outcome(result: NamedTuple) -> Outcome:
+    """What is kept of a SearchResult or TrainResult."""
+    if hasattr(result, "genotype"):
+        return {"top1": result.top1, "epoch": result.epoch, "genotype": result.genotype.as_json()}
+    return {name: getattr(result, name) for name in ("top1", "top5", "parameters", "multiply_adds")}
+
+
+def _check_outcome(outcome: Any, key: str) -> None:
+    """Raises ValueError where it is not what `_run` keeps."""
+    if isinstance(outcome, dict) and "failed" in outcome:
+        check_keys(outcome, ("failed",), key)
+        if not isinstance(outcome["failed"], str):
+            raise ValueError(f"{key}.failed is no text")
+        return
+    searched = key.startswith("searches/")
+    counts = ("epoch",) if searched else ("parameters", "multiply_adds")
+    check_keys(outcome, ("top1", *counts, "genotype" if searched else "top5"), key)
+    for name in counts:
+        check_number(outcome[name], int, 1, math.inf, f"{key}.{name}")
+    for name in ("top1",) if searched else ("top1", "top5"):
+        check_number(outcome[name], float, 0, 1, f"{key}.{name}")
+    if searched:
+        Genotype.from_json(outcome["genotype"], f"{key}.genotype")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """The dictionary in a JSON file; within, a ValueError about it becomes an InputError."""
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError("it is no dictionary")
+        yield content
+    except Unreadable as error:
+        raise InputError(
+            f"{path} {error}; put the protocol's own back, or delete it: the runs stay"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not a protocol's ({error}); put the protocol's own back, or delete it: the runs stay"
+        ) from error
+
+
+def _tell(line: str) -> None:
+    """To the console; a terminal or pipe that is gone ends no run."""
+    with suppress(OSError):
+        print(one_line(line), flush=True)
+
+
+def main() -> None:
+    parser = argument_parser(ProtocolConfig, __doc__)
+    parser.prog = "python -m darts_fast.protocol"
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with the protocol of this folder, on --device if given"
+    )
+    given = vars(parser.parse_args())
+    resumed = given.pop("resume")
+    if resumed is not None:
+        device = given.pop("device", None)
+        refuse_settings("--resume", resumed, given)
+        resume_protocol(resumed, device=device)
+    else:
+        protocol(ProtocolConfig(**given))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("protocol", main))
