@@ -465,6 +465,8 @@ class ProtocolConfig(Config):
             config = kind(**{**shared, **defaults, **given, **own})
         except ValueError as error:  # an InputError, or a quotation that does not end
             raise InputError(f"{field}: {error}") from error
+        if phase == "search" and config.space == "nasbench201":
+            raise InputError(f"{field}: the cells of nasbench201 are not trained here: leave the space out")
         if phase != "search" and (config.train_portion < 1) != (phase == "brief"):
             needed = "below 1, to choose by other images" if phase == "brief" else "1"
             raise InputError(f"{field}: train_portion must be {needed}, not {config.train_portion}")

@@ -278,6 +278,7 @@ BAD = {
     "--brief_settings train_portion=1": "train_portion must be below 1, to choose by other images, not 1.0",
     "--train_settings train_portion=0.5": "train_settings: train_portion must be 1, not 0.5",
     "--search_settings space=s9": "space must be darts, s1, s2, s3",
+    "--search_settings space=nasbench201": "the cells of nasbench201 are not trained here",
     "--train_settings seed=1": "train_settings: seed is the protocol's: it is not passed on",
     "--train_settings fused": "train_settings: fused is the protocol's: it is not passed on",
     "--train_settings genotype=DARTS": "train_settings: genotype is the protocol's: it is not passed on",
