@@ -1,7 +1,7 @@
 """What three architecture gradients find: searches in the space of NAS-Bench-201, looked up in its table.
 
-    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--images 20000 --side 16
-        --epochs 50 --init_channels 16 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
+    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--images 10000 --side 16
+        --epochs 50 --init_channels 8 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
 
 First order, second order by finite differences, and second order by the exact product, on the same images:
 the first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and
@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 COLOURS = dict(zip(ARMS, ("#606060", "#B5381B", "#0067A5"), strict=True))
 SIDES = (8, 16, 32)  # of the images; 32 is CIFAR-10's own
-SIZES = {"images": 20_000, "epochs": 50, "init_channels": 16, "layers": 1, "batch_size": 64}
+SIZES = {"images": 10_000, "epochs": 50, "init_channels": 8, "layers": 1, "batch_size": 64}
 RESULTS = Path(__file__).parent / "results" / "nasbench201"
 
 
