@@ -72,7 +72,7 @@ def test_a_backend_has_the_functions_of_the_protocol(name):
     functions = [
         key for key, value in vars(types.Backend).items() if inspect.isfunction(value) and key[0] != "_"
     ]
-    assert len(functions) == 20
+    assert len(functions) == 24
     for function in functions:
         found = inspect.signature(getattr(package, function)).parameters.values()
         expected = sweeps.signature(function).values()
