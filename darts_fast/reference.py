@@ -184,13 +184,14 @@ class MixedCell(nn.Module):
         this name.
         """
         states = [self.preprocess0(before_previous), self.preprocess1(previous)]
+
+        def weighed(edge: int) -> Tensor:
+            found = self.edges[edge](states[self.space.edges[edge][0]], probabilities[edge])
+            return found if edge_weights is None else edge_weights[edge] * found
+
         for node in range(self.space.nodes):
-            terms = []
-            for edge, (source, target) in enumerate(self.space.edges):
-                if target == node:
-                    term = self.edges[edge](states[source], probabilities[edge])
-                    terms.append(term if edge_weights is None else edge_weights[edge] * term)
-            states.append(sum(terms))
+            incoming = [edge for edge, (_, target) in enumerate(self.space.edges) if target == node]
+            states.append(sum(weighed(edge) for edge in incoming))
         return torch.cat(states[INPUTS:], dim=1)
 
 
