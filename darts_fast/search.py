@@ -626,9 +626,7 @@ class Search(Loop):
             form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
         warm_up = {}
         if config.alpha_warmup:
-            warm_up["alpha warm-up"] = (
-                f"in the first {config.alpha_warmup} epochs only the weights are trained"
-            )
+            warm_up["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

@@ -294,7 +294,7 @@ def test_a_training_step_has_the_launches_and_bytes_that_were_asked_for():
 
 
 def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "check", lambda: None)
+    monkeypatch.setattr(step, "check", lambda *_: None)
     arguments = "--init_channels 2 --layers 3 --size 8 --repeats 2 --sweep batch_size=2,4 --only".split()
     arguments += ["textbook", "fused, ATen", "fused, Triton", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
