@@ -398,7 +398,7 @@ def test_in_the_warm_up_only_the_weights_are_trained(data, in_tmp, monkeypatch):
         assert relative_error(networks[1][name], weight) < 1e-4, name
     record = json.loads((path / "genotype.json").read_text())
     assert record["best"]["epoch"] == 3  # the alphas of the others were not trained
-    assert "    alpha warm-up: in the first 2 epochs only the weights are trained" in log_lines(path)
+    assert "    alpha warm-up: only the weights are trained up to epoch 2" in log_lines(path)
 
 
 def test_beta_decay_grows_from_nothing(data, undisturbed, in_tmp, monkeypatch):
