@@ -106,16 +106,16 @@ def second_order_finite_difference(
     return _combine(alpha_gradient, product, step.lr)
 
 
-def with_beta_decay(loss: Loss, strength: Tensor, penalised: Callable[[Tensors], Tensors]) -> Loss:
-    """The loss + strength * L_Beta (arXiv 2203.01665, Beta-DARTS) of what `penalised` makes of the alphas.
-    L_Beta does not depend on the weights: the second order's v and its Hessian-vector product stay as they
-    are."""
-    return lambda weights, alphas: loss(weights, alphas) + strength * beta_penalty(penalised(alphas))
+def with_penalty(loss: Loss, penalty: Callable[[Tensors], Tensor]) -> Loss:
+    """The loss plus a penalty on the alphas. It does not depend on the weights: the second order's v and its
+    Hessian-vector product stay as they are."""
+    return lambda weights, alphas: loss(weights, alphas) + penalty(alphas)
 
 
 def beta_penalty(alphas: Tensors) -> Tensor:
-    """L_Beta of alphas by name, [edges, candidates] each: the mean over all edges of log sum_k exp(a_k), a
-    smooth maximum. Its gradient is softmax(a) / edges. A candidate at -inf adds nothing."""
+    """L_Beta (Beta-DARTS, arXiv 2203.01665) of alphas by name, [edges, candidates] each: the mean over all
+    edges of log sum_k exp(a_k), a smooth maximum. Its gradient is softmax(a) / edges. A candidate at -inf
+    adds nothing."""
     return torch.cat([of_edges.logsumexp(dim=-1) for of_edges in alphas.values()]).mean()
 
 

@@ -2,6 +2,7 @@
 
 from darts_fast import nasbench201, plot
 from darts_fast.config import SearchConfig
+from darts_fast.cost import Cost, cost
 from darts_fast.data import Dataset
 from darts_fast.genotype import Genotype, derive
 from darts_fast.nasbench201 import Cell, SearchNetwork
@@ -34,6 +35,19 @@ class DartsCells:
             config.partial_channels,
         )
 
+    def cost(self, config: SearchConfig, dataset: Dataset) -> Cost:
+        """Of what is derived, at the search's own size."""
+        image_channels, height, width = dataset.images.shape[1:]
+        return cost(
+            self.space,
+            config.init_channels,
+            config.layers,
+            image_channels,
+            dataset.classes,
+            height,
+            width,
+        )
+
     def derive(self, network: Supernet, rule: str) -> Genotype:
         alphas = [network.present_alphas(name) for name in network.ALPHAS]
         return derive(*alphas, rule, self.space, network.edge_weights())
@@ -49,6 +63,9 @@ class NasBench201Cells:
 
     def network(self, config: SearchConfig, dataset: Dataset) -> SearchNetwork:
         return SearchNetwork(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
+
+    def cost(self, config: SearchConfig, dataset: Dataset) -> None:
+        """It is not counted."""
 
     def derive(self, network: SearchNetwork, rule: str) -> Cell:
         return nasbench201.derive(network.alphas_normal)

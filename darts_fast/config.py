@@ -244,6 +244,19 @@ class SearchConfig(Config):
         "this; 0: none",
         NOT_NEGATIVE,
     )
+    macs_weight: float = option(
+        0.0,
+        "weight in the validation loss of the derived network's expected multiply-adds, relative to those of "
+        "equal alphas; 0: none",
+        NOT_NEGATIVE,
+    )
+    macs_target: float | None = option(
+        None,
+        "with macs_weight: millions of multiply-adds, at the search's own size, which only what is above is "
+        "weighed by, relative to them",
+        POSITIVE,
+        shown="none",
+    )
     alpha_warmup: int = option(
         0, "epochs at the beginning in which only the weights are trained", NOT_NEGATIVE
     )
@@ -289,6 +302,10 @@ class SearchConfig(Config):
                 f"partial_channels must divide init_channels ({self.init_channels}), not be "
                 f"{self.partial_channels}"
             )
+        if self.macs_target is not None and not self.macs_weight:
+            raise InputError("macs_target is for macs_weight: give --macs_weight, too")
+        if self.macs_weight and self.space == "nasbench201":
+            raise InputError("macs_weight is for the cells of DARTS: leave it out, or --space nasbench201")
         if self.partial_channels > 1 and self.space == "nasbench201":
             raise InputError(
                 "partial_channels is for the cells of DARTS: leave it out, or --space nasbench201"

@@ -60,6 +60,8 @@ LATER_SETTINGS = {
     "stop_at_eigenvalue": None,
     "beta_decay": 0.0,
     "alpha_warmup": 0,
+    "macs_weight": 0.0,
+    "macs_target": None,
     "train_portion": 1.0,
 }
 

@@ -14,6 +14,7 @@ from darts_fast import architect, capture, curvature, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.cells import cells_of
 from darts_fast.config import SearchConfig
+from darts_fast.cost import Cost
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.diagnosis import diagnosis, operations
@@ -98,10 +99,22 @@ class SearchStep:
         network: the supernet, of any floating dtype.
         config: learning rates, order, form of the Hessian-vector product, precision.
         generator: of the device; what `config.perturb` draws from. None: PyTorch's own.
+        cost: of the cells; needed where `config.macs_weight` is not 0.
     """
 
-    def __init__(self, network: FlatNetwork, config: SearchConfig, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        network: FlatNetwork,
+        config: SearchConfig,
+        generator: torch.Generator | None = None,
+        cost: Cost | None = None,
+    ):
         self.network, self.config, self.generator = network, config, generator
+        if cost is not None:
+            self.cost = cost.to(network.flat_weights)
+            equal = {name: torch.zeros_like(alphas) for name, alphas in network.alphas().items()}
+            p = (alphas.softmax(dim=-1) for alphas in network.present(equal).values())
+            self.equal_cost = self.cost.expected(*p)  # where all alphas of an edge are equal
         self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
         flat = network.flat_weights
         self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
@@ -199,8 +212,8 @@ class SearchStep:
     def _architecture_step(self, train: Batch, validation: Batch) -> None:
         """Adam on the alphas; the paper's xi is the learning rate of the weights."""
         train_loss, validation_loss = self.loss(*train), self.loss(*validation)
-        if self.config.beta_decay:
-            validation_loss = architect.with_beta_decay(validation_loss, self.beta, self.network.present)
+        if self.config.beta_decay or self.config.macs_weight:
+            validation_loss = architect.with_penalty(validation_loss, self.penalty)
         with self.network.frozen_statistics():
             if self.config.order == 1:
                 found = architect.first_order(validation_loss, self.weights, self.alphas, self.scale)
@@ -213,6 +226,19 @@ class SearchStep:
                     found = architect.second_order_finite_difference(*arguments)
         with phase("architecture update"):
             self._alpha_step(found)
+
+    def penalty(self, alphas: architect.Tensors) -> Tensor:
+        """What is added to the validation loss: Beta-DARTS's penalty, and the weighed cost."""
+        config, present, terms = self.config, self.network.present(alphas), []
+        if config.beta_decay:
+            terms.append(self.beta * architect.beta_penalty(present))
+        if config.macs_weight:
+            expected = self.cost.expected(*(of_kind.softmax(dim=-1) for of_kind in present.values()))
+            if config.macs_target is None:
+                terms.append(config.macs_weight * expected / self.equal_cost)
+            else:
+                terms.append(config.macs_weight * (expected / (1e6 * config.macs_target) - 1).relu())
+        return torch.stack(terms).sum()
 
     def _alpha_step(self, gradients: architect.Tensors) -> None:
         for name, alpha in self.alphas.items():
@@ -297,7 +323,8 @@ class Search(Loop):
             torch.default_generator.manual_seed(config.seed)
             self.network = self.cells.network(config, dataset).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
-        self.search_step = SearchStep(self.network, config, self.perturbation)
+        self.cost = self.cells.cost(config, dataset)
+        self.search_step = SearchStep(self.network, config, self.perturbation, self.cost)
         nothing = nothing_decided(
             {name: getattr(self.network, name).detach() for name in self.network.ALPHAS}
         )
@@ -451,6 +478,8 @@ class Search(Loop):
         epoch, genotype = self.epoch + 1, self._genotype()
         self.folder.log(f"genotype = {genotype}")
         self._diagnose(genotype, epoch)
+        if self.cost is not None:
+            self._record_cost(genotype, epoch)
         if self.eigenvalue is not None:
             self.folder.log(
                 "largest eigenvalue of the Hessian of the validation loss in the alphas: "
@@ -582,7 +611,7 @@ class Search(Loop):
 
     def rehearse(self) -> None:
         network, shape = self.cells.network(self.config, self.dataset), self.dataset.images.shape[1:]
-        step = SearchStep(network, self.config)
+        step = SearchStep(network, self.config, cost=self.cost)
         step.loss_scale = None  # the optimizers of meta tensors know of none
         for size in batch_sizes(len(self.train_half), self.config.batch_size):
             images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
@@ -622,6 +651,10 @@ class Search(Loop):
             weighed.append(
                 f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}"
             )
+        if config.macs_weight:
+            form += f", plus {config.macs_weight} times the expected multiply-adds, relative to "
+            target = config.macs_target
+            form += "those of equal alphas" if target is None else f"{target} M where above it"
         if config.beta_decay:
             form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
         warm_up = {}
@@ -671,6 +704,17 @@ class Search(Loop):
         self.folder.scalars(
             self.steps_done, {f"{name}_cell/{what}": value for (name, what), value in values.items()}
         )
+
+    def _record_cost(self, genotype: Genotype, epoch: int) -> None:
+        with torch.no_grad():
+            expected = float(self.search_step.cost.expected(*self.network.probabilities()))
+        own = self.cost.of(genotype, self.cells.space)
+        self.folder.log(
+            f"multiply-adds at this size: {own / 1e6:.2f} M of the genotype, {expected / 1e6:.2f} M expected "
+            "under the softmaxed alphas"
+        )
+        self.folder.metrics(epoch=epoch, step=self.steps_done, macs=own, expected_macs=expected)
+        self.folder.scalars(self.steps_done, {"macs/genotype": own, "macs/expected": expected})
 
     def _record_alphas(self, step: int) -> None:
         values = {}

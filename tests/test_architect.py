@@ -193,7 +193,7 @@ def test_beta_decay_is_part_of_the_derivative_of_the_loss_one_step_ahead(smooth_
     alphas = {name: a + torch.randn_like(a) for name, a in network.alphas().items()}
     step = architect.VirtualStep(lr=0.05, momentum=0.9, weight_decay=3e-3)
     direction = {name: torch.randn_like(a) for name, a in alphas.items()}
-    decayed = architect.with_beta_decay(validation_loss, strength, network.present)
+    decayed = architect.with_penalty(validation_loss, lambda a: strength * architect.beta_penalty(a))
 
     def penalty(a):  # as the paper writes it
         rows = [row for of_cell in a.values() for row in of_cell]
@@ -236,9 +236,10 @@ def test_beta_decay_adds_the_gradient_of_its_penalty(fused, settings):
 
 def test_a_candidate_that_an_edge_lacks_is_not_penalised():
     network = Supernet(2, 3, 3, space=SPACES["s1"]).double()
-    loss = architect.with_beta_decay(lambda w, a: torch.zeros(()), torch.tensor(1.0), network.present)
+    step = SearchStep(network, SearchConfig(beta_decay=1.0))
+    step.beta.fill_(1.0)
     for (name, a), present in zip(network.alphas().items(), SPACES["s1"].present(), strict=True):
-        (gradient,) = torch.autograd.grad(loss({}, network.alphas()), a)
+        (gradient,) = torch.autograd.grad(step.penalty(network.alphas()), a)
         expected = network.present_alphas(name).exp()
         assert relative_error(gradient, expected / expected.sum(1, keepdim=True) / 28) < 1e-9
         assert torch.equal(gradient != 0, torch.tensor(present))

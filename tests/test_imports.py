@@ -20,6 +20,7 @@ ALLOWED = {
     "darts_fast.notation": {"darts_fast.errors", "darts_fast.files", "darts_fast.genotype"},
     "darts_fast.diagnosis": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.perturb": set(),
+    "darts_fast.cost": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.projection": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.spaces": {"darts_fast.errors", "darts_fast.files", "darts_fast.space"},
     "darts_fast.flat": set(),
@@ -78,6 +79,7 @@ ALLOWED = {
     "darts_fast.nasbench201": {"darts_fast.errors", "darts_fast.flat", "darts_fast.space"},
     "darts_fast.cells": {
         "darts_fast.config",
+        "darts_fast.cost",
         "darts_fast.data",
         "darts_fast.genotype",
         "darts_fast.nasbench201",
