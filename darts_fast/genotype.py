@@ -176,6 +176,17 @@ def _plain(fragment: Any) -> Any:
     return [_plain(part) for part in content] if type(content) is list else content
 
 
+def in_short(gene: Gene) -> str:
+    """A cell in a line of a terminal, for people: `sep3x3 0, skip 1 | max3x3 0, dil5x5 2 | ...`."""
+    return " | ".join(", ".join(f"{_short_name(name)} {source}" for name, source in node) for node in gene)
+
+
+def _short_name(operation: str) -> str:
+    for part in ("_connect", "_conv", "_pool", "_"):
+        operation = operation.replace(part, "")
+    return operation
+
+
 def derive(
     alphas_normal: Tensor,
     alphas_reduce: Tensor,

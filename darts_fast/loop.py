@@ -118,6 +118,7 @@ class Loop(ABC):
         self.final: dict[str, Any] | None = None
         self.reseeded = False  # generators were, because they were saved on another kind of device
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
+        self.warm, self.cold_steps = False, 0  # whether a step was taken; unread ones from before `read_at`
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
     # What a subclass says
@@ -282,6 +283,9 @@ class Loop(ABC):
             with self.profiler.step() if self.profiler else nullcontext():
                 self.unread.append(self.take_step(lr))
             self.step += 1
+            if not self.warm:  # the first step of a process makes what later ones find
+                self.warm, self.read_at = True, time.perf_counter()
+                self.cold_steps = 1
             if self.profiler and self.profiler.recorded == self.config.profile:
                 self._write_profile()
             self.bar.update()
@@ -473,11 +477,20 @@ class Loop(ABC):
     # What a person sees
 
     def announce(self) -> None:
-        """Every setting in force, what is about to run, and in a block: what computes a step, and how."""
+        """What is about to run, and in a block: what computes a step, and how. Every setting in force is in
+        the log, those that differ from the defaults are shown, too."""
         settings = dataclasses.asdict(self.config)
         self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
+        default = dataclasses.asdict(type(self.config)().resolved(self.dataset.name))
+        given = [
+            f"{name} = {value}"
+            for name, value in settings.items()
+            if value != default[name] and name not in ("name", "genotype")
+        ]
         for name, value in settings.items():
-            self.folder.log(f"{name} = {value}")
+            self.folder.log(f"{name} = {value}", shown=False)
+        what = ", ".join(given) or "none"
+        self.folder.log(f"settings other than the defaults: {what}; all are in {CONFIG}")
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
         lines = self.engine()
         if self.config.fused:
@@ -507,9 +520,12 @@ class Loop(ABC):
             )
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
+        # Of the steps that were taken in this time; a first step alone is all there is.
+        timed = self.unread[self.cold_steps :] or self.unread
         seconds = time.perf_counter() - self.read_at
-        self.seconds_per_step = seconds / len(rows)
-        self.images_per_second = sum(images for _, images in self.unread) / seconds
+        self.seconds_per_step = seconds / len(timed)
+        self.images_per_second = sum(images for _, images in timed) / seconds
+        self.cold_steps = 0
         self.folder.scalars(
             self.steps_done,
             {

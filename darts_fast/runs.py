@@ -161,14 +161,14 @@ class RunFolder:
             except OSError:  # a full disk was reported when the write failed
                 pass
 
-    def log(self, line: str, stamp: bool = True) -> None:
-        """A line to the log and to the console, with the time before it."""
+    def log(self, line: str, stamp: bool = True, shown: bool = True) -> None:
+        """A line to the log, with the time before it, and where it is `shown` to the console."""
         line = one_line(line)
         text = _stamped(line) if stamp else line
         with writing(self.path):
             self._log.write(text.encode() + b"\n")
             self._log.flush()
-        if self._console:
+        if self._console and shown:
             try:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()

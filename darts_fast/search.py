@@ -21,7 +21,7 @@ from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.errors import InputError
 from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
-from darts_fast.genotype import Genotype
+from darts_fast.genotype import Genotype, in_short
 from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
 from darts_fast.nasbench201 import Cell
 from darts_fast.perturb import adversarial_perturbation, random_perturbation
@@ -476,10 +476,8 @@ class Search(Loop):
         self.record_evaluation(found)
         self._commit_decisions()
         epoch, genotype = self.epoch + 1, self._genotype()
-        self.folder.log(f"genotype = {genotype}")
+        self.folder.log(f"genotype = {genotype}", shown=False)
         self._diagnose(genotype, epoch)
-        if self.cost is not None:
-            self._record_cost(genotype, epoch)
         if self.eigenvalue is not None:
             self.folder.log(
                 "largest eigenvalue of the Hessian of the validation loss in the alphas: "
@@ -642,9 +640,9 @@ class Search(Loop):
             cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
         if config.partial_channels > 1:
             cells += f"; candidates read 1/{config.partial_channels} of the channels"
-        weighed = ["softmaxed alphas"]
+        weighed = []
         if config.partial_channels > 1:
-            weighed.append("their edges by softmaxed betas")
+            weighed.append("edges by softmaxed betas")
         if config.auxiliary_skip:
             weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
         if config.perturb:
@@ -664,7 +662,7 @@ class Search(Loop):
             "device": environment(config.device)["device"],
             "cells": cells,
             "precision": precision.in_words(config.amp, activations),
-            "candidates are weighed by": "; ".join(weighed),
+            **({"weights beside the softmaxed alphas": "; ".join(weighed)} if weighed else {}),
             "architecture gradient": form,
             **warm_up,
             "step": capture.in_words(self.captured),
@@ -688,7 +686,8 @@ class Search(Loop):
             name = alphas.removeprefix("alphas_")
             gene = getattr(genotype, name)
             found = diagnosis(gene, self.network.present_alphas(alphas), self.cells.names)
-            self.folder.log(f"{name} cell: {found.in_words()}")
+            self.folder.log(f"{name} cell: {in_short(gene)}")
+            self.folder.log(f"    {found.in_words()}")
             if found.collapsed:
                 self.folder.log(
                     f"{name} cell looks collapsed: half of its operations or more are skip connections; "
@@ -700,12 +699,16 @@ class Search(Loop):
             step=self.steps_done,
             genotype=genotype.as_json(),
             **{f"{name}_{what}": value for (name, what), value in values.items()},
+            **self._costs(genotype),
         )
         self.folder.scalars(
             self.steps_done, {f"{name}_cell/{what}": value for (name, what), value in values.items()}
         )
 
-    def _record_cost(self, genotype: Genotype, epoch: int) -> None:
+    def _costs(self, genotype: Genotype) -> dict[str, float]:
+        """Multiply-adds of the genotype's network and expected ones, by their names in metrics.jsonl."""
+        if self.cost is None:
+            return {}
         with torch.no_grad():
             expected = float(self.search_step.cost.expected(*self.network.probabilities()))
         own = self.cost.of(genotype, self.cells.space)
@@ -713,8 +716,8 @@ class Search(Loop):
             f"multiply-adds at this size: {own / 1e6:.2f} M of the genotype, {expected / 1e6:.2f} M expected "
             "under the softmaxed alphas"
         )
-        self.folder.metrics(epoch=epoch, step=self.steps_done, macs=own, expected_macs=expected)
         self.folder.scalars(self.steps_done, {"macs/genotype": own, "macs/expected": expected})
+        return {"macs": own, "expected_macs": expected}
 
     def _record_alphas(self, step: int) -> None:
         values = {}
