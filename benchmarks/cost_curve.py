@@ -84,7 +84,7 @@ def draw(path: Path, points: dict[float, list[Point]]) -> None:
     axes.set(xlabel="multiply-adds of an image, millions", ylabel="validation top-1, %")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
