@@ -15,7 +15,7 @@ from darts_fast.errors import InputError
 from darts_fast.files import Unreadable, read_tensors
 from darts_fast.fused import FusedDerivedCells
 from darts_fast.genotype import Gene, Genotype
-from darts_fast.notation import parse
+from darts_fast.notation import load_genotype, parse
 from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
 from darts_fast.space import INPUTS, STEM_MULTIPLIER, reduction_layers
 from darts_fast.state import check_keys, check_number, check_state
@@ -26,7 +26,7 @@ SMALLEST_FOR_AUXILIARY = 6  # side of the auxiliary head's input: two windows of
 
 
 def network(
-    genotype: Genotype,
+    genotype: Genotype | str | os.PathLike[str],
     classes: int = 10,
     channels: int = 36,
     layers: int = 20,
@@ -39,6 +39,7 @@ def network(
     """The network of a genotype as a plain module: images [N, image_channels, H, W] -> logits [N, classes].
 
     Args:
+        genotype: one, or what `load_genotype` reads: the name of a published one, a search's folder, ...
         channels: width of a node in the first cell; doubled by each of the two reduction cells. Even.
         layers: number of cells, at least 3; those at 1/3 and 2/3 of the depth halve the image.
         stem: "cifar" keeps the image's size (sides divisible by 4); "imagenet" divides it by 8 (by 32).
@@ -49,8 +50,10 @@ def network(
             (Not in evaluation mode where gradients are wanted.) No part of a saved network.
 
     Raises:
-        InputError: a size is other than that, or a state is twice in a concat.
+        InputError: a size is other than that, a state is twice in a concat, or there is no such genotype.
     """
+    if not isinstance(genotype, Genotype):
+        genotype = load_genotype(genotype)
     for name, value, least in (("classes", classes, 1), ("image_channels", image_channels, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Golden, relative_error
 
-from darts_fast import Genotype, InputError, load_network, network
+from darts_fast import Genotype, InputError, load_genotype, load_network, network
 from darts_fast.derived import auxiliary_fits, multiply_adds, packed, parameter_count
 from darts_fast.genotype import OPERATIONS
 from darts_fast.interop import load_official_eval
@@ -47,6 +47,14 @@ def test_published_sizes():
         cifar = network(NAMED["DARTS_V2"], auxiliary=True)
         imagenet = network(NAMED["DARTS_V2"], 1000, 48, 14, stem="imagenet", auxiliary=True)
     assert parameter_count(cifar) == 3_349_342 and parameter_count(imagenet) == 4_718_752
+
+
+def test_a_genotype_may_be_named_or_written_out():
+    named, genotype = network("darts_v2", channels=4, layers=3), load_genotype("DARTS_V2")
+    assert named.arguments["genotype"] == genotype
+    assert network(str(genotype), channels=4, layers=3).arguments == named.arguments
+    with pytest.raises(InputError, match="did you mean DARTS_V2"):
+        network("DARTS_V3")
 
 
 def test_multiply_adds_counted_by_hand():
