@@ -31,6 +31,7 @@ from darts_fast.kernels import native
 from darts_fast.kernels.backends import using
 from darts_fast.kernels.types import Backend, Call
 from darts_fast.profiling import observed_phases
+from darts_fast.runs import processor
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
 from darts_fast.train import TrainStep
@@ -506,15 +507,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(),
     }
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """The network of a genotype: what is trained once the search is over (arXiv 1806.09055, appendix A.1.2)."""
 
 import copy
+import json
 import math
 import os
 import reprlib
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_fast.errors import InputError
-from darts_fast.files import Unreadable, read_tensors
+from darts_fast.files import Unreadable, read_safetensors, read_tensors
 from darts_fast.fused import FusedDerivedCells
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import load_genotype, parse
@@ -22,6 +23,8 @@ from darts_fast.state import check_keys, check_number, check_state
 
 # By how much each stem and the two reduction cells divide an image's sides: they have to be divisible by it.
 SIZE_MULTIPLE = {"cifar": 4, "imagenet": 32}
+METADATA = "darts_fast"  # where a safetensors file has what is no tensor of the network
+SAVED = ("network", "state_dict", "mean", "std", "data", "test")  # what a saved network's file holds
 SMALLEST_FOR_AUXILIARY = 6  # side of the auxiliary head's input: two windows of 5 that are not the same
 
 
@@ -95,7 +98,12 @@ def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
 
 
 def packed(
-    module: "DerivedNetwork", mean: Tensor, std: Tensor, data: int, test: dict[str, float]
+    module: "DerivedNetwork",
+    mean: Tensor,
+    std: Tensor,
+    data: int,
+    test: dict[str, float],
+    image_size: tuple[int, int],
 ) -> dict[str, Any]:
     """What a saved network's file holds, as plain values and tensors on the host: see `load_network`.
 
@@ -103,6 +111,7 @@ def packed(
         mean, std: [image channels], in pixel values, by which the images were normalised.
         data: the checksum of the images it was trained and tested with.
         test: loss, top1 and top5 (0 to 1) on the test images, and the epoch.
+        image_size: height and width of the images.
     """
     return {
         "network": {**module.arguments, "genotype": str(module.arguments["genotype"])},
@@ -111,14 +120,29 @@ def packed(
         "std": std.double(),
         "data": data,
         "test": test,
+        "image_size": list(image_size),
     }
 
 
+def as_safetensors(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `packed` gave, as the tensors and the metadata of a safetensors file: the state dict, and all else
+    as JSON. `load_network` reads the file back to the same bits."""
+    others = {name: value for name, value in content.items() if name != "state_dict"}
+    others |= {name: content[name].tolist() for name in ("mean", "std")}
+    # Of their own memory: a run's are views of one tensor, which the format refuses.
+    tensors = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in content["state_dict"].items()
+    }
+    return tensors, {"format": "pt", METADATA: json.dumps(others)}
+
+
 def load_network(path: str | Path) -> "DerivedNetwork":
-    """The network in a best.pt, final.pt or ema.pt of a training run, on the host, in evaluation mode.
+    """The network in a best.pt, final.pt or ema.pt of a training run, or in an exported network.safetensors,
+    on the host, in evaluation mode.
 
     Its images must be normalised as in training: `torch.load(path)["mean"]` and `["std"]`, a value a channel,
-    in pixel values from 0 to 255.
+    in pixel values from 0 to 255. (The card of an exported network has them, too.)
 
     Raises:
         InputError: the file is absent or is not such a file.
@@ -130,14 +154,21 @@ def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
     """The network in such a file, and all that the file holds. Raises InputError."""
     noun = "a trained network"
     try:
-        content = read_tensors(Path(path), noun)
-        check_keys(content, ("network", "state_dict", "mean", "std", "data", "test"), "it")
+        content = _read(Path(path), noun)
+        # Files of before have no size of the images.
+        check_keys({"image_size": None} | content, (*SAVED, "image_size"), "it")
         module = _built(content["network"], content["state_dict"])
         statistic = torch.empty(module.arguments["image_channels"], dtype=torch.float64, device="meta")
         check_state(content["mean"], statistic, "mean")
         check_state(content["std"], statistic, "std")
         check_number(float(content["std"].min()), float, 1e-30, math.inf, "std")
         check_number(content["data"], int, 0, 2**32 - 1, "data")
+        if "image_size" in content:
+            sides = content["image_size"]
+            if type(sides) is not list or len(sides) != 2:
+                raise ValueError(f"image_size is {reprlib.repr(sides)}, no height and width")
+            for side in sides:
+                check_number(side, int, 1, 2**16, "image_size")
     except Unreadable as error:
         if not os.path.lexists(path):
             raise InputError(f"there is no file {path}") from None
@@ -145,6 +176,22 @@ def unpacked(path: str | Path) -> tuple["DerivedNetwork", dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"{path} cannot be read as {noun} ({error})") from error
     return module.eval(), content
+
+
+def _read(path: Path, noun: str) -> dict[str, Any]:
+    """What such a file holds, not yet checked. Raises Unreadable and ValueError."""
+    if path.suffix != ".safetensors":
+        return read_tensors(path, noun)
+    tensors, metadata = read_safetensors(path, noun)
+    try:
+        content = json.loads(metadata[METADATA])
+        statistics = {
+            name: torch.tensor([float(value) for value in content[name]], dtype=torch.float64)
+            for name in ("mean", "std")
+        }
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError("it has not the metadata of one") from error
+    return content | statistics | {"state_dict": tensors}
 
 
 def _built(arguments: Any, state: Any) -> "DerivedNetwork":

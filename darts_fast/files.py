@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LARGEST_JSON = 2**20  # bytes; ours have some thousands
 
@@ -68,6 +69,31 @@ def read_tensors(path: Path, noun: str) -> dict[str, Any]:
             f"cannot be read as {noun} (it is damaged, or holds something other than tensors and plain "
             "values, which is never loaded)"
         ) from error
+
+
+def read_safetensors(path: Path, noun: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (on the host) and the metadata of a safetensors file.
+
+    Raises:
+        Unreadable: it "cannot be read as" what the noun says, or the package safetensors is not installed.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise Unreadable(
+            "cannot be read: the package safetensors is not installed (pip install safetensors)"
+        ) from error
+    try:
+        _check_regular(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # Cloned: the tensors of an open file are its pages in memory, which follow what is written to it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
+    except OSError as error:
+        raise Unreadable(f"cannot be read as {noun} ({error.strerror or error})") from error
+    except Unreadable:
+        raise
+    except Exception as error:  # the package's own error, or torch's of a type it does not have
+        raise Unreadable(f"cannot be read as {noun} (it is damaged, or no safetensors file)") from error
 
 
 def _check_regular(path: Path) -> None:

@@ -375,6 +375,15 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
+def processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def _commit() -> str:
     """The checkout's commit, with `+` where files differ from it; "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent

@@ -511,4 +511,6 @@ class Training(Loop):
 
     def _save_network(self, name: str, module: DerivedNetwork, means: dict[str, float]) -> None:
         mean, std = self.statistics
-        self.folder.save_tensors(name, packed(module, mean, std, self.fingerprint, means))
+        self.folder.save_tensors(
+            name, packed(module, mean, std, self.fingerprint, means, (self.height, self.width))
+        )

@@ -172,7 +172,8 @@ def test_bad_sizes(sizes, sentence):
 
 def test_a_saved_network_is_the_same_network(tmp_path):
     module = network(NAMED["NASNet"], 4, 6, 3, image_channels=1, auxiliary=True, pool_batch_norm=True).eval()
-    torch.save(packed(module, torch.ones(1), torch.ones(1), 5, {"top1": 0.5}), tmp_path / "final.pt")
+    content = packed(module, torch.ones(1), torch.ones(1), 5, {"top1": 0.5}, (32, 32))
+    torch.save(content, tmp_path / "final.pt")
     loaded = load_network(tmp_path / "final.pt")
     images = torch.randn(2, 1, 32, 32)
     assert not loaded.training and torch.equal(loaded(images), module(images))
