@@ -20,7 +20,14 @@ requirements = [
     "tensorboard",  # event-file records, and the page that shows them
     "tqdm",  # the progress bar
 ]
+export_requirements = [
+    "onnx>=1.19",  # the format, of `--format onnx`
+    "onnxscript>=0.5",  # PyTorch's exporter writes ONNX by it
+    "safetensors",  # `--format safetensors`
+]
 test_requirements = [
+    *export_requirements,
+    "onnxruntime",  # runs the exported network
     "pytest",
     "pytest-xdist>=3.2",  # a worker a core; worksteal
     "pytest-benchmark",  # `pytest -n0 benchmarks/`
@@ -100,5 +107,5 @@ setup(
     ],
     cmdclass={"build_ext": BuildLevels},
     install_requires=requirements,
-    extras_require={"test": test_requirements},
+    extras_require={"export": export_requirements, "test": test_requirements},
 )

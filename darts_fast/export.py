@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -149,20 +148,17 @@ def export(
             )
     trained = Trained.read(path, which)
     out = Path(FOLDER, trained.config.name) if out is None else Path(out)
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists and is not overwritten; choose another --out")
     deployed = Deployed(trained.module, trained.content["mean"], trained.content["std"], dtype, output)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        whole = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
-    try:
-        with torch.no_grad(), within_quota(), writing(out):
-            folder = whole / out.name  # unlike `whole`, with the permissions of any new folder
-            folder.mkdir()
-            _write(folder, formats, trained, deployed, tell)
-            folder.rename(out)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
+    with torch.no_grad(), within_quota(), writing(out):
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            raise InputError(f"{out} exists and is not overwritten; choose another --out") from None
+        try:
+            _write(out, formats, trained, deployed, tell)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     return out
 
 
