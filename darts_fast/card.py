@@ -46,8 +46,8 @@ def markdown(card: dict[str, Any]) -> str:
     lines = [
         f"# A network for {data['name']}",
         "",
-        "A classifier of images whose cells were found by differentiable architecture search "
-        "([DARTS](https://arxiv.org/abs/1806.09055)) or chosen by hand, trained and exported by darts_fast.",
+        "A classifier of images: the network of a genotype, as "
+        "[DARTS](https://arxiv.org/abs/1806.09055) searches them, trained and exported by darts_fast.",
         "",
         *_table(
             (f"top-1 accuracy on {accuracy['images']}", f"**{100 * accuracy['top1']:.2f} %**"),
@@ -90,14 +90,17 @@ def markdown(card: dict[str, Any]) -> str:
         }
         lines += [need.format(**filled), "", "```python", call.format(**filled), "```", ""]
     for name, difference in card["largest_difference"].items():
-        lines += [
-            f"`{card['files'][name]}` was not compared with the trained network, because onnxruntime is not "
-            "installed."
-            if difference is None
-            else f"On random images the {output['name']} of `{card['files'][name]}` differ from those of the "
-            f"trained network by {difference:.1e} at most (0: not at all).",
-            "",
-        ]
+        file = f"`{card['files'][name]}`"
+        if difference is None:
+            lines.append(f"{file} was not compared with the trained network: onnxruntime is not installed.")
+        elif difference == 0:
+            lines.append(f"On random images {file} gives the bits of the trained network.")
+        else:
+            lines.append(
+                f"On random images the {output['name']} of {file} differ from those of the trained network "
+                f"by {difference:.1e} at most."
+            )
+        lines.append("")
     latency = card["latency"]
     batches = list(latency["milliseconds"]["eager"])
     lines += [
