@@ -5,7 +5,7 @@ from typing import Any
 # A format: what its file needs, and a call of it.
 USES = {
     "torch": (
-        "`{file}` is a program of `torch.export`; it needs PyTorch alone.",
+        "`{file}` is a program of `torch.export` for the CPU; it needs PyTorch alone.",
         """import torch
 
 network = torch.export.load("{file}").module()
