@@ -146,7 +146,7 @@ def test_float_images_in_and_probabilities_out(format, in_tmp, no_latency):
 
 
 def test_an_exported_program_refuses_other_images_and_names_no_file_of_this_machine(in_tmp, no_latency):
-    folder = export(saved(in_tmp / "run", NAMED["DARTS_V1"]), ["torch"] if MISSING else ["torch", "onnx"])
+    folder = export(saved(in_tmp / "run", NAMED["DARTS_V1"]))
     program = torch.export.load(folder / "network.pt2").module()
     with pytest.raises(RuntimeError, match="dtype"):
         program(pixels(2).float())
@@ -268,6 +268,7 @@ def test_the_code_on_the_card_runs(run, in_tmp, no_latency):
         [sys.executable, "-c", "\n".join(parts)], cwd=folder, capture_output=True, text=True, check=True
     )
     assert len(codes) == 3 and done.stdout == "(7, 3)\n" * 3
+    assert str(ROOT).encode() not in (folder / "network.onnx").read_bytes()
 
 
 def test_latency_is_the_median_of_the_calls_after_the_first():
