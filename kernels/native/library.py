@@ -6,7 +6,6 @@ import hashlib
 import os
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from darts_fast.kernels.native.table import STRUCTURES, size_of
@@ -18,8 +17,8 @@ _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
 
 def _path(level: int) -> Path | None:
     folder = Path(os.environ.get("DARTS_NATIVE_FOLDER") or Path(__file__).resolve().parent)  # see sanitize.sh
-    paths = [folder / (_NAMES[level] + suffix) for suffix in EXTENSION_SUFFIXES]
-    return next((path for path in paths if path.exists()), None)
+    path = folder / f"{_NAMES[level]}.so"
+    return path if path.exists() else None
 
 
 def _digest() -> str:
@@ -34,7 +33,10 @@ def absence() -> str | None:
     """Why there are no kernels in C++; None where there are."""
     if _path(0) is None:
         return "was not built: no C++ compiler with OpenMP when darts_fast was installed"
-    library = ctypes.CDLL(str(_path(0)))
+    try:
+        library = ctypes.CDLL(str(_path(0)))
+    except OSError as error:  # such as a missing libgomp.so.1, where PyTorch brings none
+        return f"cannot be loaded: {error}"
     library.darts_sources.restype = ctypes.c_char_p
     # C++ reads tables that Python lays out: from a library of other sources the result would be garbage.
     if library.darts_sources() and _digest() not in ("", library.darts_sources().decode()):
