@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,6 +32,10 @@ class BuildLevels(build_ext):
     """Plain libraries, which know nothing of Python: no module's name, no module's symbols."""
 
     def build_extension(self, ext: Extension) -> None:
+        # On Linux, GCC's OpenMP is that of PyTorch, with which library.py loads the libraries; they are not
+        # linked to a second one.
+        if sys.platform != "linux" or "clang" in " ".join(self.compiler.compiler_so):
+            ext.extra_link_args = ["-fopenmp"]
         # Each library compiles the same sources, so each has a folder of its own for its objects.
         shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
         try:
@@ -59,7 +64,6 @@ setup(
             [str(path) for path in SOURCES if path.suffix == ".cpp"],
             depends=[str(path) for path in SOURCES],
             extra_compile_args=[*FLAGS, *flags],
-            extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,
         )

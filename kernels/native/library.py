@@ -4,9 +4,12 @@ sources beside this file once per processor level."""
 import ctypes
 import hashlib
 import os
+import sys
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from darts_fast.kernels.native.table import STRUCTURES, size_of
 
@@ -19,6 +22,18 @@ def _path(level: int) -> Path | None:
     folder = Path(os.environ.get("DARTS_NATIVE_FOLDER") or Path(__file__).resolve().parent)  # see sanitize.sh
     path = folder / f"{_NAMES[level]}.so"
     return path if path.exists() else None
+
+
+def _open(level: int) -> ctypes.CDLL:
+    """Loads the library of a level with the OpenMP runtime that PyTorch uses, since two in one process would
+    start twice the threads. PyTorch's wheels bring theirs, for some processors with a digest in its name, so
+    that no library can be linked to it; other builds of PyTorch use the system's."""
+    package = Path(torch.__file__).resolve().parent
+    folders = package / "lib", package.with_name("torch.libs")
+    brought = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
+    if sys.platform == "linux":
+        ctypes.CDLL(str(brought[0]) if brought else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(_path(level)))
 
 
 def _digest() -> str:
@@ -34,8 +49,8 @@ def absence() -> str | None:
     if _path(0) is None:
         return "was not built: no C++ compiler with OpenMP when darts_fast was installed"
     try:
-        library = ctypes.CDLL(str(_path(0)))
-    except OSError as error:  # such as a missing libgomp.so.1, where PyTorch brings none
+        library = _open(0)
+    except OSError as error:  # such as no OpenMP, neither PyTorch's nor the system's
         return f"cannot be loaded: {error}"
     library.darts_sources.restype = ctypes.c_char_p
     # C++ reads tables that Python lays out: from a library of other sources the result would be garbage.
@@ -59,7 +74,7 @@ def level() -> int | None:
     see `absence`."""
     if absence() is not None:
         return None
-    highest = min(ctypes.CDLL(str(_path(0))).darts_level(), _highest_wanted())
+    highest = min(_open(0).darts_level(), _highest_wanted())
     return max(built for built in LEVELS if built <= highest and _path(built) is not None)
 
 
@@ -69,7 +84,7 @@ def library_of(level: int) -> ctypes.CDLL:
     Raises:
         RuntimeError: its structures are not those of table.py.
     """
-    library = ctypes.CDLL(str(_path(level)))
+    library = _open(level)
     library.darts_sweep.argtypes, library.darts_sweep.restype = [c_void_p, c_int64, c_int], None
     library.darts_multiply_adds.argtypes, library.darts_multiply_adds.restype = [c_int64], c_int64
     for structure in STRUCTURES:
