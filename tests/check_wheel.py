@@ -1,7 +1,8 @@
-"""Checks a wheel that is installed into the venv of this Python: every command of `darts-fast` runs, with the C++
-kernels where a compiler is nowhere on the PATH, and with one OpenMP runtime in the process.
+"""Checks a wheel that is installed into the venv of this Python: with no compiler on the PATH, every command
+of `darts-fast` runs on the C++ kernels, and one OpenMP runtime is in the process.
 
-    pip wheel --no-deps -w DIR . && pip install --force-reinstall --no-deps DIR/*.whl && python tests/check_wheel.py
+    pip wheel --no-deps -w DIR . && pip install --force-reinstall --no-deps DIR/*.whl
+    python tests/check_wheel.py
 """
 
 import os
