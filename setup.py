@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 # The CPU kernels, once per processor level; which one runs is chosen when it is loaded. Optional: without a
 # compiler the install succeeds, and the kernels in ATen are used. Predictive commoning spills the sums that
 # the loops keep in registers.
-LEVELS = {"_portable": []}
+LEVELS: dict[str, list[str]] = {"_portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"_v3": ["-march=x86-64-v3"], "_v4": ["-march=x86-64-v4"]}
 # The sources' digest is built in: Python does not call what was built of others (kernels/native/library.py).

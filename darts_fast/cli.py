@@ -5,6 +5,7 @@ A command reads `sys.argv`, whose first word is the program's name as a person t
 """
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -146,7 +147,7 @@ def _without_command(words: list[str]) -> None:
         raise InputError(f"{found}; there are {known} (-h says what they do)")
 
 
-def _run_parser(config: type[Config], description: str) -> OneSentenceParser:
+def _run_parser(config: type[Config], description: str) -> ArgumentParser:
     parser = argument_parser(config, description)
     parser.add_argument(
         "--resume",

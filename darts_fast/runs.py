@@ -40,7 +40,7 @@ from darts_fast.state import check_keys, check_number
 try:
     import fcntl
 except ImportError:  # not on Windows: there, nothing keeps two processes out of one run folder
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual way to say so
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"

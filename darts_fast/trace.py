@@ -120,7 +120,7 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
             moved = argument_bytes(event["args"]) if reads else 0
             found.append((event["name"], phase_at(event["ts"]), own, moved))
         intervals = [(e["ts"], e["ts"] + e["dur"]) for e in operations]
-    found = [entry for entry in found if entry[1] is not None]
+    found = [(name, phase, *rest) for name, phase, *rest in found if phase is not None]
 
     host: dict[str, float] = {}
     for start, end, name in phases:  # one of the uncaptured step alone takes a replay's host no time

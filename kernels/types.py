@@ -57,7 +57,7 @@ class Reader(NamedTuple):
 
     y: Tensor
     statistics: Tensor | None  # [3, C], of y itself
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple's method
     adjoint: Tensor  # G, like y; may be a slice of channels
     # [2, entries, C]: of G, G u, where p is by image of p G, p G u; None: y has no statistics, and they are
     # not read

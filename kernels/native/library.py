@@ -96,13 +96,17 @@ def library_of(level: int) -> ctypes.CDLL:
 @cache
 def loaded() -> ctypes.CDLL:
     """The library that is used on this machine."""
-    return library_of(level())
+    used = level()
+    assert used is not None, absence()
+    return library_of(used)
 
 
 @cache
 def address_of(library: ctypes.CDLL, function: str) -> int:
     """The address of the C++ function `darts_...` of a launch."""
-    return ctypes.cast(getattr(library, f"darts_{function}"), c_void_p).value
+    address = ctypes.cast(getattr(library, f"darts_{function}"), c_void_p).value
+    assert address is not None  # a null pointer
+    return address
 
 
 def multiply_adds(rounds: int) -> int:
