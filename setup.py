@@ -37,7 +37,8 @@ class BuildLevels(build_ext):
         if sys.platform != "linux" or "clang" in " ".join(self.compiler.compiler_so):
             ext.extra_link_args = ["-fopenmp"]
         # Each library compiles the same sources, so each has a folder of its own for its objects.
-        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+        shared: str = self.build_temp
+        self.build_temp = str(Path(shared) / ext.name)
         try:
             super().build_extension(ext)
         finally:

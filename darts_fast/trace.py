@@ -120,14 +120,15 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
             moved = argument_bytes(event["args"]) if reads else 0
             found.append((event["name"], phase_at(event["ts"]), own, moved))
         intervals = [(e["ts"], e["ts"] + e["dur"]) for e in operations]
-    found = [(name, phase, *rest) for name, phase, *rest in found if phase is not None]
+    found = [entry for entry in found if entry[1] is not None]
 
     host: dict[str, float] = {}
     for start, end, name in phases:  # one of the uncaptured step alone takes a replay's host no time
         host[name] = host.get(name, 0.0) + ((end - start) / 1e6 if phase_at(start) is not None else 0.0)
     total = sum(end - start for start, end, _ in steps) / 1e6
     host[REST] = max(0.0, total - sum(host.values()))
-    by_phase, by_name = summed((p, t, b) for _, p, t, b in found), summed((n, t, b) for n, _, t, b in found)
+    by_phase = summed((phase, time, moved) for _, phase, time, moved in found if phase is not None)
+    by_name = summed((name, time, moved) for name, _, time, moved in found)
     zero = steps[0][0] if steps else 0.0
     rows = []
     for name, seconds in host.items():
