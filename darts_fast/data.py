@@ -43,10 +43,10 @@ def from_tensors(
     """
     _check_tensors("", images, labels)
     classes = int(labels.max()) + 1 if len(labels) else 0
-    if (test_images is None) != (test_labels is None):
-        raise InputError("data's test images and test labels must be given together")
-    if test_images is None:
+    if test_images is None and test_labels is None:
         test_images, test_labels = images[:0], labels[:0]
+    if test_images is None or test_labels is None:
+        raise InputError("data's test images and test labels must be given together")
     _check_tensors("test ", test_images, test_labels)
     if test_images.shape[1:] != images.shape[1:]:
         shapes = [" x ".join(map(str, tensor.shape[1:])) for tensor in (test_images, images)]
@@ -252,5 +252,5 @@ def fingerprint(dataset: Dataset) -> int:
     """A checksum of all images and labels: is a run resumed on the data it began with?"""
     checksum = 0
     for tensor in (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels):
-        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+        checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
     return checksum

@@ -121,10 +121,17 @@ def _mnist(reader_name: str, flip: bool, path: Path) -> Dataset:
             f"(images {images.shape} and {test_images.shape}, labels {labels.shape} and {test_labels.shape}, "
             "from 0 to 9); put the published files there"
         )
-    images, test_images = (torch.from_numpy(array)[:, None] for array in (images, test_images))
-    labels, test_labels = (torch.from_numpy(array).long() for array in (labels, test_labels))
     # A digit lies in a box of 20x20, so that a shift by 4 hardly cuts it; mirrored it is another sign.
-    return Dataset(name, images, labels, test_images, test_labels, 10, crop_padding=4, flip=flip)
+    return Dataset(
+        name,
+        torch.from_numpy(images)[:, None],
+        torch.from_numpy(labels).long(),
+        torch.from_numpy(test_images)[:, None],
+        torch.from_numpy(test_labels).long(),
+        10,
+        crop_padding=4,
+        flip=flip,
+    )
 
 
 LARGEST_IDX = 2**30  # bytes; the published ones have 47 million at most
@@ -255,7 +262,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     Raises:
         InputError: there is no class, an empty class, or something in a class that is no file.
     """
-    files = {}
+    files: dict[str, list[Path]] = {}
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
         for name in names:
@@ -314,8 +321,8 @@ def _read_image(file: Path, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file, formats=FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened)
             if image.mode[0] in "IF":  # grey of more than 8 bits, which Pillow's conversion clips, not scales
                 pixels = np.asarray(image)
                 if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:

@@ -359,7 +359,8 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
 
 
 def main() -> None:
-    parser = OneSentenceParser(prog="python -m darts_fast.export", description=__doc__, allow_abbrev=False)
+    program = sys.argv[0] if sys.argv[0].startswith("darts-fast") else "python -m darts_fast.export"
+    parser = OneSentenceParser(prog=program, description=__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="DIR", help="the run folder of a training, such as augments/digits")
     parser.add_argument(
         "--format",

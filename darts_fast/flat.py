@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.autograd.function import FunctionCtx
 
 
 class FlatNetwork(nn.Module):
@@ -77,7 +76,7 @@ class FlatNetwork(nn.Module):
         """The alphas by name."""
         return {name: getattr(self, name) for name in self.ALPHAS}
 
-    def present(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+    def present(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of ALPHAS, -inf where an edge does not have the candidate."""
         return {name: alphas[name] for name in self.ALPHAS}
 
@@ -185,12 +184,12 @@ class _Split(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, flat: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, flat: Tensor, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ctx.like = like
         return tuple(_unflatten_dense_tensors(flat, like))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _Join.apply(ctx.like, *gradients), None
 
 
@@ -198,10 +197,10 @@ class _Join(torch.autograd.Function):
     """The inverse, and the transpose, of `_Split`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, like: tuple[Tensor, ...], *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, like: tuple[Tensor, ...], *parts: Tensor) -> Tensor:
         ctx.like = like
         return _flatten_dense_tensors(parts)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, flat: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, flat: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Split.apply(flat, ctx.like)

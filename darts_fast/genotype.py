@@ -42,8 +42,10 @@ class Genotype(NamedTuple):
                     raise InputError(
                         f"no flat notation: node {number} of {cell} has {len(node)} pairs, not {EDGES_KEPT}"
                     )
-        normal, reduce = ([pair for node in gene for pair in node] for gene in (self.normal, self.reduce))
-        return str(self._replace(normal=normal, reduce=reduce))
+        flat = {
+            name: [pair for node in getattr(self, name) for pair in node] for name in ("normal", "reduce")
+        }
+        return str(self._replace(**flat))
 
     def as_json(self) -> dict[str, list]:
         """Plain lists, for a JSON file."""
@@ -81,11 +83,10 @@ def assemble(fields: dict[str, Item]) -> Genotype:
     Raises:
         InputError: a field is no gene or concat, an operation is unknown, or a state does not exist there.
     """
-    cells = []
-    for cell in ("normal", "reduce"):
-        gene = _gene(fields[cell])
-        cells += [gene, _concat(fields[f"{cell}_concat"], len(gene))]
-    return Genotype(*cells)
+    normal = _gene(fields["normal"])
+    normal_concat = _concat(fields["normal_concat"], len(normal))
+    reduce = _gene(fields["reduce"])
+    return Genotype(normal, normal_concat, reduce, _concat(fields["reduce_concat"], len(reduce)))
 
 
 def _gene(item: Item) -> Gene:
@@ -121,6 +122,7 @@ def _pair(item: Item, node: int) -> tuple[str, int]:
 
 def _concat(item: Item, nodes: int) -> range | list[int]:
     states: dict[int, None] = {}
+    entries: Iterable[Item]
     if type(item.content) is range:  # lazily: a long one ends at its first state that does not exist
         entries = (Item(state, item.place) for state in item.content)
     else:

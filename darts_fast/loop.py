@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import math
 import reprlib
-import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -78,8 +77,7 @@ class Loop(ABC):
     folder: RunFolder  # set before anything is run or loaded
     network: nn.Module
     take: Captured  # a step, from images as they are stored
-    program: str  # the command that resumes it
-    function: str  # the function that resumes it on a user's own tensors
+    function: str  # the function of `darts_fast` that resumes it
     remedy: str  # what to try where a number is not finite
     profiler: Profiler | None = None  # until its report is written
 
@@ -467,11 +465,12 @@ class Loop(ABC):
             return
         self._read_metrics()
         self._save()
-        how = f"python {self.program} --resume {shlex.quote(str(self.folder.path))}"
-        if self.dataset.name == "tensors":
-            how = f"darts_fast.{self.function}({str(self.folder.path)!r}, data)"
         raise Stopped(
-            f"stopped and saved after {self.steps_done} steps; go on with: {how}", self.stop.received
+            f"after {self.steps_done} steps",
+            self.folder.path,
+            f"darts_fast.{self.function}",
+            self.dataset.name == "tensors",
+            self.stop.received,
         )
 
     # What a person sees

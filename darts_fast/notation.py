@@ -56,7 +56,7 @@ class _Parser:
         """Ends on its closing bracket: what follows in a log need not be made of tokens."""
         self.expect("Genotype")
         self.expect("(")
-        fields = {}
+        fields: dict[str, Item] = {}
         for field in Genotype._fields:
             if fields:
                 self.expect(",")
@@ -111,10 +111,10 @@ class _Parser:
         self.advance()
 
     def advance(self) -> None:
-        self.start = SPACE.match(self.text, self.end).end()
+        self.start = SPACE.match(self.text, self.end).end()  # type: ignore[union-attr]  # also no space is
         match = TOKEN.match(self.text, self.start)
         if match is None:
-            found = re.compile(r"-?[0-9]+|.", re.DOTALL).match(self.text, self.start)[0]
+            found = re.compile(r"-?[0-9]+|.", re.DOTALL).match(self.text, self.start)[0]  # type: ignore[index]
             reason = "is a number too large" if len(found) > 1 else "begins nothing that belongs here"
             if found in "'\"":
                 reason = "opens a quotation that is not closed"

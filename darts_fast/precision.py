@@ -52,9 +52,10 @@ class LossScale:
         """Before a step of a fused optimizer: looks at its gradients."""
         gradients = [tensor.grad for group in optimizer.param_groups for tensor in group["params"]]
         # What torch.amp.GradScaler calls: one launch for many gradients, which it multiplies by 1.
-        one, optimizer.found_inf = torch.ones_like(self.value), torch.zeros_like(self.value)
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, optimizer.found_inf, one)
-        self.value.mul_(1.0 - 0.5 * optimizer.found_inf)
+        one, found_inf = torch.ones_like(self.value), torch.zeros_like(self.value)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, one)
+        self.value.mul_(1.0 - 0.5 * found_inf)
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # an attribute that a fused step looks for
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""Searches, chooses, trains and tests as the DARTS paper does, with random cells beside:
-python -m darts_fast.protocol [--dataset cifar10 ...]; -h lists the options."""
+"""Searches, chooses, trains and tests as the DARTS paper does, with random cells beside."""
 
 import dataclasses
 import math
@@ -213,12 +212,9 @@ class Protocol:
                 raise
             outcome = {"failed": str(error).replace(f"{self.path}{os.sep}", "")}
         except Stopped as stop:
-            how = f"python -m darts_fast.protocol --resume {shlex.quote(str(self.path))}"
-            if self.data is not None:
-                how = f"darts_fast.protocol.resume_protocol({str(self.path)!r}, data)"
-            raise Stopped(
-                f"stopped and saved within {key}; go on with: {how}", stop.exit_code - 128
-            ) from stop
+            function, own_images = "darts_fast.protocol.resume_protocol", self.data is not None
+            signal_number = stop.exit_code - 128
+            raise Stopped(f"within {key}", self.path, function, own_images, signal_number) from stop
         finally:
             self._end_hours(key)
         self.outcomes[key] = outcome
@@ -341,7 +337,6 @@ def _tell(line: str) -> None:
 
 def main() -> None:
     parser = argument_parser(ProtocolConfig, __doc__)
-    parser.prog = "python -m darts_fast.protocol"
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the protocol of this folder, on --device if given"
     )
@@ -356,4 +351,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("protocol", main))
+    sys.argv[0] = "python -m darts_fast.protocol"
+    sys.exit(run_program(sys.argv[0], main))

@@ -76,6 +76,7 @@ def operation(name: str, channels: int, stride: int, affine: bool, pool_batch_no
     if kind == "skip":
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if kind in ("max_pool", "avg_pool"):
+        pool: nn.Module
         if kind == "max_pool":
             pool = nn.MaxPool2d(kernel, stride, padding=same)
         else:
@@ -153,6 +154,7 @@ class MixedCell(nn.Module):
     ):
         super().__init__()
         self.reduction, self.space, self.partial_channels = reduction, space, partial_channels
+        self.preprocess0: nn.Module
         if previous_reduction:
             self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=False)
         else:

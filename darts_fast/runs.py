@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import struct
@@ -39,7 +40,7 @@ from darts_fast.state import check_keys, check_number
 try:
     import fcntl
 except ImportError:  # not on Windows: there, nothing keeps two processes out of one run folder
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual way to say so
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
@@ -48,11 +49,32 @@ EVENTS = "tb/events.out.tfevents.0.darts_fast"  # TensorBoard reads every file w
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step was finished and the run saved. The message says how to resume."""
+    """Ctrl-C or SIGTERM: the step was finished and the run saved. The message says how to resume.
 
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(one_line(message))
+    Args:
+        where: what was finished, such as "after 5 steps".
+        path: the folder of the run.
+        function: the one that resumes it, such as "darts_fast.resume_search".
+        own_images: whether that needs the user's own images again, as a command cannot.
+        signal_number: of the signal.
+    """
+
+    def __init__(self, where: str, path: Path, function: str, own_images: bool, signal_number: int):
+        self.where, self.path, self.own_images = where, path, own_images
         self.exit_code = 128 + signal_number
+        call = f"{function}({str(path)!r}{', data' if own_images else ''})"
+        super().__init__(self._sentence(call))
+
+    def to_resume_by(self, command: str) -> str:
+        """The message of a program whose command resumes its runs by --resume."""
+        return (
+            str(self)
+            if self.own_images
+            else self._sentence(f"{command} --resume {shlex.quote(str(self.path))}")
+        )
+
+    def _sentence(self, how: str) -> str:
+        return one_line(f"stopped and saved {self.where}; go on with: {how}")
 
 
 class RunFolder:
@@ -150,7 +172,8 @@ class RunFolder:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (RunError, Stopped)):  # the console has it from `run_program`
-            self._log.write(_stamped(str(error)).encode() + b"\n")
+            line = f"stopped and saved {error.where}" if isinstance(error, Stopped) else str(error)
+            self._log.write(_stamped(line).encode() + b"\n")
         self.close()
 
     def close(self) -> None:
@@ -427,6 +450,10 @@ def run_program(name: str, main: Callable[[], None]) -> int:
     """Runs a program and returns its exit code; what a user caused is one line on stderr, no traceback.
 
     2: bad input; 1: a run that cannot go on; 130 or 143: stopped by Ctrl-C or SIGTERM.
+
+    Args:
+        name: what a person types to call it (of a script without "python"), such as "darts-fast search".
+        main: the program, which reads `sys.argv`.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell
@@ -442,7 +469,8 @@ def run_program(name: str, main: Callable[[], None]) -> int:
     except RunError as error:
         code, why = 1, str(error)
     except Stopped as stop:
-        code, why = stop.exit_code, str(stop)
+        command = f"python {name}" if name.endswith(".py") else name
+        code, why = stop.exit_code, stop.to_resume_by(command)
     except KeyboardInterrupt:
         code, why = 130, "stopped at once; what was saved before is intact"
     with suppress(OSError):  # a full disk; the exit code still says it

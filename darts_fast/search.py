@@ -301,7 +301,7 @@ class Search(Loop):
         InputError: a half has too few images; the data or the supernet do not fit the memory.
     """
 
-    program, function = "run.py", "resume_search"
+    function = "resume_search"
     remedy = "a smaller --w_lr or --w_grad_clip"
     network: FlatNetwork
     eigenvalue: float | None = None  # of the epoch that is being finished

@@ -53,7 +53,7 @@ def check_keys(found: Any, keys: Collection, name: str) -> None:
             raise ValueError(f"{name} has {reprlib.repr(key)}, which does not belong there")
 
 
-def check_number(found: Any, kind: type, least: float, most: float, name: str) -> None:
+def check_number(found: Any, kind: type[int] | type[float], least: float, most: float, name: str) -> None:
     """Raises ValueError unless `found` is of the kind (int or float) and from `least` to `most`, which may be
     infinite; NaN and the infinities are no numbers."""
     if type(found) is not kind or not least <= found <= most or (kind is float and not math.isfinite(found)):
@@ -66,7 +66,7 @@ def check_number(found: Any, kind: type, least: float, most: float, name: str) -
 def copy_state(own: Tensor | dict, found: Tensor | dict) -> None:
     """Copies the tensors of `found`, which `check_state` has let pass, into those of `own`."""
     if isinstance(own, Tensor):
-        own.copy_(found)
+        own.copy_(found)  # type: ignore[arg-type]  # a tensor, too: `check_state` has seen it
     else:
         for key, value in own.items():
             copy_state(value, found[key])

@@ -1,6 +1,6 @@
 """The supernet: stem, a stack of mixed cells, classifier, and the alphas that weigh the candidates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class Supernet(FlatNetwork):
                 before_previous, output = output, following
         return self.classifier(output.mean(dim=(2, 3), dtype=stem.dtype))
 
-    def present(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+    def present(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         absent = {name: getattr(self, self._absent(name)) for name in self.ALPHAS}
         return {name: alphas[name] if a is None else alphas[name] + a for name, a in absent.items()}
 

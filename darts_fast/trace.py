@@ -127,7 +127,8 @@ def read_trace(events: Iterable[dict[str, Any]]) -> Profile:
         host[name] = host.get(name, 0.0) + ((end - start) / 1e6 if phase_at(start) is not None else 0.0)
     total = sum(end - start for start, end, _ in steps) / 1e6
     host[REST] = max(0.0, total - sum(host.values()))
-    by_phase, by_name = summed((p, t, b) for _, p, t, b in found), summed((n, t, b) for n, _, t, b in found)
+    by_phase = summed((phase, time, moved) for _, phase, time, moved in found if phase is not None)
+    by_name = summed((name, time, moved) for name, _, time, moved in found)
     zero = steps[0][0] if steps else 0.0
     rows = []
     for name, seconds in host.items():

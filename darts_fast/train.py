@@ -313,7 +313,7 @@ class Training(Loop):
             train on, or the data or the network do not fit the memory.
     """
 
-    program, function = "run_from.py", "resume_training"
+    function = "resume_training"
     remedy = "a smaller --lr or --grad_clip"
     network: DerivedNetwork
 

@@ -43,8 +43,9 @@ def using(chosen: Backend) -> Iterator[None]:
 
 def used(device: torch.device, dtype: torch.dtype) -> str:
     """What `backend` is, in a few words, and where it is not the fastest for its device: why."""
-    if backend(device, dtype) is native:
-        return f"native (C++, {native.LEVELS[native.level()]})"
+    level = native.level()
+    if backend(device, dtype) is native and level is not None:
+        return f"native (C++, {native.LEVELS[level]})"
     if device.type == "cuda":
         return "triton"
     if device.type == "cpu" and dtype == torch.float32:
@@ -55,10 +56,11 @@ def used(device: torch.device, dtype: torch.dtype) -> str:
 def available() -> dict[str, str]:
     """Each backend with what it is used for on this machine, or why it is not."""
     found = {"triton": "CUDA" if torch.cuda.is_available() else "no CUDA device"}
-    if native.level() is None:
-        return {**found, "native": native.absence(), "aten": "everything on the CPU"}
-    level = native.LEVELS[native.level()]
-    return {**found, "native": f"float32 on the CPU, {level}", "aten": "everything else on the CPU"}
+    level = native.level()
+    if level is None:
+        return {**found, "native": str(native.absence()), "aten": "everything on the CPU"}
+    found["native"] = f"float32 on the CPU, {native.LEVELS[level]}"
+    return {**found, "aten": "everything else on the CPU"}
 
 
 _collections: list[list[Call]] = []

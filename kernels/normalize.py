@@ -1,8 +1,10 @@
 """Batch norm with affine parameters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from darts_fast.kernels.first_derivative import refuse_second_derivative, wanted
 from darts_fast.kernels.types import EPSILON
@@ -33,13 +35,13 @@ def normalize(y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Te
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(y, statistics, weight)
         mean, variance, _ = statistics.unbind()
         return torch.batch_norm(y, weight, bias, mean, variance, False, 0.0, EPSILON, False)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, statistics, weight = ctx.saved_tensors
         found, *gradients = _NormalizeBackward.apply(y, statistics, weight, g)
         return found, None, *gradients
@@ -49,16 +51,14 @@ class _NormalizeBackward(torch.autograd.Function):
     """weight B(g), and the sums of g h and of g per channel; linear in g."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, y: Tensor, statistics: Tensor, weight: Tensor, g: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, y: Tensor, statistics: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(y, statistics, weight)
         return _batch_norm_backward(y, statistics, weight, g, [True, True, True])
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor
+        ctx: Any, tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor
     ) -> tuple[Tensor | None, ...]:
         """weight B(tangent) + weight_tangent h + bias_tangent: B is its own transpose."""
         if wanted(ctx.next_functions[:-1]):

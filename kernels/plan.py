@@ -79,7 +79,7 @@ class Layout(NamedTuple):
     def number(self, t: Tensor) -> tuple[str, int]:
         """The block of a tensor, and how many numbers of its type lie there before its first."""
         block, offset = self.places[_storage(t)]
-        return block, offset // t.element_size() + t.storage_offset()
+        return block, offset // t.element_size() + int(t.storage_offset())
 
 
 class _Life(NamedTuple):

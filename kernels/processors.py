@@ -13,13 +13,13 @@ import torch
 def threads() -> int:
     """PyTorch's threads, but no more than the quota of this process's container is worth, which PyTorch does
     not know. (It knows the processors that `taskset` or a batch system leaves.)"""
-    return min(torch.get_num_threads(), quota())
+    return int(min(torch.get_num_threads(), quota()))
 
 
 def processors() -> int:
     """Those that the system schedules this thread on, and no more than the quota."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(found, quota())
+    return int(min(found, quota()))
 
 
 @cache

@@ -57,7 +57,7 @@ class Reader(NamedTuple):
 
     y: Tensor
     statistics: Tensor | None  # [3, C], of y itself
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple's method
     adjoint: Tensor  # G, like y; may be a slice of channels
     # [2, entries, C]: of G, G u, where p is by image of p G, p G u; None: y has no statistics, and they are
     # not read
@@ -124,7 +124,7 @@ class Backend(Protocol):
         *,
         y: Tensor,  # [outputs, N, K, H', W'], each channels-last
         statistics: Tensor | None,  # [outputs, 3, K]: those of y; None: they are not wanted
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def sepconv_backward(
         self,
@@ -138,7 +138,7 @@ class Backend(Protocol):
         # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k];
         # the rest of a row is not written. None: the gradients are not wanted
         gradients: Tensor | None,
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def sepconv_tangent(
         self,
@@ -152,7 +152,7 @@ class Backend(Protocol):
         *,
         y: Tensor,  # [outputs, N, K, H', W']: yd = P (D * ad + Dd * a) + Pd (D * a)
         sums: Sequence[Tensor],  # [3, K] of each reader: of yd, yd h, yd G
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def sepconv_second(
         self,
@@ -164,7 +164,7 @@ class Backend(Protocol):
         *,
         adjoint: Tensor,  # [sources, N, C, H, W]: Hd = [h > 0] (D' * (P' Yd + Pd' Y) + Dd' * P' Y), summed
         sums: Tensor | None,  # [2, sources, C]: of Hd, Hd h; None: no source is normalised
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # Factorized convolutions: relu(x) -> 1 x k, which strides over columns -> k x 1, which strides over rows;
     # padded to `same`. They have no part in the last two sweeps.
@@ -178,7 +178,7 @@ class Backend(Protocol):
         middle: Tensor,  # [N, C, H, W']: between both
         y: Tensor,  # [N, C, H', W']
         statistics: Tensor | None,  # [3, C]: those of y; None: they are not wanted
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def convolution_backward(
         self,
@@ -190,7 +190,7 @@ class Backend(Protocol):
         *,
         adjoint: Tensor,  # [N, C, H, W]: dL/dx
         gradients: tuple[Tensor, Tensor],  # of the weights
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # A node: o = sum over candidates k of p_k h_k. In all sums u of a candidate without statistics is y.
 
@@ -200,7 +200,7 @@ class Backend(Protocol):
         weights: Tensor | None,  # p [candidates], or by image [candidates, N]; None: 1
         *,
         outs: Sequence[Tensor],  # o, written to each of these; they may be slices of channels
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def mix_backward(
         self,
@@ -210,7 +210,7 @@ class Backend(Protocol):
         *,
         sums: Tensor,  # [2, candidates, C]: of G, G u; where p is by image of p G, p G u
         weight_gradient: Tensor | None,  # dL/dp [candidates], without affine; None: it is not wanted
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def mix_tangent(
         self,
@@ -223,7 +223,7 @@ class Backend(Protocol):
         *,
         outs: Sequence[Tensor],  # od = sum over k of p_k hd_k
         products: Tensor,  # [candidates, C]: of yd G; written where a candidate has no statistics
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def mix_second(
         self,
@@ -235,11 +235,11 @@ class Backend(Protocol):
         *,
         sums: Tensor,  # [2, candidates, C]: of Gd, Gd h
         weight_gradient: Tensor,  # [candidates]: Q_p, the sum of Gd h_k + G hd_k
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # Batch norm of several tensors alike, each by itself: preprocessing.
 
-    def norm_forward(self, sources: Sequence[Source], *, out: Tensor) -> list[Launch]:
+    def norm_forward(self, sources: Sequence[Source], *, out: Tensor) -> Sequence[Launch]:
         """out [sources, N, C, H, W]: h of each."""
 
     def norm_backward(
@@ -248,7 +248,7 @@ class Backend(Protocol):
         adjoints: Sequence[Tensor],  # G of each, or Gd
         *,
         sums: Tensor,  # [2, sources, C]: of G, G u
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def norm_tangent(
         self,
@@ -257,7 +257,7 @@ class Backend(Protocol):
         sums: Tensor,  # [3, sources, C]: of yd, yd h, yd G
         *,
         out: Tensor,  # [sources, N, C, H, W]: hd of each
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # Tensors that several nodes read: a state's pools, and with stride 1 the state itself.
 
@@ -267,7 +267,7 @@ class Backend(Protocol):
         readers: Sequence[Sequence[Reader]],  # of each source; may be none
         *,
         out: Tensor,  # [sources, N, C, H, W]: the sum over readers of gamma B(p G)
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def fan_out_second(
         self,
@@ -275,7 +275,7 @@ class Backend(Protocol):
         readers: Sequence[Sequence[SecondReader]],
         *,
         out: Tensor,  # [sources, N, C, H, W]: its derivative along v, see `SecondReader`
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # 3x3 max and average pool of a state, padding 1, over the pixels that are there.
 
@@ -289,7 +289,7 @@ class Backend(Protocol):
         # NaNs, which are maxima, the last
         position: Tensor,
         statistics: Tensor | None,  # [2, 3, C]; None: they are not wanted
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def pool_backward(
         self,
@@ -299,7 +299,7 @@ class Backend(Protocol):
         terms: Sequence[Tensor],  # other adjoints of x, which are added; they may be slices of channels
         *,
         out: Tensor,  # [N, C, H, W]: the adjoint of x
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def pool_tangent(
         self,
@@ -310,7 +310,7 @@ class Backend(Protocol):
         *,
         pools: Tensor,  # [2, N, C, H', W']: the tangents of both, linear once the positions are held
         sums: Sequence[Sequence[Tensor]],  # [3, C] of each reader: of yd, yd h, yd G
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     # Partial channels: what passes by the operations of stride 2, and nodes, whose channels are shuffled.
 
@@ -321,7 +321,7 @@ class Backend(Protocol):
         y: Tensor,  # [N, C, H / 2, W / 2]: the maximum of every 2x2 pixels
         # uint8, like y: of the maximum in its window, 0 to 3, row-major; of equal values the first
         position: Tensor,
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def max_pool_2x2_backward(
         self,
@@ -329,7 +329,7 @@ class Backend(Protocol):
         adjoint: Tensor,  # of y, or the second one
         *,
         out: Tensor,  # [N, C, H, W]: the adjoint of x
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def max_pool_2x2_tangent(
         self,
@@ -337,7 +337,7 @@ class Backend(Protocol):
         position: Tensor,
         *,
         y: Tensor,  # [N, C, H / 2, W / 2]: the tangent of y, linear once the positions are held
-    ) -> list[Launch]: ...
+    ) -> Sequence[Launch]: ...
 
     def shuffle(
         self,
@@ -345,13 +345,13 @@ class Backend(Protocol):
         groups: int,
         *,
         outs: Sequence[Sequence[Tensor]],
-    ) -> list[Launch]:
+    ) -> Sequence[Launch]:
         """The sum of the sources, each of which is tensors side by side, C channels together; channel `g *
         (C / groups) + c` of the sum becomes channel `c * groups + g` of every out, each of which is tensors
         side by side. All tensors may be slices of channels. It is linear, so it is its own tangent; its
         adjoint is the same function with C / groups groups."""
 
-    def add(self, terms: Sequence[Tensor], *, out: Tensor) -> list[Launch]:
+    def add(self, terms: Sequence[Tensor], *, out: Tensor) -> Sequence[Launch]:
         """The sum of two or more tensors, which may be slices of channels."""
 
 

@@ -115,6 +115,7 @@ def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
         test_steps.runner("textbook, torch.compile", test_steps.GPU, torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_a_step_costs_what_the_committed_baseline_says():
     # On its own: Triton's kernels are not compiled where they were imported for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -146,6 +147,7 @@ def test_what_differs_from_the_baseline_is_named():
     ]
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_gpu_report(tmp_path):
     """Every section runs on a CPU at a tiny size, and the report says what each found."""
     # 60 minutes: on a busy machine, too, no section meets its limit.

@@ -111,7 +111,14 @@ ALLOWED = {
         "darts_fast.traffic",
     },
 }
-FREE = {"darts_fast", "darts_fast.export", "darts_fast.protocol", "darts_fast.search", "darts_fast.train"}
+FREE = {
+    "darts_fast",
+    "darts_fast.cli",
+    "darts_fast.export",
+    "darts_fast.protocol",
+    "darts_fast.search",
+    "darts_fast.train",
+}
 FORBIDDEN = {("darts_fast.search", "darts_fast.train"), ("darts_fast.train", "darts_fast.search")}
 ONLY_FROM = {"darts_fast.kernels": {"darts_fast.fused"}}
 

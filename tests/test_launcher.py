@@ -171,6 +171,7 @@ def program(name: str, environment: dict[str, str]) -> list[list[int]]:
     return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_driver_gets_what_was_planned(tmp_path):
     (searched, _, _), (trained, _, _) = program("search_and_training", cuda_stand_in.build(tmp_path))
     assert searched > 700 and trained > 70

@@ -4,10 +4,12 @@ sources beside this file once per processor level."""
 import ctypes
 import hashlib
 import os
+import sys
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+import torch
 
 from darts_fast.kernels.native.table import STRUCTURES, size_of
 
@@ -18,8 +20,20 @@ _NAMES = {4: "_v4", 3: "_v3", 0: "_portable"}
 
 def _path(level: int) -> Path | None:
     folder = Path(os.environ.get("DARTS_NATIVE_FOLDER") or Path(__file__).resolve().parent)  # see sanitize.sh
-    paths = [folder / (_NAMES[level] + suffix) for suffix in EXTENSION_SUFFIXES]
-    return next((path for path in paths if path.exists()), None)
+    path = folder / f"{_NAMES[level]}.so"
+    return path if path.exists() else None
+
+
+def _open(level: int) -> ctypes.CDLL:
+    """Loads the library of a level with the OpenMP runtime that PyTorch uses, since two in one process would
+    start twice the threads. PyTorch's wheels bring theirs, for some processors with a digest in its name, so
+    that no library can be linked to it; other builds of PyTorch use the system's."""
+    package = Path(torch.__file__).resolve().parent
+    folders = package / "lib", package.with_name("torch.libs")
+    brought = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
+    if sys.platform == "linux":
+        ctypes.CDLL(str(brought[0]) if brought else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(_path(level)))
 
 
 def _digest() -> str:
@@ -34,7 +48,10 @@ def absence() -> str | None:
     """Why there are no kernels in C++; None where there are."""
     if _path(0) is None:
         return "was not built: no C++ compiler with OpenMP when darts_fast was installed"
-    library = ctypes.CDLL(str(_path(0)))
+    try:
+        library = _open(0)
+    except OSError as error:  # such as no OpenMP, neither PyTorch's nor the system's
+        return f"cannot be loaded: {error}"
     library.darts_sources.restype = ctypes.c_char_p
     # C++ reads tables that Python lays out: from a library of other sources the result would be garbage.
     if library.darts_sources() and _digest() not in ("", library.darts_sources().decode()):
@@ -57,7 +74,7 @@ def level() -> int | None:
     see `absence`."""
     if absence() is not None:
         return None
-    highest = min(ctypes.CDLL(str(_path(0))).darts_level(), _highest_wanted())
+    highest = min(_open(0).darts_level(), _highest_wanted())
     return max(built for built in LEVELS if built <= highest and _path(built) is not None)
 
 
@@ -67,7 +84,7 @@ def library_of(level: int) -> ctypes.CDLL:
     Raises:
         RuntimeError: its structures are not those of table.py.
     """
-    library = ctypes.CDLL(str(_path(level)))
+    library = _open(level)
     library.darts_sweep.argtypes, library.darts_sweep.restype = [c_void_p, c_int64, c_int], None
     library.darts_multiply_adds.argtypes, library.darts_multiply_adds.restype = [c_int64], c_int64
     for structure in STRUCTURES:
@@ -79,13 +96,17 @@ def library_of(level: int) -> ctypes.CDLL:
 @cache
 def loaded() -> ctypes.CDLL:
     """The library that is used on this machine."""
-    return library_of(level())
+    used = level()
+    assert used is not None, absence()
+    return library_of(used)
 
 
 @cache
 def address_of(library: ctypes.CDLL, function: str) -> int:
     """The address of the C++ function `darts_...` of a launch."""
-    return ctypes.cast(getattr(library, f"darts_{function}"), c_void_p).value
+    address = ctypes.cast(getattr(library, f"darts_{function}"), c_void_p).value
+    assert address is not None  # a null pointer
+    return address
 
 
 def multiply_adds(rounds: int) -> int:

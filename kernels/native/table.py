@@ -84,7 +84,7 @@ class Candidate(NamedTuple):
 
 class Mix(NamedTuple):
     candidates: int = 0
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # in place of tuple's method
     m: int = 0
     c: int = 0
     pixels: int = 0
@@ -107,7 +107,7 @@ class Shared(NamedTuple):
 
 class FanOut(NamedTuple):
     tensors: int = 0
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # in place of tuple's method
     m: int = 0
     c: int = 0
     pixels: int = 0
@@ -253,7 +253,7 @@ def reader(
     writes for it."""
     if read is None:
         return Reader()
-    second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)
+    second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)  # type: ignore[arg-type]
     first = second.first
 
     def of_channels(x: Tensor | None) -> Tensor | None:

@@ -61,14 +61,14 @@ def _aligned(value: Any) -> bool:
     if value is None:
         return False
     if isinstance(value, Tensor):  # allocations are aligned to far more than 16 bytes
-        return value.storage_offset() * value.element_size() % 16 == 0
+        return int(value.storage_offset()) * value.element_size() % 16 == 0
     return value != 1 and value % 16 == 0
 
 
 def attributes(planned: Launch) -> dict[tuple[int, ...], list]:
     """Which parameters are divisible by 16, by place; as the launcher has them, so that it finds on disk what
     was compiled here for its device."""
-    found = {}
+    found: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(planned.kernel.arg_names):
         value = planned.arguments.get(name, 1)
         if not COMPILED_IN_ARE_LISTED and isinstance(value, int) and value == 1:
@@ -197,6 +197,7 @@ def compile_ahead(
 
 
 def _end(worker: subprocess.Popen) -> None:
+    assert worker.stdin is not None
     with suppress(BrokenPipeError):  # it has ended, and did not read what was written
         worker.stdin.close()
 
