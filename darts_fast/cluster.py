@@ -4,6 +4,8 @@ Every machine has darts_fast installed and sees the run folders at the same path
 """
 
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,9 +59,9 @@ class Cluster:
     def __post_init__(self):
         if self.cpus < 1:
             raise InputError(f"cpus must be at least 1, not {self.cpus}")
-        if self.address is not None and "://" in self.address:
+        if self.address is not None and not re.fullmatch(r"[^:/]+:[0-9]{1,5}", self.address):
             raise InputError(
-                f"--cluster takes HOST:PORT of a Ray cluster that this machine belongs to, not {self.address}"
+                f"--cluster takes HOST:PORT of the Ray cluster that this machine is in, not {self.address}"
             )
 
     @contextmanager
@@ -75,10 +77,13 @@ class Cluster:
         if device not in ("cpu", "cuda", "cuda:0"):
             raise InputError(f"Ray gives each run its GPU: with --cluster give --device cuda, not {device}")
         try:
+            if self.address:  # Ray itself tries for ten minutes and more
+                host, port = self.address.split(":")
+                socket.create_connection((host, int(port)), 10).close()
             ray.init(
                 self.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error"
             )
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             where = f"at {self.address}" if self.address else "on this machine"
             raise InputError(f"no Ray {where} ({first_line(error)})") from error
         threads = torch.get_num_threads()
@@ -153,6 +158,8 @@ def _mapped(
             run, why = under_way[values], "it was told to stop"
             try:
                 value = ray.get(next(values))
+            except StopIteration:  # it was told to stop, and Ray left out its last value
+                value = None
             except RayError as error:
                 value, why = None, first_line(error)
                 if isinstance(error, RayTaskError) and not isinstance(error, TaskCancelledError):

@@ -1,103 +1,146 @@
 """A protocol on a local Ray of two workers: the same report to the byte, also when a worker dies."""
 
 import dataclasses
+import importlib.util
+import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
+from test_protocol import REPORT, TINY, data  # noqa: F401  a fixture
 
-pytest.importorskip("ray", reason='Ray is not installed: pip install "darts_fast[cluster]"')
-
-from test_protocol import REPORT, TINY, data, whole  # noqa: F401  the fixtures
-
-from darts_fast import InputError, RunError
-from darts_fast.cluster import Cluster
+from darts_fast import InputError, RunError, plot
 from darts_fast.protocol import Run, protocol, resume_protocol
 from darts_fast.runs import Stopped
-from darts_fast.search import Search
 from darts_fast.train import Training
 
 pytestmark = [
     pytest.mark.usefixtures("no_heat_maps"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None,
+        reason='Ray is not installed: pip install "darts_fast[cluster]"',
+    ),
     pytest.mark.skipif(os.name != "posix", reason="kills and stops by POSIX signals"),
 ]
 
+SETTINGS = dataclasses.replace(TINY, trainings=1)  # two searches, four brief trainings, two trainings
 
-@dataclasses.dataclass(frozen=True)
-class Disturbed(Cluster):
-    """A cluster in whose workers `disturb(function, run)` is called in place of `function(run)`."""
 
-    disturb: object = None
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):  # noqa: F811
+    """The result and the folder of the protocol without a cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        result = protocol(SETTINGS, data)
+        return result._replace(path=result.path.resolve())
+
+
+@pytest.fixture
+def started():
+    """`Cluster(...).started("cpu")`, in whose workers `disturb(function, run)` is called in place of
+    `function(run)`."""
+    import ray
+
+    from darts_fast.cluster import Cluster
 
     @contextmanager
-    def started(self, device):
-        with super().started(device) as mapped:
-            yield lambda function, runs: mapped(partial(self.disturb, function), runs)
+    def start(device="cpu", disturb=None, **arguments):
+        with Cluster(**arguments).started(device) as mapped:
+            yield lambda function, runs: mapped(partial(disturb, function) if disturb else function, runs)
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this module
+    yield start
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def at_step(loop, number, do):
-    """Has `do(run)` called before a step of that number is taken, counted from the beginning of the run."""
-    plain = loop.take_step
+class Disturbed:
+    """A cluster for `protocol`."""
+
+    def __init__(self, started, disturb):
+        self.started = partial(started, disturb=disturb)
+
+
+def same_report(one, two):
+    for name in REPORT:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def at_step(number, do):
+    """Has `do(run)` called before a training takes a step of that number, from 0, of the whole run."""
+    plain = Training.take_step
 
     def step(self, *arguments):
         if self.steps_done == number:
             do(self)
         return plain(self, *arguments)
 
-    loop.take_step = step
+    Training.take_step = step
 
 
 def die_once(marks, function, run):
-    """Kills the process in the second epoch of two of the runs, the first time that it is there."""
+    """Kills the process in the second epoch of a brief training, the first time that it is there."""
     mark = marks / run.folder.name
 
     def die(_):
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if run.key in ("brief/random-1", "trainings/found-seed-3") and not mark.exists():
-        at_step(Training, 3 if run.key.startswith("brief") else 7, die)
+    plot.alpha_heat_map = lambda *_: bytes(24)  # as in `no_heat_maps`
+    if run.key == "brief/random-1" and not mark.exists():
+        at_step(3, die)
     return function(run)
 
 
-def wait_once(marks, function, run):
-    """The searches wait in their second step until they are told to stop."""
-    mark = marks / run.folder.name
+def wait(marks, function, run):
+    """Waits in a training's second step until it is told to stop."""
 
-    def wait(loop):
-        mark.touch()
-        while loop.stop.received is None:
+    def until_told(training):
+        (marks / run.folder.name).touch()
+        while training.stop.received is None:
             time.sleep(0.01)
 
-    at_step(Search, 1, wait)
+    at_step(1, until_told)
     return function(run)
 
 
-def test_the_same_report_when_workers_are_killed(whole, data, in_tmp, capsys):  # noqa: F811
-    disturb = partial(die_once, in_tmp)
-    result = protocol(TINY, data, Disturbed(disturb=disturb))
+def test_the_same_report_when_a_worker_is_killed(whole, data, in_tmp, started, capsys):  # noqa: F811
+    result = protocol(SETTINGS, data, Disturbed(started, partial(die_once, in_tmp)))
     assert result._replace(path=whole.path) == whole
-    for name in REPORT:
-        assert (result.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-    for key, steps in (("brief/random-1", 2), ("trainings/found-seed-3", 5)):
-        assert (in_tmp / Path(key).name).exists()
-        folder = result.path / key
-        assert f"Resumed after {steps} steps" in (folder / f"{folder.name}.log").read_text()
+    same_report(result.path, whole.path)
+    assert (in_tmp / "random-1").exists()
+    assert "Resumed after 2 steps" in (result.path / "brief/random-1/random-1.log").read_text()
+    runs = [json.loads((path / "runs.json").read_text())["runs"] for path in (result.path, whole.path)]
+    assert runs[0] == runs[1]
+    hours = json.loads((result.path / "hours.json").read_text())
+    assert hours.keys() == runs[0].keys() and all(h["since"] is None for h in hours.values())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Protocol: ")]
-    assert len(lines) == 10 + 2 + 10
-    assert lines[0].endswith(" begins; 2 of 2 left in this phase")
-    assert lines[-1].endswith(" ended; 0 of 4 left in this phase")
+    assert len(lines) == 8 + 1 + 8
+    assert [line for line in lines if "goes on, because its process died" in line]
     # Two at a time: the second begins before the first has ended.
-    assert [line.split()[2].strip(";") for line in lines[:4]] == ["begins", "begins", "ended", "ended"]
+    for first, phase in ((0, "searches"), (-4, "trainings")):
+        words = [line.split()[1:3] for line in lines[first:][:4]]
+        assert [word.strip(";") for _, word in words] == ["begins", "begins", "ended", "ended"]
+        assert all(key.startswith(phase) for key, _ in words)
+    assert lines[0].endswith(" begins; 2 of 2 left in this phase")
+    assert ", about " in lines[2] and lines[3].endswith(" ended; 0 of 2 left in this phase")
 
 
-def test_stopped_runs_are_saved_and_go_on_without_a_cluster(whole, data, in_tmp):  # noqa: F811
-    names = ("found-1", "found-2")
+def test_stopped_on_a_cluster_and_resumed_without(whole, data, in_tmp, started):  # noqa: F811
+    """The trainings, of a protocol whose other runs were computed without a cluster."""
+    path = shutil.copytree(whole.path, in_tmp / "tensors")
+    shutil.rmtree(path / "trainings")
+    content = json.loads((path / "runs.json").read_text())
+    content["runs"] = {k: v for k, v in content["runs"].items() if not k.startswith("trainings")}
+    (path / "runs.json").write_text(json.dumps(content))
+    for name in REPORT:
+        (path / name).unlink()
+    names = ("found-seed-2", "random-seed-2")
 
     def stop():
         while not all((in_tmp / name).exists() for name in names):
@@ -105,22 +148,20 @@ def test_stopped_runs_are_saved_and_go_on_without_a_cluster(whole, data, in_tmp)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(
-        Stopped, match="stopped and saved within searches/found-., searches/found-.; "
-    ) as stopped:
-        protocol(TINY, data, Disturbed(disturb=partial(wait_once, in_tmp)))
+    within = r"stopped and saved within trainings/\S+, trainings/\S+; go on with: "
+    with pytest.raises(Stopped, match=within) as stopped:
+        resume_protocol(path, data, cluster=Disturbed(started, partial(wait, in_tmp)))
     assert stopped.value.exit_code == 143
     for name in names:
-        log = in_tmp / "protocols" / "tensors" / "searches" / name / f"{name}.log"
-        assert "stopped and saved after 2 steps" in log.read_text()
-    result = resume_protocol("protocols/tensors", data)
-    for name in REPORT:
-        assert (result.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert "stopped and saved after 2 steps" in (path / "trainings" / name / f"{name}.log").read_text()
+    resume_protocol(path, data)
+    same_report(path, whole.path)
 
 
 def act(run):
     """What the key of the run says."""
-    (run.folder / "calls").open("a").write("x")
+    with (run.folder / "calls").open("a") as file:
+        file.write("x")
     if run.key == "refuses":
         raise InputError("the disk is full")
     if run.key == "dies":
@@ -130,31 +171,64 @@ def act(run):
     return {"threads": os.environ["OMP_NUM_THREADS"]}
 
 
-def test_what_ends_a_phase(in_tmp):
+def test_what_ends_a_phase(in_tmp, started, monkeypatch):
     def outcomes(*keys):
         for key in keys:
             (in_tmp / key).mkdir(exist_ok=True)
         return dict(mapped(act, [Run(key, in_tmp / key, None) for key in keys]))
 
-    with Cluster(cpus=2).started("cpu") as mapped:
+    monkeypatch.setattr("darts_fast.cluster.DEATHS", 2)
+    with started(cpus=2) as mapped:
         assert outcomes("one", "two") == {"one": {"threads": "2"}, "two": {"threads": "2"}}
         with pytest.raises(InputError, match="^the disk is full$"):
             outcomes("refuses", "three")
         with pytest.raises(KeyError, match="a bug"):
             outcomes("has a bug")
-        with pytest.raises(RunError, match="^dies lost 3 workers without a new checkpoint"):
+        with pytest.raises(RunError, match="^dies lost 2 workers without a new checkpoint"):
             outcomes("dies")
-        assert (in_tmp / "dies" / "calls").read_text() == "xxx"
+        assert (in_tmp / "dies" / "calls").read_text() == "xx"
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence(in_tmp):
-    for arguments, device, sentence in (
-        ({"cpus": 0}, "cpu", "cpus must be at least 1, not 0"),
-        ({"address": "ray://host:10001"}, "cpu", "--cluster takes HOST:PORT of a Ray cluster"),
-        ({}, "cuda:1", "give --device cuda, not cuda:1"),
-        ({"cpus": 5000}, "cpu", "no machine of the cluster has 5000 processors; the largest has "),
-        ({"address": "127.0.0.1:1"}, "cpu", "no Ray at 127.0.0.1:1"),
+def test_a_folder_that_another_process_is_leaving_is_waited_for(in_tmp, monkeypatch):
+    from darts_fast import cluster
+    from darts_fast.runs import lock
+
+    run = Run("one", in_tmp, None)
+    (in_tmp / "log").touch()
+
+    def function(run):
+        with (in_tmp / "log").open("ab") as file:
+            lock(file, in_tmp)
+            return {}
+
+    with (in_tmp / "log").open("ab") as file:
+        lock(file, in_tmp)
+        monkeypatch.setattr("darts_fast.cluster.time.sleep", lambda _: file.close())
+        assert list(cluster._in_worker(function, run)) == [True, {}]
+    with (in_tmp / "log").open("ab") as file:
+        lock(file, in_tmp)
+        monkeypatch.setattr("darts_fast.cluster.LEASE", -1)
+        begun, error = cluster._in_worker(function, run)
+        assert begun is True and "another process is writing" in str(error)
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(started, monkeypatch):
+    nodes = [(True, {"CPU": 4.0}), (True, {"CPU": 2.0, "GPU": 1.0}), (False, {"CPU": 9.0, "GPU": 8.0})]
+    nodes = [{"Alive": alive, "Resources": resources} for alive, resources in nodes]
+    for name, value in (("init", None), ("shutdown", None), ("nodes", nodes)):
+        monkeypatch.setattr(f"ray.{name}", lambda *_, value=value, **__: value)
+    for arguments, sentence in (
+        ({"cpus": 0}, "cpus must be at least 1, not 0"),
+        ({"address": "ray://host:10001"}, "--cluster takes HOST:PORT of the Ray cluster"),
+        ({"address": "127.0.0.1:99999"}, "no Ray at 127.0.0.1:99999"),
+        ({"address": "127.0.0.1:1"}, "no Ray at 127.0.0.1:1"),
+        ({"device": "cuda:1"}, "give --device cuda, not cuda:1"),
+        ({"cpus": 5}, "^no machine of the cluster has 5 processors; the largest has 4$"),
+        (
+            {"cpus": 3, "device": "cuda"},
+            "^no machine of the cluster has 3 processors and a GPU; the largest with a GPU has 2$",
+        ),
     ):
-        with pytest.raises(InputError, match=sentence) as error, Cluster(**arguments).started(device):
+        with pytest.raises(InputError, match=sentence) as error, started(**arguments):
             pass
         assert "\n" not in str(error.value)
