@@ -28,7 +28,16 @@ from darts_fast.fused import allowed_threads, compile_kernels, counted, missing_
 from darts_fast.precision import strict_float32
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.report import write_report
-from darts_fast.runs import CHECKPOINT, CONFIG, RunFolder, Stopped, StopSignal, environment, writing
+from darts_fast.runs import (
+    CHECKPOINT,
+    CONFIG,
+    RunFolder,
+    Stopped,
+    StopSignal,
+    differences,
+    environment,
+    writing,
+)
 from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
 
 MOVABLE = (
@@ -382,10 +391,9 @@ class Loop(ABC):
         self.best, self.final = checkpoint["best"], checkpoint["final"]
         self.folder.cut_back(checkpoint["lengths"])
         self.folder.log(f"Resumed after {self.steps_done} steps (epoch {self.epoch + 1}, step {self.step})")
-        then, now = self.folder.environment, environment(self.config.device)
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        changed = differences(self.folder.environment, environment(self.config.device))
         if changed:
-            self.folder.log(f"not where it began ({', '.join(changed)}): the bits may differ")
+            self.folder.log(f"not where it began ({changed}): the bits may differ")
         if self.reseeded:
             self.folder.log(
                 f"the checkpoint's random numbers are another kind of device's than {self.device}'s: what is "

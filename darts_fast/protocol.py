@@ -1,5 +1,6 @@
 """Searches, chooses, trains and tests as the DARTS paper does, with random cells beside."""
 
+import argparse
 import dataclasses
 import math
 import os
@@ -7,15 +8,18 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from darts_fast.config import (
+    Config,
     ProtocolConfig,
+    SearchConfig,
     argument_parser,
     available_device,
     refuse_settings,
@@ -25,12 +29,13 @@ from darts_fast.datasets import read_data
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json
 from darts_fast.genotype import Genotype, random_genotype
-from darts_fast.loop import MOVABLE, is_out_of_memory
+from darts_fast.loop import MOVABLE, duration, is_out_of_memory
 from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, write_report
 from darts_fast.runs import (
     CHECKPOINT,
     CONFIG,
     Stopped,
+    differences,
     lock,
     new_folder,
     read_config,
@@ -42,6 +47,9 @@ from darts_fast.search import Search, resume_search, search
 from darts_fast.spaces import read_space, written_out
 from darts_fast.state import check_keys, check_number
 from darts_fast.train import Data, Training, resume_training, train
+
+if TYPE_CHECKING:  # it needs Ray, which is optional
+    from darts_fast.cluster import Cluster
 
 RUNS, HOURS = "runs.json", "hours.json"
 
@@ -58,7 +66,22 @@ class ProtocolResult(NamedTuple):
     path: Path  # the folder; report.json in it has every figure
 
 
-def protocol(config: ProtocolConfig, data: Data | None = None) -> ProtocolResult:
+class Run(NamedTuple):
+    """A search or a training of a protocol: all that a process needs to compute it."""
+
+    key: str  # its folder below the protocol's, such as "searches/found-1"
+    folder: Path  # the same, absolute: another process may have another working directory
+    config: Config
+
+
+# Maps a function over runs: yields a run's key and None when it begins (and when it begins again, because its
+# process died), then its key and the function's value.
+Map = Callable[[Callable[[Run], Outcome], Sequence[Run]], Iterator[tuple[str, Outcome | None]]]
+
+
+def protocol(
+    config: ProtocolConfig, data: Data | None = None, cluster: "Cluster | None" = None
+) -> ProtocolResult:
     """The protocol of the paper's section 3.
 
     Searches run with different seeds. The genotype of each is trained briefly on a part of the training
@@ -72,9 +95,11 @@ def protocol(config: ProtocolConfig, data: Data | None = None) -> ProtocolResult
         config: the settings; what is None takes the data set's default.
         data: the user's own images (uint8 [N, channels, H, W]) and labels (integers [N]), to train and to
             test, used instead of `config.dataset`. The test images are not used before the choice.
+        cluster: where the runs of a phase are computed side by side, to the same report; None: in this
+            process, one after the other.
 
     Raises:
-        InputError: bad settings or data, or the folder exists or cannot be written.
+        InputError: bad settings or data, the folder exists or cannot be written, or there is no such cluster.
         RunError: no genotype of a search, or no random one, was trained to the end (the report is written);
             the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
@@ -90,20 +115,66 @@ def protocol(config: ProtocolConfig, data: Data | None = None) -> ProtocolResult
     Search(config.of_run("search"), dataset)
     for phase in ("brief", "train"):
         Training(config.of_run(phase, genotype=random_cell(config, 0)), dataset)
-    path, environment = new_folder(config, dataset.name, config.FOLDER)
-    with Protocol(path, dataclasses.replace(config, name=path.name), environment, data) as run:
-        return run.run()
+    with _mapping(cluster, config) as mapped:
+        path, environment = new_folder(config, dataset.name, config.FOLDER)
+        with Protocol(path, dataclasses.replace(config, name=path.name), environment, data) as run:
+            return run.run(mapped)
 
 
-def resume_protocol(path: str | Path, data: Data | None = None, device: str | None = None) -> ProtocolResult:
-    """Goes on with the protocol of a folder, from the checkpoint of the run that was under way, to the same
-    report as if it had never stopped. `data` as in `protocol`, where it was given; `device`, if another than
-    it began on (then to other bits). Raises what `protocol` raises.
+def resume_protocol(
+    path: str | Path,
+    data: Data | None = None,
+    device: str | None = None,
+    cluster: "Cluster | None" = None,
+) -> ProtocolResult:
+    """Goes on with the protocol of a folder, from the checkpoints of the runs that were under way, to the
+    same report as if it had never stopped. `data` as in `protocol`, where it was given; `device`, if another
+    than it began on (then to other bits); `cluster` as in `protocol`, wherever it began. Raises what
+    `protocol` raises.
     """
     config, environment = read_config(Path(path), ProtocolConfig)
     config = dataclasses.replace(config, device=str(available_device(device or config.device)))
-    with Protocol(Path(path), config, environment, data, resumed=True) as run:
-        return run.run()
+    with (
+        Protocol(Path(path), config, environment, data, resumed=True) as run,
+        _mapping(cluster, config) as mapped,
+    ):
+        return run.run(mapped)
+
+
+def _mapping(cluster: "Cluster | None", config: ProtocolConfig) -> AbstractContextManager[Map]:
+    return nullcontext(in_turn) if cluster is None else cluster.started(config.device)
+
+
+def in_turn(function: Callable[[Run], Outcome], runs: Sequence[Run]) -> Iterator[tuple[str, Outcome | None]]:
+    """The `Map` of this process."""
+    for run in runs:
+        yield run.key, None
+        yield run.key, function(run)
+
+
+def compute(run: Run, data: Data | None) -> Outcome:
+    """The outcome of a run, which is begun, or resumed where its folder has a checkpoint. `data` as in
+    `protocol`.
+
+    Raises:
+        InputError: its folder cannot be written, or does not fit.
+        RunError: the device ran out of memory.
+        Stopped: Ctrl-C or SIGTERM; the run was saved.
+    """
+    path, begin, go_on = run.folder, train, resume_training
+    if isinstance(run.config, SearchConfig):
+        begin, go_on, data = search, resume_search, None if data is None else data[:2]
+    try:
+        if os.path.lexists(path / CHECKPOINT):
+            return _outcome(go_on(path, data, run.config.device))
+        with writing(path):
+            if os.path.lexists(path):  # it was killed before its first step
+                shutil.rmtree(path)
+        return _outcome(begin(run.config, data, path.parent))
+    except RunError as error:
+        if is_out_of_memory(error.__cause__):  # not the seed's fault
+            raise
+        return {"failed": str(error).replace(f"{path.parent.parent}{os.sep}", "")}
 
 
 def random_cell(config: ProtocolConfig, number: int) -> Genotype:
@@ -149,13 +220,12 @@ class Protocol:
     def __exit__(self, *_: object) -> None:
         self._locked.close()
 
-    def run(self) -> ProtocolResult:
+    def run(self, mapped: Map) -> ProtocolResult:
         """From where it stands to the report."""
         config, path = self.config, self.path
-        found = [
-            self._run(f"searches/found-{i + 1}", "search", seed=config.seed + i)
-            for i in range(config.searches)
-        ]
+        numbers = range(1, config.searches + 1)
+        searches = {f"searches/found-{i}": {"seed": config.seed + i - 1} for i in numbers}
+        found = self._phase("search", searches, mapped)
         groups = {
             "found": Group(
                 [
@@ -163,19 +233,30 @@ class Protocol:
                     for search in found
                 ]
             ),
-            "random": Group([Candidate(None, random_cell(config, i)) for i in range(config.searches)]),
+            "random": Group([Candidate(None, random_cell(config, i - 1)) for i in numbers]),
         }
-        for name, group in groups.items():
-            for i, candidate in enumerate(group.candidates):
-                if candidate.genotype is not None:
-                    own = {"seed": config.seed, "genotype": candidate.genotype}
-                    candidate.brief = self._run(f"brief/{name}-{i + 1}", "brief", **own)
-        for name, group in groups.items():
-            if group.chosen is not None:
-                genotype = group.candidates[group.chosen].genotype
-                for j in range(config.trainings):
-                    own = {"seed": config.seed + j, "genotype": genotype}
-                    group.trainings.append(self._run(f"trainings/{name}-seed-{own['seed']}", "train", **own))
+        candidates = {
+            f"brief/{name}-{i}": candidate
+            for name, group in groups.items()
+            for i, candidate in zip(numbers, group.candidates, strict=True)
+            if candidate.genotype is not None
+        }
+        brief = {key: {"seed": config.seed, "genotype": c.genotype} for key, c in candidates.items()}
+        for candidate, outcome in zip(candidates.values(), self._phase("brief", brief, mapped), strict=True):
+            candidate.brief = outcome
+        chosen = {
+            name: group.candidates[group.chosen].genotype
+            for name, group in groups.items()
+            if group.chosen is not None
+        }
+        trainings = {
+            f"trainings/{name}-seed-{seed}": {"seed": seed, "genotype": genotype}
+            for name, genotype in chosen.items()
+            for seed in range(config.seed, config.seed + config.trainings)
+        }
+        outcomes = self._phase("train", trainings, mapped)
+        for name in chosen:
+            groups[name].trainings, outcomes = outcomes[: config.trainings], outcomes[config.trainings :]
         write_report(path, config, self.environment, self.images, groups)
         _tell(f"{path / 'report.md'}: {in_words(groups)}; hours: {self._hours_in_words()}")
         for name, group in groups.items():
@@ -188,38 +269,58 @@ class Protocol:
             values += [group.candidates[group.chosen].genotype, group.mean, group.deviation]
         return ProtocolResult(*values, path)
 
-    def _run(self, key: str, phase: str, **own: Any) -> Outcome:
-        """The outcome of the run with its folder at `key`: known, or that of the run begun or resumed."""
-        if key in self.outcomes:
-            return self.outcomes[key]
-        path = self.path / key
-        begin, go_on, data = train, resume_training, self.data
-        if phase == "search":
-            begin, go_on, data = search, resume_search, None if data is None else data[:2]
-        _tell(f"Protocol: {key}")
-        self._begin_hours(key)
+    def _phase(self, phase: str, settings: dict[str, dict[str, Any]], mapped: Map) -> list[Outcome]:
+        """The outcomes of the runs with these folders and settings of their own, in this order. A run whose
+        outcome is not known yet is begun or resumed."""
+        root = self.path.absolute()
+        runs = [
+            Run(key, root / key, self.config.of_run(phase, name=Path(key).name, **own))
+            for key, own in settings.items()
+            if key not in self.outcomes
+        ]
+        under_way: dict[str, float] = {}  # since when
+        at_once = 1
         try:
-            if os.path.lexists(path / CHECKPOINT):
-                result = go_on(path, data, self.config.device)
-            else:
-                with writing(path):
-                    if os.path.lexists(path):  # it was killed before its first step
-                        shutil.rmtree(path)
-                result = begin(self.config.of_run(phase, name=path.name, **own), data, path.parent)
-            outcome = _outcome(result)
-        except RunError as error:
-            if is_out_of_memory(error.__cause__):  # not the seed's fault
-                raise
-            outcome = {"failed": str(error).replace(f"{self.path}{os.sep}", "")}
+            with closing(mapped(partial(compute, data=self.data), runs)) as events:
+                for key, outcome in events:
+                    if outcome is None:
+                        what = "goes on, because its process died" if key in under_way else "begins"
+                        self._begin_hours(key)
+                        under_way[key] = time.time()
+                        at_once = max(at_once, len(under_way))
+                    else:
+                        what = "failed" if "failed" in outcome else "ended"
+                        del under_way[key]
+                        self._end_hours(key)
+                        self.outcomes[key] = outcome
+                        write_json(self.path / RUNS, {**self.origin, "runs": self.outcomes})
+                        what += self._elsewhere(key, phase)
+                    _tell(f"Protocol: {key} {what}; {self._left(list(settings), under_way, at_once)}")
         except Stopped as stop:
+            where = f"within {', '.join(under_way)}" if under_way else "between two runs"
             function, own_images = "darts_fast.protocol.resume_protocol", self.data is not None
-            signal_number = stop.exit_code - 128
-            raise Stopped(f"within {key}", self.path, function, own_images, signal_number) from stop
+            raise Stopped(where, self.path, function, own_images, stop.exit_code - 128) from stop
         finally:
-            self._end_hours(key)
-        self.outcomes[key] = outcome
-        write_json(self.path / RUNS, {**self.origin, "runs": self.outcomes})
-        return outcome
+            for key in under_way:
+                self._end_hours(key)
+        return [self.outcomes[key] for key in settings]
+
+    def _elsewhere(self, key: str, phase: str) -> str:
+        """What of a run's environment was not as the report says, in words."""
+        _, environment = read_config(self.path / key, self.config.PHASES[phase][0])
+        differs = differences(self.environment, environment)
+        return f", not where the protocol began ({differs}): its bits may differ" if differs else ""
+
+    def _left(self, keys: list[str], under_way: dict[str, float], at_once: int) -> str:
+        """How many of the phase's runs are left, and for how long, by the mean of those that ended."""
+        left = [key for key in keys if key not in self.outcomes]
+        ended = [self.hours[key]["hours"] for key in keys if key in self.outcomes and key in self.hours]
+        words = f"{len(left)} of {len(keys)} left in this phase"
+        if not ended or not left:
+            return words
+        each, now = 3600 * sum(ended) / len(ended), time.time()
+        seconds = sum(max(0.0, each - (now - under_way.get(key, now))) for key in left) / at_once
+        return f"{words}, about {duration(seconds)}"
 
     # Hours, which differ between two runs of the same bits: in a file of their own
 
@@ -340,16 +441,46 @@ def main() -> None:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the protocol of this folder, on --device if given"
     )
+    parser.add_argument(
+        "--cluster",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="HOST:PORT",
+        help="compute the runs of a phase side by side, to the same report, by Ray: on the cluster of this "
+        "address, to which this machine belongs; without one on this machine",
+    )
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="with --cluster: processors and threads of a run; on CUDA it has a GPU, too (default: 1)",
+    )
     given = vars(parser.parse_args())
-    resumed = given.pop("resume")
+    resumed, cluster = given.pop("resume"), _cluster(given)
     if resumed is not None:
         device = given.pop("device", None)
         refuse_settings("--resume", resumed, given)
-        resume_protocol(resumed, device=device)
+        resume_protocol(resumed, device=device, cluster=cluster)
     else:
-        protocol(ProtocolConfig(**given))
+        protocol(ProtocolConfig(**given), cluster=cluster)
+
+
+def _cluster(given: dict[str, Any]) -> "Cluster | None":
+    """Takes what is said of a cluster out of the command line's values."""
+    asked, cpus = "cluster" in given, given.pop("cpus", None)
+    if not asked:
+        if cpus is not None:
+            raise InputError("--cpus is for --cluster: give it, too, or set OMP_NUM_THREADS")
+        return None
+    from darts_fast.cluster import Cluster
+
+    return Cluster(given.pop("cluster"), 1 if cpus is None else cpus)
 
 
 if __name__ == "__main__":
+    # As the module itself and not as __main__: by this name another process imports what it computes.
+    from darts_fast.protocol import main
+
     sys.argv[0] = "python -m darts_fast.protocol"
     sys.exit(run_program(sys.argv[0], main))

@@ -77,6 +77,10 @@ class Stopped(KeyboardInterrupt):
         return one_line(f"stopped and saved {self.where}; go on with: {how}")
 
 
+class Locked(InputError):
+    """Another process is in the folder."""
+
+
 class RunFolder:
     """The files of one run. Make one with `create` or `reopen`; close it (it is a context manager)."""
 
@@ -290,13 +294,13 @@ def lock(file: IO[bytes], path: Path) -> None:
     kill closes it, too.
 
     Raises:
-        InputError: another process is in it.
+        Locked: another process is in it.
     """
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another process is writing {path}; wait for it or stop it first") from None
+        raise Locked(f"another process is writing {path}; wait for it or stop it first") from None
     except OSError:  # a file system without locks
         pass
 
@@ -405,6 +409,11 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def differences(then: dict[str, str], now: dict[str, str]) -> str:
+    """What of one environment is not as in another, in words; empty where all is."""
+    return ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
 
 
 def _commit() -> str:

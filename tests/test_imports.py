@@ -54,6 +54,7 @@ ALLOWED = {
         "darts_fast.files",
         "darts_fast.state",
     },
+    "darts_fast.cluster": {"darts_fast.errors", "darts_fast.runs"},
     "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
     "darts_fast.derived": {
         "darts_fast.errors",
@@ -167,7 +168,8 @@ def test_importing_needs_no_gpu_and_loads_neither_a_kernel_compiler_nor_what_dra
     import subprocess
 
     code = (
-        "import sys, darts_fast; print({'triton', 'matplotlib', 'graphviz', 'pygraphviz'} & {*sys.modules})"
+        "import sys, darts_fast.protocol; "
+        "print({'triton', 'matplotlib', 'graphviz', 'pygraphviz', 'ray'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -292,6 +292,7 @@ BAD = {
     "--epochs 3": "unrecognized arguments: --epochs 3",
     "--resume nowhere": "nowhere is not a folder; name the folder of a run, such as protocols/digits",
     "--resume nowhere --searches 3": "leave out --searches",
+    "--cpus 2": "--cpus is for --cluster: give it, too",
 }
 
 
@@ -301,6 +302,17 @@ def test_bad_input_is_one_sentence(arguments, monkeypatch, capsys, in_tmp):
     assert code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("protocol: ") and BAD[arguments] in err
     assert os.listdir(in_tmp) == []
+
+
+@pytest.mark.parametrize("arguments", ["--cluster", "--cluster 10.0.0.1:6379 --cpus 2"])
+def test_without_ray_a_cluster_is_refused_in_one_sentence(arguments, monkeypatch, capsys, in_tmp):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "darts_fast.cluster", raising=False)
+    code, out, err = call(monkeypatch, capsys, *arguments.split())
+    assert (code, out) == (2, "") and os.listdir(in_tmp) == []
+    assert err == (
+        'protocol: --cluster needs Ray, which is not installed: pip install "darts_fast[cluster]"\n'
+    )
 
 
 def test_what_does_not_fit_the_folder_is_refused(whole, data, in_tmp):
