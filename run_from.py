@@ -4,6 +4,7 @@ import sys
 
 from darts_fast import TrainConfig, evaluate, resume_training, train
 from darts_fast.config import argument_parser, refuse_settings
+from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import one_line, say
 from darts_fast.runs import run_program
 
@@ -19,6 +20,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
     if evaluated is not None:
+        refuse_ranks("--evaluate tests")
         device = given.pop("device", None)
         refuse_settings("--evaluate", evaluated, given | ({"resume": resumed} if resumed else {}))
         for name, (loss, top1, top5) in evaluate(evaluated, device).items():

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # for FORBIDDEN and ONLY_FROM; every other module is listed.
 ALLOWED = {
     "darts_fast.errors": set(),
+    "darts_fast.distributed": {"darts_fast.errors"},
     "darts_fast.files": set(),
     "darts_fast.state": set(),
     "darts_fast.space": set(),
@@ -49,6 +50,7 @@ ALLOWED = {
     },
     "darts_fast.runs": {
         "darts_fast.config",
+        "darts_fast.distributed",
         "darts_fast.errors",
         "darts_fast.files",
         "darts_fast.state",
@@ -68,6 +70,7 @@ ALLOWED = {
         "darts_fast.capture",
         "darts_fast.config",
         "darts_fast.data",
+        "darts_fast.distributed",
         "darts_fast.errors",
         "darts_fast.fused",
         "darts_fast.precision",
