@@ -604,7 +604,8 @@ class Loop(ABC):
             return
         self._read_metrics()
         self._save()
-        how = f"python {self.program} --resume {shlex.quote(str(self.folder.path))}"
+        program = "python" if self.ranks.size == 1 else "torchrun ..."
+        how = f"{program} {self.program} --resume {shlex.quote(str(self.folder.path))}"
         if self.dataset.name == "tensors":
             how = f"darts_fast.{self.function}({str(self.folder.path)!r}, data)"
         raise Stopped(
