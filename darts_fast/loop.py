@@ -599,8 +599,8 @@ class Loop(ABC):
 
     def _stop_if_asked(self) -> None:
         """Collective: a signal to one rank stops all, after the same step."""
-        self.stop.received = self.ranks.largest(self.stop.received or 0) or None
-        if self.stop.received is None:
+        received = self.ranks.largest(self.stop.received or 0)
+        if not received:
             return
         self._read_metrics()
         self._save()
@@ -608,9 +608,7 @@ class Loop(ABC):
         how = f"{program} {self.program} --resume {shlex.quote(str(self.folder.path))}"
         if self.dataset.name == "tensors":
             how = f"darts_fast.{self.function}({str(self.folder.path)!r}, data)"
-        raise Stopped(
-            f"stopped and saved after {self.steps_done} steps; go on with: {how}", self.stop.received
-        )
+        raise Stopped(f"stopped and saved after {self.steps_done} steps; go on with: {how}", received)
 
     # What a person sees
 
