@@ -6,6 +6,11 @@ of tensors by name; a loss is a callable (weights, alphas) -> scalar tensor. Not
 `scale` is for a loss computed in float16, whose derivatives would vanish: losses are multiplied by it before
 they are differentiated, v by another power of two, and what is found is divided by both. (Everything here is
 linear in the loss and in v, and multiplying by a power of two does not round.)
+
+`average` is for several processes that compute the losses of different images: it takes gradients by name to
+their mean over the processes. It is applied to the gradient of the virtual step, to v before the
+Hessian-vector product, and to what is returned, which so is the architecture gradient of the mean losses,
+exactly.
 """
 
 from collections.abc import Callable
@@ -18,6 +23,7 @@ from darts_fast.profiling import phase
 
 Tensors = dict[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
+Average = Callable[[Tensors], Tensors]
 
 FINITE_DIFFERENCE_STEP = 1e-2  # epsilon = this / |v|: the official code's `r`, footnote 2 of the paper
 
@@ -52,13 +58,23 @@ def gradients(loss: Tensor, inputs: Tensors, create_graph: bool = False) -> Tens
     return dict(zip(inputs, values, strict=True))
 
 
+def alone(tensors: Tensors) -> Tensors:
+    """The `average` of one process."""
+    return tensors
+
+
 def first_order(
-    validation_loss: Loss, weights: Tensors, alphas: Tensors, scale: Tensor | None = None
+    validation_loss: Loss,
+    weights: Tensors,
+    alphas: Tensors,
+    scale: Tensor | None = None,
+    average: Average = alone,
 ) -> Tensors:
     """grad_a L_val(w, a): equation 7 with xi = 0."""
     alphas = leaves(alphas)
     with phase("validation pass"):
-        return divided(gradients(times(validation_loss(detached(weights), alphas), scale), alphas), scale)
+        found = gradients(times(validation_loss(detached(weights), alphas), scale), alphas)
+        return average(divided(found, scale))
 
 
 def second_order_exact(
@@ -69,6 +85,7 @@ def second_order_exact(
     momenta: Tensors,
     step: VirtualStep,
     scale: Tensor | None = None,
+    average: Average = alone,
 ) -> Tensors:
     """d/da L_val(w'(a), a), w' the virtual step, by automatic differentiation (equation 7, exact):
 
@@ -78,12 +95,13 @@ def second_order_exact(
     with phase("virtual step"):
         loss = times(train_loss(weights, alphas), scale)
         w_gradients = gradients(loss, weights, create_graph=True)
-        virtual_weights = step(weights, divided(detached(w_gradients), scale), momenta)
+        virtual_weights = step(weights, average(divided(detached(w_gradients), scale)), momenta)
     with phase("validation pass"):
         alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas, scale)
+        v = average(v)
     with phase("hessian-vector product"):
         product = exact_hvp(w_gradients, alphas, v, scale)
-    return _combine(alpha_gradient, product, step.lr)
+        return average(_combine(alpha_gradient, product, step.lr))
 
 
 def second_order_finite_difference(
@@ -93,17 +111,19 @@ def second_order_finite_difference(
     alphas: Tensors,
     momenta: Tensors,
     step: VirtualStep,
+    average: Average = alone,
 ) -> Tensors:
     """The same with the Hessian-vector product by central differences, as published (equation 8)."""
     weights, alphas = leaves(weights), leaves(alphas)
     with phase("virtual step"):
         w_gradients = gradients(train_loss(weights, alphas), weights)
-        virtual_weights = step(weights, w_gradients, momenta)
+        virtual_weights = step(weights, average(w_gradients), momenta)
     with phase("validation pass"):
         alpha_gradient, v = _at_virtual_weights(validation_loss, virtual_weights, alphas)
+        v = average(v)
     with phase("hessian-vector product"):
         product = finite_difference_hvp(train_loss, detached(weights), alphas, v)
-    return _combine(alpha_gradient, product, step.lr)
+        return average(_combine(alpha_gradient, product, step.lr))
 
 
 def with_penalty(loss: Loss, penalty: Callable[[Tensors], Tensor]) -> Loss:

@@ -36,22 +36,29 @@ class Captured:
     ):
         self.function, self.inputs, self.state, self.generators = function, inputs, state, generators
         self.graph = graph
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and its output, by batch size
+        self._graphs: dict[
+            int, tuple[torch.cuda.CUDAGraph, Tensor]
+        ] = {}  # and its output, by the whole batch's size
         # All graphs are captured on one stream, into one pool of memory: they never run side by side, and
         # nothing that one leaves in the pool is read after it but its output.
         self._stream_and_pool: tuple[torch.cuda.Stream, Any] | None = None
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        """The function's result, a tensor of its own."""
+    def __call__(self, whole: int | None = None, **inputs: Tensor) -> Tensor:
+        """The function's result, a tensor of its own.
+
+        `whole` is the size of the batch of which the inputs are one process's part; None: they are all of it.
+        It tells the graphs apart, so that all processes capture, and replay, in the same steps.
+        """
         size = len(next(iter(inputs.values())))
+        whole = size if whole is None else whole
         buffers = self._buffers(size)
         for name, buffer in buffers.items():
             buffer.copy_(inputs[name], non_blocking=True)
         if not self.graph:
             return self.function(**buffers)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, output = self._graphs[size]
+        if whole not in self._graphs:
+            self._graphs[whole] = self._capture(size)
+        graph, output = self._graphs[whole]
         graph.replay()
         return output.clone()
 

@@ -216,7 +216,12 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def seeded(device: torch.device | str, *seed: int) -> torch.Generator:
     """A generator whose stream depends on nothing but the numbers in `seed` (and the kind of device)."""
-    return torch.Generator(device).manual_seed(_from(seed))
+    return reseeded(torch.Generator(device), *seed)
+
+
+def reseeded(generator: torch.Generator, *seed: int) -> torch.Generator:
+    """The generator, from here on as a new one of these numbers."""
+    return generator.manual_seed(_from(seed))
 
 
 def _from(numbers: tuple[int, ...]) -> int:
@@ -237,7 +242,7 @@ def restored(generator: torch.Generator, state: Tensor, *seed: int) -> bool:
     """
     own, others = STATE_BYTES[generator.device.type], STATE_BYTES.values()
     if state.dtype == torch.uint8 and state.numel() != own and state.numel() in others:
-        generator.manual_seed(_from(seed))
+        reseeded(generator, *seed)
         return False
     generator.set_state(state)
     return True

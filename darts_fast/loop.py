@@ -10,6 +10,7 @@ import math
 import reprlib
 import sys
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from darts_fast.capture import Captured
 from darts_fast.config import Config
-from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, restored, seeded
+from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, reseeded, restored, seeded
+from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.fused import allowed_threads, compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
@@ -52,6 +54,9 @@ MOVABLE = (
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
+
+RUNNING = ("running_mean", "running_var")  # the last names of batch norm's running statistics
+RANKS, STATISTICS = "ranks", "statistics"  # keys of a checkpoint of several ranks: what each of them had
 
 # Settings that runs of before do not have, and what they were
 LATER_SETTINGS = {
@@ -90,17 +95,21 @@ class Loop(ABC):
     remedy: str  # what to try where a number is not finite
     profiler: Profiler | None = None  # until its report is written
 
-    def __init__(self, config: Config, dataset: Dataset, train_images: int, *augmentation_seed: int):
+    def __init__(
+        self, config: Config, dataset: Dataset, ranks: Ranks, train_images: int, *augmentation_seed: int
+    ):
         """Puts the data on the device.
 
         Args:
+            ranks: the processes that compute the run together.
             train_images: how many images an epoch trains on.
             augmentation_seed: of the generator that augments the batches.
 
         Raises:
-            InputError: the data do not fit the memory, or the machine lacks what the kernels need.
+            InputError: the data do not fit the memory, the machine lacks what the kernels need, or the ranks
+                cannot share the batches.
         """
-        self.config, self.dataset = config, dataset
+        self.config, self.dataset, self.ranks = config, dataset, ranks
         self.device = torch.device(config.device)
         lacking = missing_on(self.device) if config.fused else None
         if lacking:
@@ -108,11 +117,13 @@ class Loop(ABC):
                 f"--fused on a GPU needs {lacking}, which this machine lacks: Triton compiles with it what "
                 "launches the kernels; install it, or run without --fused and --amp"
             )
+        check_shares(config.batch_size, train_images, ranks.size)
         self.train_images = train_images
         self.steps_per_epoch = math.ceil(train_images / config.batch_size)
         # Whether a step is replayed as one CUDA graph.
         self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
-        self.augmentation, self.augmentation_seed = seeded(self.device, *augmentation_seed), augmentation_seed
+        self.augmentation_seed = self.of_this_rank(*augmentation_seed)
+        self.augmentation = seeded(self.device, *self.augmentation_seed)
         self.statistics = channel_statistics(dataset.images)
         self.fingerprint = fingerprint(dataset)
         with refusing_what_does_not_fit(f"{dataset.name} as one tensor", self.device):
@@ -124,6 +135,7 @@ class Loop(ABC):
         self.best: dict[str, Any] | None = None
         self.final: dict[str, Any] | None = None
         self.reseeded = False  # generators were, because they were saved on another kind of device
+        self.began_with_ranks = ranks.size  # the checkpoint that was loaded did
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
         self.warm, self.cold_steps = False, 0  # whether a step was taken; unread ones from before `read_at`
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
@@ -203,22 +215,29 @@ class Loop(ABC):
             freed_memory_kept(),
             StopSignal() as self.stop,
             tqdm(
-                total=total, initial=self.steps_done, unit="step", disable=None, dynamic_ncols=True
+                total=total,
+                initial=self.steps_done,
+                unit="step",
+                disable=None if self.ranks.rank == 0 else True,
+                dynamic_ncols=True,
             ) as self.bar,
         ):
             try:
+                self._check_same_data()
                 if fewer_threads:
                     self.folder.log(fewer_threads)
-                if not (self.folder.path / CHECKPOINT).exists():
+                if not self._is_there(CHECKPOINT):
                     self.announce()
                     self._save()
                 else:
                     self._compile_kernels()
-                if self.config.profile and not (self.folder.path / FOLDER).exists():
+                if self.config.profile and not self._is_there(FOLDER):
                     trial = self.take.trial if self.captured else None
                     self.profiler = Profiler(self.config.profile, self.device, trial)
                 while self.epoch < self.epochs and not self.ends_early():
                     self._train_epoch()
+                    self._average_statistics()
+                    self._compare_ranks()
                     started = time.perf_counter()
                     found = self.evaluate()
                     self.evaluation_seconds = time.perf_counter() - started
@@ -257,7 +276,9 @@ class Loop(ABC):
     def _compile_kernels(self) -> None:
         """On CUDA, before the first launch."""
         if self.config.fused and self.device.type == "cuda":
-            compile_kernels(self.rehearse, self.device, self.folder.log, self._stop_if_asked)
+            # Ranks do not compile side by side, so within it they cannot agree on stopping.
+            each = self._stop_if_asked if self.ranks.size == 1 else lambda: None
+            self.ranks.in_turn(lambda: compile_kernels(self.rehearse, self.device, self.folder.log, each))
 
     @property
     def steps_done(self) -> int:
@@ -277,10 +298,72 @@ class Loop(ABC):
         them."""
         return {"augmentation": (self.augmentation, self.augmentation_seed)}
 
+    def common_generators(self) -> tuple[str, ...]:
+        """Those of which all ranks draw the same."""
+        return ()
+
     def batch_indices(self, order: Tensor) -> Tensor:
-        """The slice of an epoch's order that belongs to this step."""
+        """The slice of an epoch's order that belongs to this step: this rank's part of it."""
         start = self.step * self.config.batch_size
-        return order[start : start + self.config.batch_size]
+        return self.ranks.part(order[start : start + self.config.batch_size])
+
+    @property
+    def batch_images(self) -> int:
+        """How many images the training batch of this step has, of all ranks."""
+        return min(self.config.batch_size, self.train_images - self.step * self.config.batch_size)
+
+    def part_sizes(self, images: int) -> list[int]:
+        """How many images of any batch a rank may have, where so many are cut into batches."""
+        sizes = {s for n in batch_sizes(images, self.config.batch_size) for s in self.ranks.part_sizes(n)}
+        return sorted(sizes - {0}, reverse=True)
+
+    def of_this_rank(self, *seed: int) -> tuple[int, ...]:
+        """The numbers that seed a generator of which every rank has its own."""
+        return (*seed, self.ranks.rank) if self.ranks.size > 1 else seed
+
+    def _is_there(self, name: str) -> bool:
+        """In the run folder, which only rank 0 may see."""
+        return bool(self.ranks.of_first((self.folder.path / name).exists()))
+
+    def _check_same_data(self) -> None:
+        """Raises InputError where ranks have read different images."""
+        first = int(self.ranks.of_first(self.fingerprint))
+        with self.ranks.together():
+            if first != self.fingerprint:
+                raise InputError(
+                    f"{self.dataset.name} holds other images here than for rank 0; make them equal"
+                )
+
+    def _statistics(self) -> list[Tensor]:
+        """The running statistics of all batch norms, in which the ranks differ within an epoch."""
+        named = named_tensors(self.state())
+        return [tensor for name, tensor in named if name.rpartition(".")[2] in RUNNING]
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        """After an epoch: the mean over the ranks, on all of them."""
+        if self.ranks.size == 1:
+            return
+        own = self._statistics()
+        mean = self.ranks.sum(torch.cat([tensor.flatten() for tensor in own])) / self.ranks.size
+        for tensor, part in zip(own, mean.split([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def _compare_ranks(self) -> None:
+        """Raises RunError where the state of a rank has other bits than rank 0's: its steps were others."""
+        if self.ranks.size == 1:
+            return
+        named = dict(named_tensors(self.state()))
+        sums = torch.tensor([zlib.crc32(t.detach().cpu().contiguous().numpy()) for t in named.values()])
+        first, *others = self.ranks.gathered(sums)
+        for rank, found in enumerate(others, start=1):
+            for name, same in zip(named, (found == first).tolist(), strict=True):
+                if not same:
+                    raise RunError(
+                        f"{name} of rank {rank} differs from rank 0's after epoch {self.epoch + 1}, though "
+                        "both took the same steps: a device or a link is faulty; the last good checkpoint is "
+                        f"{self.folder.path / CHECKPOINT}"
+                    )
 
     def _train_epoch(self) -> None:
         self.begin_epoch()
@@ -313,7 +396,9 @@ class Loop(ABC):
             self._stop_if_asked()
 
         return {
-            name: evaluated(network, batches, order, self.config.batch_size, after_batch, training)
+            name: evaluated(
+                network, batches, order, self.config.batch_size, after_batch, training, self.ranks
+            )
             for name, network in networks.items()
         }
 
@@ -325,6 +410,8 @@ class Loop(ABC):
         profiler.stop()
         if not profiler.recorded:
             self.folder.log(f"no profile: the run has no step after the first {WARM_UP}")
+            return
+        if self.ranks.rank:  # it was recorded so that the ranks take the same steps
             return
         path = self.folder.path / FOLDER
         with writing(path):
@@ -367,6 +454,7 @@ class Loop(ABC):
         """
         own = self.state()
         checkpoint = as_saved_now(checkpoint, own, self._fixed_settings())
+        of_ranks = checkpoint.pop(RANKS, None)
         for one, other in ((own, checkpoint), (checkpoint, own)):
             if "loss_scale" not in other:  # begun, or resumed, in float32
                 one.pop("loss_scale", None)
@@ -376,9 +464,18 @@ class Loop(ABC):
             for name, tensors in own.items():
                 check_state(checkpoint[name], tensors, name)
             self._check_position(checkpoint)
+            if of_ranks is not None:
+                self._check_ranks(of_ranks, checkpoint)
+                self.began_with_ranks = len(of_ranks)
+            else:
+                self.began_with_ranks = 1
+            drawn = checkpoint if of_ranks is None else of_ranks[self.ranks.rank % len(of_ranks)]
             for name, (generator, seed) in self.generators().items():
                 position = checkpoint["epoch"], checkpoint["step"]
-                self.reseeded |= not restored(generator, checkpoint[name], *seed, *position)
+                if self.began_with_ranks != self.ranks.size and name not in self.common_generators():
+                    reseeded(generator, *seed, *position)
+                else:
+                    self.reseeded |= not restored(generator, drawn[name], *seed, *position)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -387,6 +484,8 @@ class Loop(ABC):
                 "put the run's own back, or start a new run"
             ) from error
         copy_state(own, checkpoint)
+        if of_ranks is not None:
+            self._load_statistics([saved[STATISTICS] for saved in of_ranks])
         self.epoch, self.step, self.totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
         self.best, self.final = checkpoint["best"], checkpoint["final"]
         self.folder.cut_back(checkpoint["lengths"])
@@ -394,6 +493,11 @@ class Loop(ABC):
         changed = differences(self.folder.environment, environment(self.config.device))
         if changed:
             self.folder.log(f"not where it began ({changed}): the bits may differ")
+        if self.began_with_ranks != self.ranks.size:
+            self.folder.log(
+                f"processes: {self.began_with_ranks} -> {self.ranks.size}; the bits differ from those of a "
+                "run that never stopped, because each process has its own batch norm and random numbers"
+            )
         if self.reseeded:
             self.folder.log(
                 f"the checkpoint's random numbers are another kind of device's than {self.device}'s: what is "
@@ -459,16 +563,53 @@ class Loop(ABC):
                 self.check_record(record, name)
                 check_number(record["epoch"], int, first, epoch, f"{name}.epoch")
 
+    def _check_ranks(self, found: Any, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError unless it is a list of what `_save` keeps of each of several ranks."""
+        if type(found) is not list or len(found) < 2:
+            raise ValueError(f"{RANKS} is no list of several")
+        statistics = {STATISTICS: torch.cat([t.flatten() for t in self._statistics()])}
+        for rank, saved in enumerate(found):
+            name = f"{RANKS}.{rank}"
+            check_keys(saved, [*statistics, *self.generators()], name)
+            check_state({STATISTICS: saved[STATISTICS]}, statistics, name)
+            for drawn in self.generators():
+                own = checkpoint[drawn]
+                if type(saved[drawn]) is not Tensor or (saved[drawn].dtype, saved[drawn].shape) != (
+                    own.dtype,
+                    own.shape,
+                ):
+                    raise ValueError(f"{name}.{drawn} is no state of a generator")
+
+    @torch.no_grad()
+    def _load_statistics(self, of_ranks: list[Tensor]) -> None:
+        """This rank's own; with another number of ranks than saved them, their mean."""
+        same = len(of_ranks) == self.ranks.size
+        flat = of_ranks[self.ranks.rank] if same else torch.stack(of_ranks).mean(dim=0)
+        own = self._statistics()
+        for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def _save(self) -> None:
         """Raises RunError, and keeps the checkpoint before, where a tensor is not finite."""
         state = self.state()
-        for name, tensor in named_tensors(state):
-            if not torch.isfinite(tensor).all():
-                raise self._not_finite(f"{name} is not finite", self.steps_done)
+        with self.ranks.together():
+            for name, tensor in named_tensors(state):
+                if not torch.isfinite(tensor).all():
+                    raise self._not_finite(f"{name} is not finite", self.steps_done)
         drawn = {name: generator.get_state() for name, (generator, _) in self.generators().items()}
-        self.folder.save_checkpoint({**self._position(), **state, **drawn})
+        of_ranks = {}
+        if self.ranks.size > 1:
+            # What differs from rank to rank. (`state` and `drawn` have rank 0's.)
+            own = drawn | {STATISTICS: torch.cat([t.flatten() for t in self._statistics()])}
+            gathered = {name: self.ranks.gathered(tensor) for name, tensor in own.items()}
+            each = zip(*gathered.values(), strict=True)
+            of_ranks = {RANKS: [dict(zip(gathered, tensors, strict=True)) for tensors in each]}
+        with self.ranks.together():
+            self.folder.save_checkpoint({**self._position(), **state, **drawn, **of_ranks})
 
     def _stop_if_asked(self) -> None:
+        """Collective: a signal to one rank stops all, after the same step."""
+        self.stop.received = self.ranks.largest(self.stop.received or 0) or None
         if self.stop.received is None:
             return
         self._read_metrics()
@@ -515,7 +656,12 @@ class Loop(ABC):
         if not self.unread:
             return
         lr = self.learning_rate()
-        rows = torch.stack([values for values, _ in self.unread]).tolist()
+        rows = torch.stack([values for values, _ in self.unread])
+        if self.ranks.size > 1:
+            # Hits of all ranks, and the mean of their losses weighted by their shares
+            shares = [self.ranks.share_of(images) for _, images in self.unread]
+            rows[:, 0] *= torch.tensor(shares, dtype=rows.dtype, device=rows.device)
+        rows = self.ranks.sum(rows).tolist()
         first = self.steps_done - len(rows)
         for number, (row, (_, images)) in enumerate(zip(rows, self.unread, strict=True), start=first + 1):
             loss, top1, top5 = row[0], row[1] / images, row[2] / images
@@ -563,6 +709,8 @@ class Loop(ABC):
 
     def draw(self, tag: str, file_name: str, make: Callable[[], bytes]) -> None:
         """A PNG for plots/ and TensorBoard. A run never fails over one: the log says what failed."""
+        if self.ranks.rank:
+            return
         try:
             self.folder.picture(tag, self.steps_done, file_name, make())
         except InputError:  # the disk's, not the picture's
@@ -599,21 +747,26 @@ def evaluated(
     batch_size: int,
     after_batch: Callable[[int], None] = lambda images: None,
     training: bool = False,
+    ranks: Ranks | None = None,
 ) -> Means:
     """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
-    (int64, on the host), not augmented. `after_batch` is told how many are done."""
+    (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
+    takes a part of each batch, which may be empty."""
+    ranks = ranks or Ranks()
     before = network.training
     network.train(training)
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
     for indices in batches.placed(order).split(batch_size):
-        images, labels = batches.cut(indices, augment=False)
-        logits = network(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, *hits(logits, labels)])
+        part = ranks.part(indices)
+        if len(part):
+            images, labels = batches.cut(part, augment=False)
+            logits = network(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, *hits(logits, labels)])
         done += len(indices)
         after_batch(done)
     network.train(before)
-    loss, top1, top5 = (sums / len(order)).tolist()
+    loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
     return loss, top1, top5
 
 
@@ -630,6 +783,21 @@ def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any], settings: dict
             moments = found[name]["state"]
             found[name] = own[name] if begins and moments == {} else moments
     return found
+
+
+def check_shares(batch_size: int, images: int, ranks: int) -> None:
+    """Raises InputError where batches of an epoch of so many images cannot be shared among so many ranks."""
+    if batch_size % ranks:
+        raise InputError(
+            f"batch_size is that of all {ranks} processes together and must be divisible by {ranks}, not be "
+            f"{batch_size}"
+        )
+    last = min(batch_sizes(images, batch_size))
+    if last < ranks:
+        raise InputError(
+            f"{images} images in batches of {batch_size} end in a batch of {last}, which {ranks} processes "
+            "cannot share; choose another --batch_size"
+        )
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:

@@ -30,9 +30,12 @@ def adversarial_perturbation(
     p: Tensors,
     epsilon: Tensor,
     generator: torch.Generator | None = None,
+    average: Callable[[Tensors], Tensors] = lambda tensors: tensors,
 ) -> Tensors:
     """delta that raises the loss, a function of delta: ascent along the sign of its gradient from a random
-    start, kept in the cube of epsilon; 0 where the loss is then lower than without."""
+    start, kept in the cube of epsilon; 0 where the loss is then lower than without. `average`: see
+    `architect`.
+    """
     nothing = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
     delta = random_perturbation(p, epsilon, generator)
     for _ in range(ATTACK_STEPS):
@@ -40,11 +43,12 @@ def adversarial_perturbation(
         gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
         ascended = {
             name: delta[name] + 2 * epsilon / ATTACK_STEPS * gradient.sign()
-            for name, gradient in zip(delta, gradients, strict=True)
+            for name, gradient in average(dict(zip(delta, gradients, strict=True))).items()
         }
         delta = projected(ascended, p, epsilon)
     with torch.no_grad():
-        worse = loss(delta) >= loss(nothing)
+        losses = average({"perturbed": loss(delta), "not": loss(nothing)})
+        worse = losses["perturbed"] >= losses["not"]
     return {name: torch.where(worse, tensor, nothing[name]) for name, tensor in delta.items()}
 
 

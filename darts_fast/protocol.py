@@ -26,6 +26,7 @@ from darts_fast.config import (
 )
 from darts_fast.data import fingerprint, seeded
 from darts_fast.datasets import read_data
+from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json
 from darts_fast.genotype import Genotype, random_genotype
@@ -104,6 +105,7 @@ def protocol(
             the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
+    refuse_ranks("the protocol runs")
     dataset = read_data(config, data)
     config = config.resolved(dataset.name)
     given = config.of_run("search").space
@@ -132,6 +134,7 @@ def resume_protocol(
     than it began on (then to other bits); `cluster` as in `protocol`, wherever it began. Raises what
     `protocol` raises.
     """
+    refuse_ranks("the protocol runs")
     config, environment = read_config(Path(path), ProtocolConfig)
     config = dataclasses.replace(config, device=str(available_device(device or config.device)))
     with (

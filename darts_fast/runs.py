@@ -33,6 +33,7 @@ from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
 from darts_fast.config import Config
+from darts_fast.distributed import Ranks, connect, say_once
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json, read_tensors
 from darts_fast.state import check_keys, check_number
@@ -102,13 +103,25 @@ class RunFolder:
             raise
 
     @classmethod
-    def create(cls, config: Config, default_name: str, parent: str | Path | None = None) -> "RunFolder":
-        """The folder that `new_folder` makes, opened; its `parent` is searchs/ or augments/ if not given.
+    def create(
+        cls, config: Config, default_name: str, parent: str | Path | None = None, ranks: Ranks | None = None
+    ) -> "RunFolder":
+        """The folder that `new_folder` makes, opened; its `parent` is searchs/ or augments/ if not given. Of
+        several `ranks` the first one makes it, and the others have a `SilentFolder` of its path.
 
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
-        path, environment_now = new_folder(config, default_name, parent or config.FOLDER)
+        ranks, folder = ranks or Ranks(), SilentFolder(Path())
+        with ranks.together():
+            if ranks.rank == 0:
+                folder = cls._create(config, default_name, parent or config.FOLDER)
+        folder.path = Path(os.fsdecode(ranks.bytes_of_first(os.fsencode(folder.path))))
+        return folder
+
+    @classmethod
+    def _create(cls, config: Config, default_name: str, parent: str | Path) -> "RunFolder":
+        path, environment_now = new_folder(config, default_name, parent)
         try:
             folder = cls(path, path.name)
             folder.environment = environment_now
@@ -119,14 +132,33 @@ class RunFolder:
             raise
 
     @classmethod
-    def reopen(cls, path: str | Path, kind: type[Config]) -> tuple["RunFolder", Config, dict[str, Any]]:
+    def reopen(
+        cls, path: str | Path, kind: type[Config], ranks: Ranks | None = None
+    ) -> tuple["RunFolder", Config, dict[str, Any]]:
         """The folder of an earlier run, its configuration and its checkpoint. Nothing is changed yet: call
-        `cut_back` once the checkpoint has been taken up.
+        `cut_back` once the checkpoint has been taken up. Of several `ranks` the first one reads it; the
+        others get what it has read, and a `SilentFolder`.
 
         Raises:
             InputError: it is no folder of such a run, or has no checkpoint that can be read.
         """
-        path = Path(path)
+        ranks = ranks or Ranks()
+        with ranks.together():
+            if ranks.rank == 0:
+                folder, config, checkpoint = cls._reopen(Path(path), kind)
+        if ranks.size == 1:
+            return folder, config, checkpoint
+        buffer = io.BytesIO()
+        if ranks.rank == 0:
+            torch.save({"settings": dataclasses.asdict(config), "checkpoint": checkpoint}, buffer)
+        content = ranks.bytes_of_first(buffer.getvalue())
+        if ranks.rank == 0:
+            return folder, config, checkpoint
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return SilentFolder(Path(path)), kind(**found["settings"]), found["checkpoint"]
+
+    @classmethod
+    def _reopen(cls, path: Path, kind: type[Config]) -> tuple["RunFolder", Config, dict[str, Any]]:
         config, environment_then = read_config(path, kind)
         if not os.path.lexists(path / CHECKPOINT):
             raise InputError(
@@ -250,6 +282,19 @@ class RunFolder:
         with writing(self.path):
             self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
             self._events.flush()
+
+
+class SilentFolder(RunFolder):
+    """What every rank but the first has in place of the run folder: nothing is written or printed."""
+
+    def __init__(self, path: Path):
+        self.path, self.environment = path, {}
+
+    def _nothing(self, *_: object, **__: object) -> None:
+        pass
+
+    log = metrics = scalars = picture = text = write_json = save_tensors = save_checkpoint = _nothing
+    cut_back = close = __exit__ = _nothing
 
 
 def new_folder(config: Config, default_name: str, parent: str | Path) -> tuple[Path, dict[str, str]]:
@@ -458,7 +503,8 @@ class StopSignal:
 def run_program(name: str, main: Callable[[], None]) -> int:
     """Runs a program and returns its exit code; what a user caused is one line on stderr, no traceback.
 
-    2: bad input; 1: a run that cannot go on; 130 or 143: stopped by Ctrl-C or SIGTERM.
+    2: bad input; 1: a run that cannot go on; 130 or 143: stopped by Ctrl-C or SIGTERM. One of the processes
+    that torchrun has started prints the line.
 
     Args:
         name: what a person types to call it (of a script without "python"), such as "darts-fast search".
@@ -470,6 +516,7 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         if hasattr(getattr(sys, stream), "reconfigure"):
             # A console that cannot show a name's letters shows "?".
             getattr(sys, stream).reconfigure(errors="replace")
+    connect()  # before anything can fail: see `say_once`
     try:
         main()
         return 0
@@ -482,6 +529,10 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         code, why = stop.exit_code, stop.to_resume_by(command)
     except KeyboardInterrupt:
         code, why = 130, "stopped at once; what was saved before is intact"
-    with suppress(OSError):  # a full disk; the exit code still says it
-        print(f"{name}: {why}", file=sys.stderr)
+
+    def say(who: str) -> None:
+        with suppress(OSError):  # a full disk; the exit code still says it
+            print(f"{name}: {who}{why}", file=sys.stderr, flush=True)
+
+    say_once(say)
     return code

@@ -18,11 +18,12 @@ from darts_fast.cost import Cost
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.diagnosis import diagnosis, operations
+from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import InputError
 from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, in_short
-from darts_fast.loop import Loop, Means, batch_sizes, cosine, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
 from darts_fast.nasbench201 import Cell
 from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
@@ -66,10 +67,14 @@ def search(
         RunError: the loss is no longer finite, or the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    run = Search(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
-    with RunFolder.create(run.config, run.dataset.name, parent) as run.folder:
-        run.config = dataclasses.replace(run.config, name=run.folder.path.name)
-        return run.run()
+    with joined() as ranks:
+        dataset = ranks.in_turn(lambda: read_data(config, data))
+        with ranks.together():  # first: what cannot be made leaves no folder behind
+            config = dataclasses.replace(config, device=ranks.device(config.device))
+            run = Search(config, dataset, ranks)
+        with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
+            run.config = dataclasses.replace(run.config, name=run.folder.path.name)
+            return run.run()
 
 
 def resume_search(
@@ -79,13 +84,16 @@ def resume_search(
     stopped. `data` as in `search`, where the search was given it; `device`, if another than it began on (then
     to other bits, which the log says). Raises what `search` raises.
     """
-    folder, config, checkpoint = RunFolder.reopen(path, SearchConfig)
-    with folder:
-        config = dataclasses.replace(config, device=device or config.device)
-        run = Search(config, read_data(config, data, resumed=path))
-        run.folder = folder
-        run.load(checkpoint)
-        return run.run()
+    with joined() as ranks:
+        folder, config, checkpoint = RunFolder.reopen(path, SearchConfig, ranks)
+        with folder:
+            dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
+            with ranks.together():
+                device = ranks.device(device or config.device, resumed=device is None)
+                run = Search(dataclasses.replace(config, device=device), dataset, ranks)
+                run.folder = folder
+                run.load(checkpoint)
+            return run.run()
 
 
 class SearchStep:
@@ -100,6 +108,7 @@ class SearchStep:
         config: learning rates, order, form of the Hessian-vector product, precision.
         generator: of the device; what `config.perturb` draws from. None: PyTorch's own.
         cost: of the cells; needed where `config.macs_weight` is not 0.
+        average: of a batch shared among several processes, see `architect`: all gradients are averaged.
     """
 
     def __init__(
@@ -108,8 +117,9 @@ class SearchStep:
         config: SearchConfig,
         generator: torch.Generator | None = None,
         cost: Cost | None = None,
+        average: architect.Average = architect.alone,
     ):
-        self.network, self.config, self.generator = network, config, generator
+        self.network, self.config, self.generator, self.average = network, config, generator, average
         if cost is not None:
             self.cost = cost.to(network.flat_weights)
             equal = {name: torch.zeros_like(alphas) for name, alphas in network.alphas().items()}
@@ -216,14 +226,16 @@ class SearchStep:
             validation_loss = architect.with_penalty(validation_loss, self.penalty)
         with self.network.frozen_statistics():
             if self.config.order == 1:
-                found = architect.first_order(validation_loss, self.weights, self.alphas, self.scale)
+                found = architect.first_order(
+                    validation_loss, self.weights, self.alphas, self.scale, self.average
+                )
             else:
                 step = architect.VirtualStep(self.lr, self.config.w_momentum, self.config.w_weight_decay)
                 arguments = (train_loss, validation_loss, self.weights, self.alphas, self._momenta(), step)
                 if self.config.hvp == "exact":
-                    found = architect.second_order_exact(*arguments, self.scale)
+                    found = architect.second_order_exact(*arguments, self.scale, self.average)
                 else:
-                    found = architect.second_order_finite_difference(*arguments)
+                    found = architect.second_order_finite_difference(*arguments, self.average)
         with phase("architecture update"):
             self._alpha_step(found)
 
@@ -255,7 +267,7 @@ class SearchStep:
         loss = F.cross_entropy(logits, labels)
         found = architect.gradients(architect.times(loss, self.scale), self.weights)
         flat = self.network.flat_weights
-        flat.grad.copy_(architect.divided(found, self.scale)["weights"])
+        flat.grad.copy_(self.average(architect.divided(found, self.scale))["weights"])
         if self.loss_scale is not None:
             self.loss_scale.check(self.weight_optimizer)
         torch.nn.utils.clip_grad_norm_([flat], self.config.w_grad_clip)
@@ -284,7 +296,7 @@ class SearchStep:
         if self.config.perturb == "random":
             return with_added(random_perturbation(p, epsilon, generator))
         with network.frozen_statistics():
-            return with_added(adversarial_perturbation(loss, p, epsilon, generator))
+            return with_added(adversarial_perturbation(loss, p, epsilon, generator, self.average))
 
     def _momenta(self) -> architect.Tensors:
         return {"weights": self.momentum_buffer}
@@ -306,7 +318,7 @@ class Search(Loop):
     network: FlatNetwork
     eigenvalue: float | None = None  # of the epoch that is being finished
 
-    def __init__(self, config: SearchConfig, dataset: Dataset):
+    def __init__(self, config: SearchConfig, dataset: Dataset, ranks: Ranks | None = None):
         check_for_network(dataset)
         check_split(config, dataset)
         self.cells = cells_of(config.space)
@@ -314,7 +326,7 @@ class Search(Loop):
         order = permutation(len(dataset.labels), config.seed, SPLIT)
         split = int(config.train_portion * len(order))
         self.train_half, self.validation_half = order[:split], order[split:]
-        super().__init__(config, dataset, split, config.seed, AUGMENTATION)
+        super().__init__(config, dataset, ranks or Ranks(), split, config.seed, AUGMENTATION)
         what = f"a supernet of {config.layers} layers and {config.init_channels} channels for {dataset.name}"
         with (
             refusing_what_does_not_fit(what, self.device),
@@ -324,7 +336,7 @@ class Search(Loop):
             self.network = self.cells.network(config, dataset).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
         self.cost = self.cells.cost(config, dataset)
-        self.search_step = SearchStep(self.network, config, self.perturbation, self.cost)
+        self.search_step = SearchStep(self.network, config, self.perturbation, self.cost, self.ranks.average)
         nothing = nothing_decided(
             {name: getattr(self.network, name).detach() for name in self.network.ALPHAS}
         )
@@ -335,7 +347,7 @@ class Search(Loop):
             self.network.added = nothing.added
         self.decided: tuple[Decisions, list[str]] | None = None  # after this epoch, once it is evaluated
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
-        size = min(config.batch_size, split)
+        size = self.part_sizes(split)[0]
         buffers = (*self.buffers(size), *self.buffers(size))
         self.take = Captured(
             self._take,
@@ -379,17 +391,17 @@ class Search(Loop):
                 added.copy_(beta * present * torch.tensor(skips, device=self.device))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        train_indices = self.batch_indices(self.train_order)
         warming_up = self.epoch < self.config.alpha_warmup
         with phase("data"):
-            train = self.batches.pick(train_indices)
+            train = self.batches.pick(self.batch_indices(self.train_order))
             inputs = {"train_images": train[0], "train_labels": train[1]}
             if not warming_up:
                 validation = self.batches.pick(self.batch_indices(self.validation_order))
                 inputs |= {"validation_images": validation[0], "validation_labels": validation[1]}
         self.search_step.lr.fill_(lr)
-        take = self.warm_up if warming_up else self.take
-        return take(**inputs), len(train_indices)
+        take, images = self.warm_up if warming_up else self.take, self.batch_images
+        self.ranks.set_share(images)
+        return take(images, **inputs), images
 
     def _take(self, train_images: Tensor, validation_images: Tensor, **labels: Tensor) -> Tensor:
         """`SearchStep.take` of images (uint8) as they were picked."""
@@ -427,7 +439,8 @@ class Search(Loop):
         def after_product(products: int) -> None:
             self.bar.set_postfix_str(f"eigenvalue: {products} Hessian-vector products", refresh=False)
             self.bar.update(0)
-            self._stop_if_asked()
+            if self.ranks.size == 1:  # ranks may need different numbers of products
+                self._stop_if_asked()
 
         with torch.random.fork_rng(devices=[]):
             reference = dataclasses.replace(self.config, fused=False, amp=False, amp_dtype=None)
@@ -438,6 +451,7 @@ class Search(Loop):
         batch = self.batches.cut(self.batches.placed(indices), augment=False)
         loss = partial(network.loss, *batch, {"weights": network.flat_weights.detach()})
         found = curvature.largest_eigenvalue(loss, network.alphas(), self.config.seed, after_product)
+        found = self.ranks.of_first(found)  # all ranks decide by the same number
         if not math.isfinite(found):
             raise self._not_finite(f"the largest eigenvalue is {found}", self.steps_done)
         return found
@@ -585,6 +599,9 @@ class Search(Loop):
             found["perturbation"] = self.perturbation, (self.config.seed, PERTURBATION)
         return found
 
+    def common_generators(self) -> tuple[str, ...]:
+        return ("perturbation",)  # one delta for the whole batch
+
     def state(self) -> dict[str, Any]:
         projection = {"projection": self.decisions._asdict()} if self.decisions else {}
         return self.search_step.state_dict() | projection
@@ -611,12 +628,12 @@ class Search(Loop):
         network, shape = self.cells.network(self.config, self.dataset), self.dataset.images.shape[1:]
         step = SearchStep(network, self.config, cost=self.cost)
         step.loss_scale = None  # the optimizers of meta tensors know of none
-        for size in batch_sizes(len(self.train_half), self.config.batch_size):
+        for size in self.part_sizes(len(self.train_half)):
             images, labels = torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
             step.take(images, labels, images, labels)
         network.eval()
         with torch.no_grad():
-            for size in batch_sizes(len(self.validation_half), self.config.batch_size):
+            for size in self.part_sizes(len(self.validation_half)):
                 network(torch.zeros(size, *shape))
 
     def announcement(self) -> str:

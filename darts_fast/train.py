@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darts_fast import capture, plot, precision
+from darts_fast import architect, capture, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import TrainConfig, available_device
 from darts_fast.data import Batches, Dataset, check_for_network, fingerprint, permutation, seeded
@@ -26,13 +26,13 @@ from darts_fast.derived import (
     parameter_count,
     unpacked,
 )
+from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on, missing_on
 from darts_fast.loop import (
     MEASURED,
     Loop,
     Means,
-    batch_sizes,
     cosine,
     evaluated,
     hits,
@@ -88,10 +88,14 @@ def train(config: TrainConfig, data: Data | None = None, parent: str | Path | No
     if config.genotype is None:
         raise InputError("genotype must be given: --genotype DARTS_V2, --genotype searchs/digits, ...")
     config = dataclasses.replace(config, genotype=str(load_genotype(config.genotype)))
-    run = Training(config, read_data(config, data))  # first: what cannot be made leaves no folder behind
-    with RunFolder.create(run.config, run.dataset.name, parent) as run.folder:
-        run.config = dataclasses.replace(run.config, name=run.folder.path.name)
-        return run.run()
+    with joined() as ranks:
+        dataset = ranks.in_turn(lambda: read_data(config, data))
+        with ranks.together():  # first: what cannot be made leaves no folder behind
+            config = dataclasses.replace(config, device=ranks.device(config.device))
+            run = Training(config, dataset, ranks)
+        with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
+            run.config = dataclasses.replace(run.config, name=run.folder.path.name)
+            return run.run()
 
 
 def resume_training(path: str | Path, data: Data | None = None, device: str | None = None) -> TrainResult:
@@ -99,16 +103,21 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
     stopped. `data` as in `train`, where the training was given it; `device`, if another than it began on
     (then to other bits, which the log says). Raises what `train` raises.
     """
-    folder, config, checkpoint = RunFolder.reopen(path, TrainConfig)
-    with folder:
-        for name, key in ((BEST, "best"), (FINAL, "final"), *([(AVERAGE, "final")] if config.ema else [])):
-            if checkpoint.get(key) is not None and not (folder.path / name).exists():
-                raise InputError(f"{folder.path / name} is missing; put it back, or start a new run")
-        config = dataclasses.replace(config, device=device or config.device)
-        run = Training(config, read_data(config, data, resumed=path))
-        run.folder = folder
-        run.load(checkpoint)
-        return run.run()
+    with joined() as ranks:
+        folder, config, checkpoint = RunFolder.reopen(path, TrainConfig, ranks)
+        with folder:
+            files = (BEST, "best"), (FINAL, "final"), *([(AVERAGE, "final")] if config.ema else [])
+            with ranks.together():
+                for name, key in files if ranks.rank == 0 else ():
+                    if checkpoint.get(key) is not None and not (folder.path / name).exists():
+                        raise InputError(f"{folder.path / name} is missing; put it back, or start a new run")
+            dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
+            with ranks.together():
+                device = ranks.device(device or config.device, resumed=device is None)
+                run = Training(dataclasses.replace(config, device=device), dataset, ranks)
+                run.folder = folder
+                run.load(checkpoint)
+            return run.run()
 
 
 def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
@@ -196,10 +205,18 @@ class TrainStep:
             the settings have one.
         config: learning rate, weights of the losses, precision.
         average: a network of the same kind, whose weights become the moving average.
+        average_gradients: of a batch shared among several processes, see `architect`.
     """
 
-    def __init__(self, network: DerivedNetwork, config: TrainConfig, average: DerivedNetwork | None = None):
+    def __init__(
+        self,
+        network: DerivedNetwork,
+        config: TrainConfig,
+        average: DerivedNetwork | None = None,
+        average_gradients: architect.Average = architect.alone,
+    ):
         self.network, self.config, self.average = network, config, average
+        self.average_gradients = average_gradients
         for module in (network, average):
             if module is not None and module.fused:
                 module.cells_on_kernels()  # before the statistics are listed
@@ -253,6 +270,9 @@ class TrainStep:
             # Zeros for what the genotype's cells leave unused.
             found = torch.autograd.grad(scaled, self.leaves, materialize_grads=True)
             torch._foreach_copy_(self.gradients, found)
+            averaged = self.average_gradients({"weights": self.weights.grad})["weights"]
+            if averaged is not self.weights.grad:
+                self.weights.grad.copy_(averaged)
         with phase("weight update"):
             if self.loss_scale is not None:
                 self.weights.grad.div_(self.loss_scale.value)
@@ -317,13 +337,13 @@ class Training(Loop):
     remedy = "a smaller --lr or --grad_clip"
     network: DerivedNetwork
 
-    def __init__(self, config: TrainConfig, dataset: Dataset):
+    def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks | None = None):
         check_for_network(dataset, SIZE_MULTIPLE[config.stem])
         if config.train_portion == 1 and not len(dataset.test_labels):
             raise InputError(NO_TEST_IMAGES)
         config = config.resolved(dataset.name)
         self.train_part, held_out = split(len(dataset.labels), config.train_portion)
-        super().__init__(config, dataset, len(self.train_part), config.seed, AUGMENTATION)
+        super().__init__(config, dataset, ranks or Ranks(), len(self.train_part), config.seed, AUGMENTATION)
         # What the network is judged by after an epoch: its key in MEASURED, the images, and which of them.
         if config.train_portion < 1:
             self.judge, self.judge_batches, self.judge_order = "val", self.batches, held_out
@@ -333,9 +353,10 @@ class Training(Loop):
         self.genotype = load_genotype(config.genotype)
         self.height, self.width = dataset.images.shape[2:]
         self.auxiliary = config.aux_weight > 0 and auxiliary_fits(self.height, self.width, config.stem)
-        if self.auxiliary and 1 in (config.batch_size, self.train_images % config.batch_size):
+        if self.auxiliary and 1 in self.part_sizes(self.train_images):
+            share = "" if self.ranks.size == 1 else f" for one of {self.ranks.size} processes"
             raise InputError(
-                f"{self.train_images} images in batches of {config.batch_size} end in a batch of one, "
+                f"{self.train_images} images in batches of {config.batch_size} end in a batch of one{share}, "
                 "which has no variance for the auxiliary head's batch norm; choose another --batch_size, or "
                 "--aux_weight 0"
             )
@@ -349,11 +370,11 @@ class Training(Loop):
             average = self._network().to(self.device).requires_grad_(False).eval() if config.ema else None
         if average is not None:
             average.load_state_dict(self.network.state_dict())
-        self.network.drop_path_generator = seeded(self.device, config.seed, DROP_PATH)
+        self.network.drop_path_generator = seeded(self.device, *self.of_this_rank(config.seed, DROP_PATH))
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
-        self.train_step = TrainStep(self.network, config, average)
-        images, labels = self.buffers(min(config.batch_size, self.train_images))
+        self.train_step = TrainStep(self.network, config, average, self.ranks.average)
+        images, labels = self.buffers(self.part_sizes(self.train_images)[0])
         self.take = Captured(
             self._take,
             {"images": images, "labels": labels},
@@ -374,7 +395,9 @@ class Training(Loop):
         self.train_step.lr.fill_(lr)
         if self.train_step.average is not None:
             self.train_step.set_average_share(self.steps_done)
-        return self.take(images=images, labels=labels), len(labels)
+        whole = self.batch_images
+        self.ranks.set_share(whole)
+        return self.take(whole, images=images, labels=labels), whole
 
     def _take(self, images: Tensor, labels: Tensor) -> Tensor:
         """`TrainStep.take` of images (uint8) as they were picked."""
@@ -430,7 +453,8 @@ class Training(Loop):
         return self.train_step.state_dict()
 
     def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
-        drop_path = self.network.drop_path_generator, (self.config.seed, DROP_PATH)
+        seed = self.of_this_rank(self.config.seed, DROP_PATH)
+        drop_path = self.network.drop_path_generator, seed
         return {**super().generators(), "drop_path": drop_path}
 
     def check_record(self, record: Any, name: str) -> None:
@@ -450,14 +474,14 @@ class Training(Loop):
         module, shape = self._network(), self.dataset.images.shape[1:]
         if self.config.drop_path_prob:
             module.drop_path_prob = torch.zeros(())
-        for size in batch_sizes(self.train_images, self.config.batch_size):
+        for size in self.part_sizes(self.train_images):
             outputs = module(torch.zeros(size, *shape), self.train_step.activations)
             heads = outputs if isinstance(outputs, tuple) else (outputs,)
             total = torch.stack([y.sum() for y in heads]).sum()
             torch.autograd.grad(total, list(module.parameters()), materialize_grads=True)
         module.eval()
         with torch.no_grad():
-            for size in batch_sizes(len(self.judge_order), self.config.batch_size):
+            for size in self.part_sizes(len(self.judge_order)):
                 module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:

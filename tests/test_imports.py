@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # for FORBIDDEN and ONLY_FROM; every other module is listed.
 ALLOWED = {
     "darts_fast.errors": set(),
+    "darts_fast.distributed": {"darts_fast.errors"},
     "darts_fast.files": set(),
     "darts_fast.state": set(),
     "darts_fast.space": set(),
@@ -50,6 +51,7 @@ ALLOWED = {
     },
     "darts_fast.runs": {
         "darts_fast.config",
+        "darts_fast.distributed",
         "darts_fast.errors",
         "darts_fast.files",
         "darts_fast.state",
@@ -70,6 +72,7 @@ ALLOWED = {
         "darts_fast.capture",
         "darts_fast.config",
         "darts_fast.data",
+        "darts_fast.distributed",
         "darts_fast.errors",
         "darts_fast.fused",
         "darts_fast.precision",
