@@ -36,9 +36,8 @@ class Captured:
     ):
         self.function, self.inputs, self.state, self.generators = function, inputs, state, generators
         self.graph = graph
-        self._graphs: dict[
-            int, tuple[torch.cuda.CUDAGraph, Tensor]
-        ] = {}  # and its output, by the whole batch's size
+        # Each with its output, by the size of the whole batch
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # All graphs are captured on one stream, into one pool of memory: they never run side by side, and
         # nothing that one leaves in the pool is read after it but its output.
         self._stream_and_pool: tuple[torch.cuda.Stream, Any] | None = None

@@ -304,7 +304,9 @@ def test_a_step_moves_no_order_to_the_device(kind):
     batches = found.batches
     batches.device = torch.device("meta")
     batches.images, batches.labels = batches.images.to("meta"), batches.labels.to("meta")
-    found.take = lambda **inputs: picked.append({name: (t.device.type, len(t)) for name, t in inputs.items()})
+    found.take = lambda whole, **inputs: picked.append(
+        {name: (t.device.type, len(t)) for name, t in inputs.items()}
+    )
     found.begin_epoch()
     with Moves():
         for step in range(found.steps_per_epoch):

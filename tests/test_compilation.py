@@ -217,7 +217,7 @@ def test_the_smaller_batches_of_a_run_are_rehearsed_too(monkeypatch):
 
     everything, of_each = compiled(), []
     for sizes in ([64], [14]):
-        monkeypatch.setattr(sys.modules["darts_fast.search"], "batch_sizes", lambda *_, sizes=sizes: sizes)
+        monkeypatch.setattr(run, "part_sizes", lambda *_, sizes=sizes: sizes)
         of_each.append(compiled())
     assert everything >= of_each[0] | of_each[1] and of_each[1] - of_each[0]
 

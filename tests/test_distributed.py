@@ -1,0 +1,572 @@
+"""Several processes, as torchrun starts them, against one: by gloo, on a CPU."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_run, checkpoint, log_lines, relative_error, same
+from test_derived import every_operation
+
+from darts_fast import (
+    InputError,
+    RunError,
+    SearchConfig,
+    TrainConfig,
+    network,
+    resume_search,
+    resume_training,
+    search,
+    train,
+)
+from darts_fast import distributed as distributed_module
+from darts_fast.data import from_tensors, seeded
+from darts_fast.distributed import Ranks, joined
+from darts_fast.loop import RANKS, Loop, check_shares, evaluated
+from darts_fast.runs import CHECKPOINT, METRICS, Stopped
+from darts_fast.search import Search, SearchStep
+from darts_fast.supernet import Supernet
+from darts_fast.train import Training, TrainStep
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Processes as torchrun starts them
+
+
+def on_ranks(size, work, *arguments, timeout=120):
+    """Calls `work(*arguments)` in so many new processes, the ranks of one run; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=one_rank, args=(rank, size, port, work, arguments)) for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in ranks]
+
+
+def one_rank(rank, size, port, work, arguments):
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": port}.items()})
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+# One step
+
+
+def batch(seed, side=8):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(7, 3, side, side, generator=generator, dtype=torch.float64)
+    return images, torch.randint(4, (7,), generator=generator)
+
+
+SEARCH_STEPS = {
+    "exact": {},
+    "exact, fused": {"fused": True},
+    "finite differences": {"hvp": "finite-difference"},
+    "finite differences, fused": {"hvp": "finite-difference", "fused": True},
+    "first order": {"order": 1},
+    "Beta-DARTS, random": {"beta_decay": 5.0, "perturb": "random"},
+    "adversarial": {"order": 1, "perturb": "adversarial"},
+}
+TRAIN_STEPS = {"training": {}, "training, fused": {"fused": True}}
+
+
+def names_of(size):
+    """The kinds of steps that are taken by so many ranks."""
+    return [*SEARCH_STEPS, *TRAIN_STEPS] if size == 2 else ["exact, fused", "finite differences", "training"]
+
+
+def step_of(name, average=None):
+    if name in SEARCH_STEPS:
+        return search_step(SEARCH_STEPS[name], average)
+    return training_step(TRAIN_STEPS[name], average)
+
+
+def search_step(settings, average=None):
+    torch.manual_seed(0)
+    config = SearchConfig(**settings)
+    module = Supernet(2, 4, 3, fused=config.fused).double()
+    average = {} if average is None else {"average": average}
+    step = SearchStep(module, config, seeded("cpu", 1), **average)
+    step.beta.fill_(3.0)
+    return step
+
+
+def training_step(settings, average=None):
+    torch.manual_seed(0)
+    config = TrainConfig(**settings)
+    module = network(every_operation(), 4, 4, 3, auxiliary=True, fused=config.fused).double()
+    average = {} if average is None else {"average_gradients": average}
+    return TrainStep(module, config, **average)
+
+
+def optimizers_of(step):
+    return [step.optimizer] if isinstance(step, TrainStep) else [step.weight_optimizer, step.alpha_optimizer]
+
+
+def state_of(step):
+    """What decides the next step, by name, but running statistics."""
+    found = dict(step.network.named_parameters())
+    for number, optimizer in enumerate(optimizers_of(step)):
+        for index, state in enumerate(optimizer.state.values()):
+            found |= {f"{number}.{index}.{name}": tensor for name, tensor in state.items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def one_step(step, part):
+    """With momentum, on a pair of batches of which `part` takes a part; the loss and what the step led to."""
+    generator = torch.Generator().manual_seed(5)
+    for optimizer in optimizers_of(step):
+        for state in optimizer.state.values():
+            for name, tensor in state.items():
+                if name != "step":
+                    tensor.copy_(0.1 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+    if isinstance(step, TrainStep):
+        tensors = batch(1, side=24)  # the least that the auxiliary head takes
+    else:
+        tensors = *batch(1), *batch(2)
+    return {"loss": step.take(*map(part, tensors))[0], **state_of(step)}
+
+
+def steps_on_ranks(folder):
+    with joined() as ranks:
+        found = {}
+        ranks.set_share(7)
+        for name in names_of(ranks.size):
+            found[name] = one_step(step_of(name, ranks.average), ranks.part)
+        found["float16"] = float16_step(ranks)
+        torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+def float16_step(ranks):
+    """In which the gradients of the last rank alone overflow."""
+    torch.manual_seed(0)
+    config = SearchConfig(fused=True, amp_dtype="float16", order=1)
+    step = SearchStep(Supernet(2, 4, 3, fused=True), config, average=ranks.average)
+    before = state_of(step)
+    images, labels = (ranks.part(tensor) for tensor in batch(1))
+    images = images.float()
+    if ranks.rank == ranks.size - 1:
+        images[:] = torch.inf
+    step.take(images, labels, images, labels)
+    return {
+        "unchanged": torch.tensor(same(before, state_of(step))),
+        "scale": step.loss_scale.value,
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks_steps(tmp_path_factory):
+    """A function: what each of so many ranks found. They are started once."""
+
+    @functools.cache
+    def take(size):
+        folder = tmp_path_factory.mktemp("steps")
+        assert on_ranks(size, steps_on_ranks, folder) == [0] * size
+        return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+    return take
+
+
+def parts_apart(step, size):
+    """The step, with logits computed of each rank's images apart: its loss is the mean of the ranks'
+    losses."""
+    module, kind = step.network, "forward" if isinstance(step, TrainStep) else "logits"
+    plain = getattr(module, kind)
+
+    def of_parts(images, *rest):
+        found = [plain(Ranks(rank, size).part(images), *rest) for rank in range(size)]
+        if isinstance(found[0], tuple):
+            return tuple(torch.cat(heads) for heads in zip(*found, strict=True))
+        return torch.cat(found)
+
+    setattr(module, kind, of_parts)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(size, name) for size in (2, 3) for name in names_of(size)], ids=str
+)
+def test_a_step_is_that_of_one_process_which_averages_the_losses(size, name, ranks_steps):
+    step, of_ranks = step_of(name), ranks_steps(size)
+    begun = state_of(step)
+    expected = one_step(parts_apart(step, size), lambda tensor: tensor)
+    found = [of_rank[name] for of_rank in of_ranks]
+    shares = [Ranks(rank, size).share_of(7) for rank in range(size)]
+    losses = [share * one.pop("loss") for share, one in zip(shares, found, strict=True)]
+    assert relative_error(sum(losses), expected.pop("loss")) < 1e-12
+    for one in found[1:]:
+        assert same(found[0], one)
+    for key, tensor in expected.items():
+        assert relative_error(found[0][key], tensor) < 1e-12 or not tensor.any(), key
+    moved = [key for key in begun if not torch.equal(begun[key], found[0][key])]
+    assert len(moved) > len(begun) / 2
+
+
+def test_ranks_decide_together_that_float16_overflowed(ranks_steps):
+    first, second = (of_rank["float16"] for of_rank in ranks_steps(2))
+    assert first["unchanged"] and first["scale"] <= 2.0**11 and same(first, second)
+
+
+# Whole runs
+
+TINY = SearchConfig(
+    epochs=2, init_channels=2, layers=3, batch_size=12, train_portion=0.58, cutout_length=2, print_freq=2,
+    fused=True, name="run",
+)  # fmt: skip
+# 29 images train: batches of 12, 12 and 5
+TRAINING = TrainConfig(
+    genotype=str(every_operation()), epochs=2, init_channels=4, layers=3, batch_size=12, drop_path_prob=0.3,
+    cutout_length=2, ema=0.9, print_freq=2, aux_weight=0, fused=True, name="run",
+)  # fmt: skip
+
+
+def data(test=False):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(50) % 4
+    return (images[:29], labels[:29], images[29:], labels[29:]) if test else (images, labels)
+
+
+def whole_runs(kind, folder):
+    """Undisturbed; stopped by a SIGTERM to rank 1 alone in the fourth step, and resumed."""
+    rank = int(os.environ["RANK"])
+    begin, go_on, config, loop = run_kind(kind)
+    arguments = data(test=kind == "training")
+    os.chdir(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = begin(config, arguments, Path("undisturbed"))
+        calls, plain = [], loop.take_step
+
+        def take_step(self, lr):
+            calls.append(None)
+            if len(calls) == 4 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(self, lr)
+
+        loop.take_step = take_step
+        try:
+            begin(config, arguments, Path("stopped"))
+        except Stopped as stop:
+            code = stop.exit_code
+        distributed_module.dist.destroy_process_group()  # the exception left it
+        loop.take_step = plain
+        if rank == 0:
+            torch.save(checkpoint(Path("stopped/run")), "middle.pt")
+        again = go_on("stopped/run", arguments)
+    (folder / f"{rank}.json").write_text(
+        json.dumps({"code": code, "printed": len(printed.getvalue()), "same": result[:-1] == again[:-1]})
+    )
+
+
+def run_kind(kind):
+    if kind == "search":
+        return search, resume_search, TINY, Search
+    return train, resume_training, TRAINING, Training
+
+
+@pytest.fixture(scope="module", params=["search", "training"])
+def two_ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert on_ranks(2, whole_runs, request.param, folder) == [0, 0]
+    return request.param, folder
+
+
+def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks):
+    _, folder = two_ranks
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one["code"] for one in said] == [143, 143] and all(one["same"] for one in said)
+    assert said[0]["printed"] > 500 and said[1]["printed"] == 0
+    middle = torch.load(folder / "middle.pt", weights_only=True)
+    assert (middle["epoch"], middle["step"]) == (1, 1) and len(middle[RANKS]) == 2
+    first, second = middle[RANKS]
+    # Within an epoch each has its own.
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+    assert_same_run(folder / "undisturbed/run", folder / "stopped/run")
+    assert "torchrun ... run" in (folder / "stopped/run/run.log").read_text()
+
+
+def test_the_ranks_metrics_are_of_all_images(two_ranks):
+    """Those of an epoch against the network that it left, tested by one process."""
+    kind, folder = two_ranks
+    run = Search(TINY, from_tensors(*data())) if kind == "search" else None
+    run = run or Training(TRAINING, from_tensors(*data(test=True)))
+    state = checkpoint(folder / "undisturbed/run")
+    run.network.load_state_dict(state["network"])
+    found = run.evaluate()["val" if kind == "search" else "test"] if kind == "training" else None
+    if kind == "search":
+        found = evaluated(run.network, run.batches, run.validation_half, 12)
+    rows = [json.loads(line) for line in (folder / "undisturbed/run" / METRICS).read_text().splitlines()]
+    name = "val" if kind == "search" else "test"
+    last = [row for row in rows if f"{name}_loss" in row][-1]
+    assert found == pytest.approx([last[f"{name}_{what}"] for what in ("loss", "top1", "top5")], rel=1e-5)
+    for row in rows:
+        if "loss" in row:  # hits of whole batches
+            images = 5 if row["step"] % 3 == 0 else 12
+            assert row["top1"] * images == pytest.approx(round(row["top1"] * images))
+    assert state["totals"] == [0.0] * 4
+
+
+def test_another_number_of_processes_goes_on_and_says_so(two_ranks, in_tmp, monkeypatch):
+    kind, folder = two_ranks
+    _, go_on, _, _ = run_kind(kind)
+    copied = Path(shutil.copytree(folder / "stopped/run", in_tmp / "copied"))
+    shutil.copy(folder / "middle.pt", copied / CHECKPOINT)
+    plain = Loop.load
+
+    def load(self, state):
+        plain(self, state)
+        each = [saved["statistics"] for saved in state_before[RANKS]]
+        flat = torch.cat([tensor.flatten() for tensor in self._statistics()])
+        assert torch.equal(flat, torch.stack(each).mean(dim=0))
+
+    state_before = checkpoint(copied)
+    monkeypatch.setattr(Loop, "load", load)
+    go_on(copied, data(test=kind == "training"))
+    assert any(line.startswith("processes: 2 -> 1; the bits differ") for line in log_lines(copied))
+    assert RANKS not in checkpoint(copied) and checkpoint(copied)["epoch"] == 2
+
+
+def test_a_checkpoint_of_ranks_that_somebody_changed_is_refused(two_ranks, in_tmp):
+    kind, folder = two_ranks
+    _, go_on, _, _ = run_kind(kind)
+    copied = Path(shutil.copytree(folder / "stopped/run", in_tmp / "copied"))
+    state = checkpoint(copied)
+    for change in (
+        lambda ranks: ranks.pop(),
+        lambda ranks: ranks[1].pop("augmentation"),
+        lambda ranks: ranks[1].update(statistics=torch.zeros(3)),
+        lambda ranks: ranks[1].update(augmentation=torch.zeros(3)),
+    ):
+        changed = [dict(saved) for saved in state[RANKS]]
+        change(changed)
+        torch.save({**state, RANKS: changed}, copied / CHECKPOINT)
+        with pytest.raises(InputError, match="does not fit the settings beside it"):
+            go_on(copied, data(test=kind == "training"))
+
+
+# Ranks that fail
+
+
+def killed(folder):
+    os.chdir(folder)
+    plain, calls = Search.take_step, []
+
+    def take_step(self, lr):
+        calls.append(None)
+        if len(calls) == 5 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, lr)
+
+    Search.take_step = take_step
+    try:
+        search(TINY, data(), Path("killed"))
+    except RunError as error:
+        assert "another process of this run has ended" in str(error)
+        raise SystemExit(7) from error
+
+
+def gone_on(folder):
+    os.chdir(folder)
+    resume_search("killed/run", data())
+
+
+def test_a_killed_rank_ends_all_and_resume_gives_the_same_bits(two_ranks, tmp_path):
+    kind, folder = two_ranks
+    if kind == "training":
+        pytest.skip("the loop is the same")
+    started = time.monotonic()
+    assert on_ranks(2, killed, tmp_path) == [7, -signal.SIGKILL]
+    assert time.monotonic() - started < 60
+    assert checkpoint(tmp_path / "killed/run")["epoch"] == 1
+    assert on_ranks(2, gone_on, tmp_path) == [0, 0]
+    assert_same_run(folder / "undisturbed/run", tmp_path / "killed/run")
+
+
+def faults(folder):
+    os.chdir(folder)
+    rank = int(os.environ["RANK"])
+
+    def flipped(self):
+        if rank == 2:
+            self.network.flat_weights.detach().view(torch.int32)[3] ^= 1
+        plain(self)
+
+    def not_a_number(self, lr):
+        found, images = step(self, lr)
+        return found + (torch.nan if rank == 1 else 0), images
+
+    def other_images():
+        images, labels = data()
+        images[0] = rank
+        return images, labels
+
+    said = {}
+    plain, step = Loop._average_statistics, Search.take_step
+    for name, patches, of_run in (
+        ("flipped", {"_average_statistics": flipped}, data()),
+        ("nan", {"take_step": not_a_number}, data()),
+        ("data", {}, other_images()),
+        ("alone", {"__init__": refused(rank)}, data()),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            for attribute, value in patches.items():
+                patch.setattr(Search, attribute, value)
+            try:
+                search(dataclasses.replace(TINY, name=None), of_run, Path(name))
+            except (InputError, RunError) as error:
+                said[name] = f"{type(error).__name__}: {error}"
+        distributed_module.dist.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+
+
+def refused(rank):
+    plain = Search.__init__
+
+    def init(self, *arguments):
+        if rank == 2:
+            raise InputError("no memory here")
+        plain(self, *arguments)
+
+    return init
+
+
+def test_what_is_wrong_on_one_rank_ends_all(tmp_path):
+    assert on_ranks(3, faults, tmp_path) == [0] * 3
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert said[0] == said[1] == said[2]
+    assert said[0]["flipped"].startswith(
+        "RunError: network.stem.0.weight of rank 2 differs from rank 0's after epoch 1"
+    )
+    assert said[0]["nan"].startswith("RunError: the training loss is nan at step 1")
+    assert said[0]["data"].startswith("InputError: rank 1: tensors holds other images here than for rank 0")
+    assert said[0]["alone"] == "InputError: rank 2: no memory here"
+    assert not (tmp_path / "alone").exists()
+
+
+def suspended(folder):
+    distributed_module.BEAT, distributed_module.LOST = 0.1, 1.0
+    with joined() as ranks:
+        if ranks.rank == 1:
+            (folder / "pid").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ranks.largest(0)
+
+
+def test_a_suspended_rank_ends_the_others(tmp_path, capfd):
+    started = time.monotonic()
+    codes = on_ranks(2, suspended, tmp_path, timeout=30)  # which kills the suspended one
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - started < 70
+    assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capfd.readouterr().err
+
+
+# Sharing
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("images", [7, 8, 64])
+def test_parts_are_the_whole_batch(size, images):
+    ranks, indices = [Ranks(rank, size) for rank in range(size)], torch.arange(images)
+    parts = [rank.part(indices) for rank in ranks]
+    assert torch.equal(torch.cat(parts), indices)
+    assert {len(part) for part in parts} <= ranks[0].part_sizes(images)
+    assert sum(rank.share_of(images) for rank in ranks) == pytest.approx(1, abs=1e-15)
+
+
+def test_batches_that_cannot_be_shared():
+    check_shares(64, 718, 4)
+    with pytest.raises(InputError, match="must be divisible by 3, not be 64"):
+        check_shares(64, 718, 3)
+    with pytest.raises(
+        InputError, match="129 images in batches of 64 end in a batch of 1, which 2 processes"
+    ):
+        check_shares(64, 129, 2)
+
+
+def test_one_process_exchanges_nothing(monkeypatch):
+    monkeypatch.setattr(distributed_module, "dist", None)
+    for name in distributed_module.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with joined() as ranks:
+        gradient = {"weights": torch.ones(3)}
+        assert ranks.average(gradient)["weights"] is gradient["weights"]
+        assert ranks.largest(3) == 3 and ranks.of_first(0.5) == 0.5 and ranks.device("cuda:1") == "cuda:1"
+        with ranks.together():
+            assert ranks.in_turn(lambda: 5) == 5
+
+
+# The programs under torchrun
+
+
+def torchrun(*arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+CHEAP = (
+    "--epochs 1 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1 --device cpu".split()
+)
+
+
+def test_torchrun_searches_and_resumes_after_a_stop(tmp_path):
+    """A SIGTERM to torchrun reaches all ranks."""
+    run = torchrun(ROOT / "run.py", *CHEAP, "--epochs", 60, "--name", "run", cwd=tmp_path)
+    for line in run.stdout:
+        if "step 2/3" in line:
+            break
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode and errors.count("run.py: stopped and saved after") == 1, errors
+    state = checkpoint(tmp_path / "searchs/run")
+    assert len(state[RANKS]) == 2
+    config = tmp_path / "searchs/run/config.json"
+    assert json.loads(config.read_text())["batch_size"] == 256
+    refused = torchrun(ROOT / "run.py", "--resume", "searchs/run", "--seed", 3, cwd=tmp_path)
+    _, errors = refused.communicate(timeout=60)
+    assert errors.count("run.py: --resume takes its settings from") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("run.py", "--batch_size", 63),
+            "run.py: batch_size is that of all 2 processes together and must be",
+        ),
+        (
+            ("run_from.py", "--evaluate", "x"),
+            "run_from.py: --evaluate tests in one process: start it by python",
+        ),
+        (("-m", "darts_fast.protocol"), "protocol: the protocol runs in one process: start it by python"),
+    ],
+    ids=["batch", "evaluate", "protocol"],
+)
+def test_torchrun_says_once_what_is_refused(arguments, sentence, tmp_path):
+    program, *rest = arguments
+    run = torchrun(program if program == "-m" else ROOT / program, *rest, cwd=tmp_path)
+    out, errors = run.communicate(timeout=60)
+    assert run.returncode and errors.count(sentence) == 1, errors
+    assert not out and not list(tmp_path.iterdir())
