@@ -609,8 +609,8 @@ class Loop(ABC):
 
     def _stop_if_asked(self) -> None:
         """Collective: a signal to one rank stops all, after the same step."""
-        self.stop.received = self.ranks.largest(self.stop.received or 0) or None
-        if self.stop.received is None:
+        received = self.ranks.largest(self.stop.received or 0)
+        if not received:
             return
         self._read_metrics()
         self._save()
@@ -619,7 +619,7 @@ class Loop(ABC):
             self.folder.path,
             f"darts_fast.{self.function}",
             self.dataset.name == "tensors",
-            self.stop.received,
+            received,
         )
 
     # What a person sees

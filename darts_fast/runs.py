@@ -33,7 +33,7 @@ from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
 from darts_fast.config import Config
-from darts_fast.distributed import Ranks, connect, say_once
+from darts_fast.distributed import Ranks, connect, say_once, world_size
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json, read_tensors
 from darts_fast.state import check_keys, check_number
@@ -525,7 +525,8 @@ def run_program(name: str, main: Callable[[], None]) -> int:
     except RunError as error:
         code, why = 1, str(error)
     except Stopped as stop:
-        command = f"python {name}" if name.endswith(".py") else name
+        program = "python" if world_size() == 1 else "torchrun ..."
+        command = f"{program} {name}" if name.endswith(".py") or world_size() > 1 else name
         code, why = stop.exit_code, stop.to_resume_by(command)
     except KeyboardInterrupt:
         code, why = 130, "stopped at once; what was saved before is intact"

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,9 +20,11 @@ import pytest
 import torch
 from conftest import assert_same_run, checkpoint, log_lines, relative_error, same
 from test_derived import every_operation
+from test_run import load_program
 
 from darts_fast import (
     InputError,
+    ProtocolConfig,
     RunError,
     SearchConfig,
     TrainConfig,
@@ -35,6 +38,7 @@ from darts_fast import distributed as distributed_module
 from darts_fast.data import from_tensors, seeded
 from darts_fast.distributed import Ranks, joined
 from darts_fast.loop import RANKS, Loop, check_shares, evaluated
+from darts_fast.protocol import protocol, resume_protocol
 from darts_fast.runs import CHECKPOINT, METRICS, Stopped
 from darts_fast.search import Search, SearchStep
 from darts_fast.supernet import Supernet
@@ -45,8 +49,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Processes as torchrun starts them
 
 
-def on_ranks(size, work, *arguments, timeout=120):
-    """Calls `work(*arguments)` in so many new processes, the ranks of one run; their exit codes."""
+def on_ranks(size, work, *arguments):
+    """Calls `work(*arguments)` in so many new processes, the ranks of one run; their exit codes. When one has
+    failed, the others are killed after some seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,9 +62,10 @@ def on_ranks(size, work, *arguments, timeout=120):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout)
+        process.join(5 if any(other.exitcode for other in ranks) else 240)
         if process.is_alive():
             process.kill()
+            process.join()
     return [process.exitcode for process in ranks]
 
 
@@ -148,6 +154,18 @@ def one_step(step, part):
     return {"loss": step.take(*map(part, tensors))[0], **state_of(step)}
 
 
+def on_two_ranks(folder):
+    """What the tests of two ranks look at, computed by one pair of processes."""
+    steps_on_ranks(folder)
+    for kind in RUNS:
+        whole_runs(kind, folder / kind)
+
+
+def on_three_ranks(folder):
+    steps_on_ranks(folder)
+    faults(folder)
+
+
 def steps_on_ranks(folder):
     with joined() as ranks:
         found = {}
@@ -176,16 +194,22 @@ def float16_step(ranks):
 
 
 @pytest.fixture(scope="module")
-def ranks_steps(tmp_path_factory):
-    """A function: what each of so many ranks found. They are started once."""
+def ranks_folder(tmp_path_factory):
+    """A function: the folder that so many ranks, 2 or 3, left. They are started once."""
 
     @functools.cache
-    def take(size):
-        folder = tmp_path_factory.mktemp("steps")
-        assert on_ranks(size, steps_on_ranks, folder) == [0] * size
-        return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    def start(size):
+        folder = tmp_path_factory.mktemp("ranks")
+        for kind in RUNS:
+            (folder / kind).mkdir()
+        assert on_ranks(size, on_two_ranks if size == 2 else on_three_ranks, folder) == [0] * size
+        return folder
 
-    return take
+    return start
+
+
+def steps_of(folder, size):
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 def parts_apart(step, size):
@@ -207,8 +231,8 @@ def parts_apart(step, size):
 @pytest.mark.parametrize(
     ("size", "name"), [(size, name) for size in (2, 3) for name in names_of(size)], ids=str
 )
-def test_a_step_is_that_of_one_process_which_averages_the_losses(size, name, ranks_steps):
-    step, of_ranks = step_of(name), ranks_steps(size)
+def test_a_step_is_that_of_one_process_which_averages_the_losses(size, name, ranks_folder):
+    step, of_ranks = step_of(name), steps_of(ranks_folder(size), size)
     begun = state_of(step)
     expected = one_step(parts_apart(step, size), lambda tensor: tensor)
     found = [of_rank[name] for of_rank in of_ranks]
@@ -223,8 +247,8 @@ def test_a_step_is_that_of_one_process_which_averages_the_losses(size, name, ran
     assert len(moved) > len(begun) / 2
 
 
-def test_ranks_decide_together_that_float16_overflowed(ranks_steps):
-    first, second = (of_rank["float16"] for of_rank in ranks_steps(2))
+def test_ranks_decide_together_that_float16_overflowed(ranks_folder):
+    first, second = (of_rank["float16"] for of_rank in steps_of(ranks_folder(2), 2))
     assert first["unchanged"] and first["scale"] <= 2.0**11 and same(first, second)
 
 
@@ -241,6 +265,12 @@ TRAINING = TrainConfig(
 )  # fmt: skip
 
 
+RUNS = {
+    "search": (search, resume_search, TINY, Search),
+    "training": (train, resume_training, TRAINING, Training),
+}
+
+
 def data(test=False):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -251,7 +281,7 @@ def data(test=False):
 def whole_runs(kind, folder):
     """Undisturbed; stopped by a SIGTERM to rank 1 alone in the fourth step, and resumed."""
     rank = int(os.environ["RANK"])
-    begin, go_on, config, loop = run_kind(kind)
+    begin, go_on, config, loop = RUNS[kind]
     arguments = data(test=kind == "training")
     os.chdir(folder)
     printed = io.StringIO()
@@ -274,23 +304,16 @@ def whole_runs(kind, folder):
         loop.take_step = plain
         if rank == 0:
             torch.save(checkpoint(Path("stopped/run")), "middle.pt")
-        again = go_on("stopped/run", arguments)
+        again = go_on("stopped/run", arguments)._replace(path=None)
+        found = result._replace(path=None)
     (folder / f"{rank}.json").write_text(
-        json.dumps({"code": code, "printed": len(printed.getvalue()), "same": result[:-1] == again[:-1]})
+        json.dumps({"code": code, "printed": len(printed.getvalue()), "same": found == again})
     )
 
 
-def run_kind(kind):
-    if kind == "search":
-        return search, resume_search, TINY, Search
-    return train, resume_training, TRAINING, Training
-
-
-@pytest.fixture(scope="module", params=["search", "training"])
-def two_ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    assert on_ranks(2, whole_runs, request.param, folder) == [0, 0]
-    return request.param, folder
+@pytest.fixture(params=RUNS)
+def two_ranks(request, ranks_folder):
+    return request.param, ranks_folder(2) / request.param
 
 
 def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks):
@@ -304,19 +327,20 @@ def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks
     # Within an epoch each has its own.
     assert not any(torch.equal(first[name], second[name]) for name in first)
     assert_same_run(folder / "undisturbed/run", folder / "stopped/run")
-    assert "torchrun ... run" in (folder / "stopped/run/run.log").read_text()
 
 
 def test_the_ranks_metrics_are_of_all_images(two_ranks):
     """Those of an epoch against the network that it left, tested by one process."""
     kind, folder = two_ranks
-    run = Search(TINY, from_tensors(*data())) if kind == "search" else None
-    run = run or Training(TRAINING, from_tensors(*data(test=True)))
+    if kind == "search":
+        run = Search(TINY, from_tensors(*data()))
+        images = run.batches, run.validation_half
+    else:
+        run = Training(TRAINING, from_tensors(*data(test=True)))
+        images = run.judge_batches, run.judge_order
     state = checkpoint(folder / "undisturbed/run")
     run.network.load_state_dict(state["network"])
-    found = run.evaluate()["val" if kind == "search" else "test"] if kind == "training" else None
-    if kind == "search":
-        found = evaluated(run.network, run.batches, run.validation_half, 12)
+    found = evaluated(run.network, *images, 12)
     rows = [json.loads(line) for line in (folder / "undisturbed/run" / METRICS).read_text().splitlines()]
     name = "val" if kind == "search" else "test"
     last = [row for row in rows if f"{name}_loss" in row][-1]
@@ -330,7 +354,7 @@ def test_the_ranks_metrics_are_of_all_images(two_ranks):
 
 def test_another_number_of_processes_goes_on_and_says_so(two_ranks, in_tmp, monkeypatch):
     kind, folder = two_ranks
-    _, go_on, _, _ = run_kind(kind)
+    go_on = RUNS[kind][1]
     copied = Path(shutil.copytree(folder / "stopped/run", in_tmp / "copied"))
     shutil.copy(folder / "middle.pt", copied / CHECKPOINT)
     plain = Loop.load
@@ -350,7 +374,7 @@ def test_another_number_of_processes_goes_on_and_says_so(two_ranks, in_tmp, monk
 
 def test_a_checkpoint_of_ranks_that_somebody_changed_is_refused(two_ranks, in_tmp):
     kind, folder = two_ranks
-    _, go_on, _, _ = run_kind(kind)
+    go_on = RUNS[kind][1]
     copied = Path(shutil.copytree(folder / "stopped/run", in_tmp / "copied"))
     state = checkpoint(copied)
     for change in (
@@ -392,16 +416,14 @@ def gone_on(folder):
     resume_search("killed/run", data())
 
 
-def test_a_killed_rank_ends_all_and_resume_gives_the_same_bits(two_ranks, tmp_path):
-    kind, folder = two_ranks
-    if kind == "training":
-        pytest.skip("the loop is the same")
+def test_a_killed_rank_ends_all_and_resume_gives_the_same_bits(ranks_folder, tmp_path):
+    undisturbed = ranks_folder(2) / "search/undisturbed/run"
     started = time.monotonic()
     assert on_ranks(2, killed, tmp_path) == [7, -signal.SIGKILL]
     assert time.monotonic() - started < 60
     assert checkpoint(tmp_path / "killed/run")["epoch"] == 1
     assert on_ranks(2, gone_on, tmp_path) == [0, 0]
-    assert_same_run(folder / "undisturbed/run", tmp_path / "killed/run")
+    assert_same_run(undisturbed, tmp_path / "killed/run")
 
 
 def faults(folder):
@@ -452,9 +474,9 @@ def refused(rank):
     return init
 
 
-def test_what_is_wrong_on_one_rank_ends_all(tmp_path):
-    assert on_ranks(3, faults, tmp_path) == [0] * 3
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+def test_what_is_wrong_on_one_rank_ends_all(ranks_folder):
+    folder = ranks_folder(3)
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
     assert said[0] == said[1] == said[2]
     assert said[0]["flipped"].startswith(
         "RunError: network.stem.0.weight of rank 2 differs from rank 0's after epoch 1"
@@ -462,7 +484,7 @@ def test_what_is_wrong_on_one_rank_ends_all(tmp_path):
     assert said[0]["nan"].startswith("RunError: the training loss is nan at step 1")
     assert said[0]["data"].startswith("InputError: rank 1: tensors holds other images here than for rank 0")
     assert said[0]["alone"] == "InputError: rank 2: no memory here"
-    assert not (tmp_path / "alone").exists()
+    assert not (folder / "searchs/tensors-4").exists()
 
 
 def suspended(folder):
@@ -476,7 +498,7 @@ def suspended(folder):
 
 def test_a_suspended_rank_ends_the_others(tmp_path, capfd):
     started = time.monotonic()
-    codes = on_ranks(2, suspended, tmp_path, timeout=30)  # which kills the suspended one
+    codes = on_ranks(2, suspended, tmp_path)  # which kills the suspended one
     assert codes == [1, -signal.SIGKILL] and time.monotonic() - started < 70
     assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capfd.readouterr().err
 
@@ -526,47 +548,74 @@ def torchrun(*arguments, cwd):
     )
 
 
-CHEAP = (
-    "--epochs 1 --init_channels 2 --layers 3 --batch_size 256 --order 1 --print_freq 1 --device cpu".split()
-)
+CHEAP = "--init_channels 2 --layers 3 --print_freq 1 --device cpu --fused".split()
 
 
-def test_torchrun_searches_and_resumes_after_a_stop(tmp_path):
-    """A SIGTERM to torchrun reaches all ranks."""
-    run = torchrun(ROOT / "run.py", *CHEAP, "--epochs", 60, "--name", "run", cwd=tmp_path)
+def test_a_signal_to_torchrun_stops_a_search_and_saves(tmp_path):
+    settings = (*CHEAP, "--epochs", 60, "--batch_size", 256, "--order", 1)
+    run = torchrun(ROOT / "run.py", *settings, cwd=tmp_path)
     for line in run.stdout:
         if "step 2/3" in line:
             break
     run.send_signal(signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode and errors.count("run.py: stopped and saved after") == 1, errors
-    state = checkpoint(tmp_path / "searchs/run")
-    assert len(state[RANKS]) == 2
-    config = tmp_path / "searchs/run/config.json"
-    assert json.loads(config.read_text())["batch_size"] == 256
-    refused = torchrun(ROOT / "run.py", "--resume", "searchs/run", "--seed", 3, cwd=tmp_path)
-    _, errors = refused.communicate(timeout=60)
-    assert errors.count("run.py: --resume takes its settings from") == 1
+    said = "run.py: stopped and saved after [0-9]+ steps; go on with: torchrun ... run.py --resume searchs"
+    assert run.returncode and len(re.findall(said, errors)) == 1, errors
+    state = checkpoint(tmp_path / "searchs/digits")
+    assert len(state[RANKS]) == 2 and state["settings"]["batch_size"] == 256
+
+
+def test_torchrun_trains_a_genotype(tmp_path):
+    settings = (*CHEAP, "--epochs", 1, "--batch_size", 512, "--genotype", "DARTS_V2")
+    run = torchrun(ROOT / "run_from.py", *settings, cwd=tmp_path)
+    out, errors = run.communicate(timeout=90)
+    assert run.returncode == 0, errors
+    assert len(re.findall("Epoch 1/1 step [123]/3  ", out)) == 3 and out.count("after the last epoch") == 1
+    assert (tmp_path / "augments/digits/final.pt").exists()
+
+
+def test_torchrun_says_once_what_is_refused(tmp_path):
+    run = torchrun(ROOT / "run.py", "--batch_size", 63, cwd=tmp_path)
+    out, errors = run.communicate(timeout=60)
+    sentence = "run.py: batch_size is that of all 2 processes together and must be divisible by 2, not be 63"
+    assert run.returncode and errors.count(sentence) == 1, errors
+    assert not out and not list(tmp_path.iterdir())
+
+
+def test_what_one_process_computes_is_refused_under_torchrun(monkeypatch, in_tmp):
+    for name in distributed_module.VARIABLES:
+        monkeypatch.setenv(name, "2")
+    for call in (lambda: protocol(ProtocolConfig()), lambda: resume_protocol("x")):
+        with pytest.raises(InputError, match="the protocol runs in one process: start it by python, not by"):
+            call()
+    monkeypatch.setattr(sys, "argv", ["run_from.py", "--evaluate", "x"])
+    with pytest.raises(InputError, match="--evaluate tests in one process"):
+        load_program("run_from").main()
+    assert not list(in_tmp.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("name", "resumed", "gpus", "expected"),
     [
-        (
-            ("run.py", "--batch_size", 63),
-            "run.py: batch_size is that of all 2 processes together and must be",
-        ),
-        (
-            ("run_from.py", "--evaluate", "x"),
-            "run_from.py: --evaluate tests in one process: start it by python",
-        ),
-        (("-m", "darts_fast.protocol"), "protocol: the protocol runs in one process: start it by python"),
+        (None, False, 0, "cpu"),
+        ("cpu", False, 8, "cpu"),
+        ("cuda:1", False, 8, "leave out --device cuda:1"),
+        ("cuda", False, 3, r"more processes on this machine than it has GPUs \(3\)"),
+        (None, False, 4, "cuda:3"),
+        ("cuda:0", True, 4, "cuda:3"),
     ],
-    ids=["batch", "evaluate", "protocol"],
 )
-def test_torchrun_says_once_what_is_refused(arguments, sentence, tmp_path):
-    program, *rest = arguments
-    run = torchrun(program if program == "-m" else ROOT / program, *rest, cwd=tmp_path)
-    out, errors = run.communicate(timeout=60)
-    assert run.returncode and errors.count(sentence) == 1, errors
-    assert not out and not list(tmp_path.iterdir())
+def test_each_rank_takes_a_gpu_of_its_own(name, resumed, gpus, expected, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    ranks = Ranks(3, 4)
+    if len(expected) > 6:
+        with pytest.raises(InputError, match=expected):
+            ranks.device(name, resumed)
+    else:
+        assert ranks.device(name, resumed) == expected
+        assert chosen == ([] if expected == "cpu" else [3])
