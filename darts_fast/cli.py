@@ -17,6 +17,7 @@ from darts_fast.config import (
     argument_parser,
     refuse_settings,
 )
+from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, one_line, say
 from darts_fast.export import main as export
 from darts_fast.notation import NAMED, load_titled
@@ -160,5 +161,6 @@ def _run_parser(config: type[Config], description: str) -> ArgumentParser:
 
 
 def _evaluate(folder: str, device: str | None) -> None:
+    refuse_ranks("trained networks are tested")
     for name, (loss, top1, top5) in evaluate_networks(folder, device).items():
         say(one_line(f"{folder}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"))
