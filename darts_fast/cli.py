@@ -161,6 +161,6 @@ def _run_parser(config: type[Config], description: str) -> ArgumentParser:
 
 
 def _evaluate(folder: str, device: str | None) -> None:
-    refuse_ranks("--evaluate tests")
+    refuse_ranks("trained networks are tested")
     for name, (loss, top1, top5) in evaluate_networks(folder, device).items():
         say(one_line(f"{folder}/{name}: test loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}"))

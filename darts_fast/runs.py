@@ -525,8 +525,8 @@ def run_program(name: str, main: Callable[[], None]) -> int:
     except RunError as error:
         code, why = 1, str(error)
     except Stopped as stop:
-        python = "python" if world_size() == 1 else "torchrun ..."
-        command = f"{python} {name}" if name.endswith(".py") else name
+        program = "python" if world_size() == 1 else "torchrun ..."
+        command = f"{program} {name}" if name.endswith(".py") or world_size() > 1 else name
         code, why = stop.exit_code, stop.to_resume_by(command)
     except KeyboardInterrupt:
         code, why = 130, "stopped at once; what was saved before is intact"

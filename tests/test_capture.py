@@ -342,7 +342,9 @@ class Tape(TorchDispatchMode):
         self.replays += 1
         for func, args, kwargs, found in self.calls:
             for tensor, again in zip(found, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(tensor, torch.Tensor) and tensor is not again:
+                if isinstance(again, torch.ScriptObject) and hasattr(again, "wait"):
+                    again.wait()  # of an all-reduce, whose caller has waited when it was recorded
+                elif isinstance(tensor, torch.Tensor) and tensor is not again:
                     tensor.copy_(again)
 
 

@@ -621,7 +621,7 @@ def test_what_one_process_computes_is_refused_under_torchrun(monkeypatch, in_tmp
         with pytest.raises(InputError, match="the protocol runs in one process: start it by python, not by"):
             call()
     monkeypatch.setattr(sys, "argv", ["run_from.py", "--evaluate", "x"])
-    with pytest.raises(InputError, match="--evaluate tests in one process"):
+    with pytest.raises(InputError, match="trained networks are tested in one process"):
         load_program("run_from").main()
     assert not list(in_tmp.iterdir())
 
