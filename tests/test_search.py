@@ -170,7 +170,8 @@ def test_every_step_is_recorded_once(undisturbed):
         f"{cell}_cell/{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
     }
     assert of_cells <= tags
-    assert "alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags and len(tags) == 7 + len(of_cells) + 2 * 14 * 8
+    assert {"macs/genotype", "macs/expected", "alphas_normal/c_k-1 to 2/sep_conv_5x5"} <= tags
+    assert len(tags) == 9 + len(of_cells) + 2 * 14 * 8
     assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
 
 
