@@ -12,8 +12,9 @@ import sys
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from darts_fast.capture import Captured
 from darts_fast.config import Config
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, reseeded, restored, seeded
-from darts_fast.distributed import Ranks
+from darts_fast.datasets import read_data
+from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.fused import allowed_threads, compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
@@ -140,7 +142,50 @@ class Loop(ABC):
         self.warm, self.cold_steps = False, 0  # whether a step was taken; unread ones from before `read_at`
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
+    @classmethod
+    def begin(cls, config: Config, data: tuple[Tensor, ...] | None, parent: str | Path | None) -> Any:
+        """A new run to its end, in a new folder below `parent` (None: where such runs are). `data`: tensors
+        of the user's own, see `datasets.read_data`."""
+        with joined() as ranks:
+            dataset = ranks.in_turn(lambda: read_data(config, data))
+            with ranks.together():  # first: what cannot be made leaves no folder behind
+                config = dataclasses.replace(config, device=ranks.device(config.device))
+                run = cls(config, dataset, ranks)
+            with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
+                run.config = dataclasses.replace(run.config, name=run.folder.path.name)
+                return run.run()
+
+    @classmethod
+    def go_on(
+        cls,
+        settings: type[Config],
+        path: str | Path,
+        data: tuple[Tensor, ...] | None,
+        device: str | None,
+    ) -> Any:
+        """The run of a folder from its checkpoint to its end, on `device` if given."""
+        with joined() as ranks:
+            folder, config, checkpoint = RunFolder.reopen(path, settings, ranks)
+            with folder:
+                with ranks.together():
+                    for name, key in cls.files(config) if ranks.rank == 0 else ():
+                        if checkpoint.get(key) is not None and not (folder.path / name).exists():
+                            missing = folder.path / name
+                            raise InputError(f"{missing} is missing; put it back, or start a new run")
+                dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
+                with ranks.together():
+                    device = ranks.device(device or config.device, resumed=device is None)
+                    run = cls(dataclasses.replace(config, device=device), dataset, ranks)
+                    run.folder = folder
+                    run.load(checkpoint)
+                return run.run()
+
     # What a subclass says
+
+    @staticmethod
+    def files(config: Any) -> Sequence[tuple[str, str]]:
+        """Those that a run has written as soon as its checkpoint has this record: names, records."""
+        return ()
 
     @property
     def epochs(self) -> int:

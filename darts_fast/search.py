@@ -16,9 +16,8 @@ from darts_fast.cells import cells_of
 from darts_fast.config import SearchConfig
 from darts_fast.cost import Cost
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
-from darts_fast.datasets import read_data
 from darts_fast.diagnosis import diagnosis, operations
-from darts_fast.distributed import Ranks, joined
+from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
 from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
@@ -29,7 +28,7 @@ from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.projection import Decisions, all_decided, decided_round, genotype_of, nothing_decided, rounds
-from darts_fast.runs import RunFolder, environment
+from darts_fast.runs import environment
 from darts_fast.state import check_keys, check_number, copy_state
 
 # Streams of random numbers, told apart by the second number of a seed.
@@ -67,14 +66,7 @@ def search(
         RunError: the loss is no longer finite, or the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    with joined() as ranks:
-        dataset = ranks.in_turn(lambda: read_data(config, data))
-        with ranks.together():  # first: what cannot be made leaves no folder behind
-            config = dataclasses.replace(config, device=ranks.device(config.device))
-            run = Search(config, dataset, ranks)
-        with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
-            run.config = dataclasses.replace(run.config, name=run.folder.path.name)
-            return run.run()
+    return Search.begin(config, data, parent)
 
 
 def resume_search(
@@ -84,16 +76,7 @@ def resume_search(
     stopped. `data` as in `search`, where the search was given it; `device`, if another than it began on (then
     to other bits, which the log says). Raises what `search` raises.
     """
-    with joined() as ranks:
-        folder, config, checkpoint = RunFolder.reopen(path, SearchConfig, ranks)
-        with folder:
-            dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
-            with ranks.together():
-                device = ranks.device(device or config.device, resumed=device is None)
-                run = Search(dataclasses.replace(config, device=device), dataset, ranks)
-                run.folder = folder
-                run.load(checkpoint)
-            return run.run()
+    return Search.go_on(SearchConfig, path, data, device)
 
 
 class SearchStep:

@@ -26,7 +26,7 @@ from darts_fast.derived import (
     parameter_count,
     unpacked,
 )
-from darts_fast.distributed import Ranks, joined
+from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
 from darts_fast.fused import kernels_on, missing_on
 from darts_fast.loop import (
@@ -41,7 +41,7 @@ from darts_fast.loop import (
 from darts_fast.notation import load_genotype
 from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
-from darts_fast.runs import RunFolder, environment, read_config
+from darts_fast.runs import environment, read_config
 from darts_fast.state import check_keys, check_number, copy_state
 
 # Streams of random numbers, told apart by the second number of a seed.
@@ -88,14 +88,7 @@ def train(config: TrainConfig, data: Data | None = None, parent: str | Path | No
     if config.genotype is None:
         raise InputError("genotype must be given: --genotype DARTS_V2, --genotype searchs/digits, ...")
     config = dataclasses.replace(config, genotype=str(load_genotype(config.genotype)))
-    with joined() as ranks:
-        dataset = ranks.in_turn(lambda: read_data(config, data))
-        with ranks.together():  # first: what cannot be made leaves no folder behind
-            config = dataclasses.replace(config, device=ranks.device(config.device))
-            run = Training(config, dataset, ranks)
-        with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
-            run.config = dataclasses.replace(run.config, name=run.folder.path.name)
-            return run.run()
+    return Training.begin(config, data, parent)
 
 
 def resume_training(path: str | Path, data: Data | None = None, device: str | None = None) -> TrainResult:
@@ -103,21 +96,7 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
     stopped. `data` as in `train`, where the training was given it; `device`, if another than it began on
     (then to other bits, which the log says). Raises what `train` raises.
     """
-    with joined() as ranks:
-        folder, config, checkpoint = RunFolder.reopen(path, TrainConfig, ranks)
-        with folder:
-            files = (BEST, "best"), (FINAL, "final"), *([(AVERAGE, "final")] if config.ema else [])
-            with ranks.together():
-                for name, key in files if ranks.rank == 0 else ():
-                    if checkpoint.get(key) is not None and not (folder.path / name).exists():
-                        raise InputError(f"{folder.path / name} is missing; put it back, or start a new run")
-            dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
-            with ranks.together():
-                device = ranks.device(device or config.device, resumed=device is None)
-                run = Training(dataclasses.replace(config, device=device), dataset, ranks)
-                run.folder = folder
-                run.load(checkpoint)
-            return run.run()
+    return Training.go_on(TrainConfig, path, data, device)
 
 
 def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
@@ -336,6 +315,10 @@ class Training(Loop):
     function = "resume_training"
     remedy = "a smaller --lr or --grad_clip"
     network: DerivedNetwork
+
+    @staticmethod
+    def files(config: TrainConfig) -> list[tuple[str, str]]:
+        return [(BEST, "best"), (FINAL, "final"), *([(AVERAGE, "final")] if config.ema else [])]
 
     def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks | None = None):
         check_for_network(dataset, SIZE_MULTIPLE[config.stem])

@@ -89,7 +89,7 @@ STOPPED = {
 }
 
 
-# A signal to a process of its own is POSIX's.
+# Windows has no SIGTERM that a program can catch: it would end at once, and nothing would be saved.
 @pytest.mark.skipif(sys.platform == "win32", reason="stops by SIGTERM, a POSIX signal")
 @pytest.mark.usefixtures("no_heat_maps")
 @pytest.mark.parametrize(("name", "folder"), STOPPED)

@@ -22,10 +22,12 @@ from darts_fast.train import Training
 
 pytestmark = [
     pytest.mark.usefixtures("no_heat_maps"),
+    # An extra, which only --cluster needs; without it there is no cluster to compare with.
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
         reason='Ray is not installed: pip install "darts_fast[cluster]"',
     ),
+    # A worker is killed by SIGKILL, and the driver stopped by SIGTERM; Windows has neither.
     pytest.mark.skipif(os.name != "posix", reason="kills and stops by POSIX signals"),
 ]
 

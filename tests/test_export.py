@@ -34,6 +34,8 @@ from darts_fast.runs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
+# Extras, which only these formats need: without them there is nothing to write the file or to run it with.
+# What the export says then is tested below.
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="not installed: safetensors"

@@ -72,6 +72,7 @@ ALLOWED = {
         "darts_fast.capture",
         "darts_fast.config",
         "darts_fast.data",
+        "darts_fast.datasets",
         "darts_fast.distributed",
         "darts_fast.errors",
         "darts_fast.fused",

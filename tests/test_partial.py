@@ -81,6 +81,7 @@ def test_the_kernels_compute_what_the_reference_does(partial_channels, channels)
 def test_float32_is_as_near_as_the_references_rounding_allows(backend):
     """Of float64; no kink is between the two here, as tests/test_float32.py has to allow for."""
     if backend is native and native.level() is None:
+        # Optional: without a compiler the install has no C++ library; the ATen half of this test still runs.
         pytest.skip(f"the C++ library {native.absence()}")
     exact = quantities(pair(2, 4)[0], *batch(0))
     reference, fused = pair(2, 4, torch.float32)

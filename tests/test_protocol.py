@@ -170,7 +170,7 @@ SMALL = [
 ]
 
 
-# A signal that cannot be caught is the point.
+# A kill that the program cannot catch is the point; Windows has no such signal.
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_and_resumed_gives_the_same_report(monkeypatch, capsys, in_tmp):
     """Within a search and a training."""
