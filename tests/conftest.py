@@ -1,6 +1,8 @@
 import ast
+import dataclasses
 import io
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch; for the programs that tests start, too
@@ -12,7 +14,9 @@ from hypothesis import settings
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from darts_fast.runs import EVENTS, METRICS
+from darts_fast import resume_search, search
+from darts_fast.runs import EVENTS, METRICS, Stopped
+from darts_fast.search import Search
 
 # No deadline: a busy machine is no failure. No database: tests that list a folder find only their own files.
 settings.register_profile("darts_fast", deadline=None, database=None)
@@ -162,3 +166,21 @@ def signal_at(monkeypatch):
         monkeypatch.setattr(loop, "take_step", step)
 
     return arrange
+
+
+@pytest.fixture
+def resumed_like_undisturbed(signal_at, in_tmp):
+    """A function: the results of two searches of these settings, one undisturbed, the other stopped within
+    step number `at` and resumed, which it holds to the same bits. `between` is called before that."""
+
+    def run(config, data, at, between=lambda: None):
+        whole = search(dataclasses.replace(config, name="whole"), data)
+        signal_at(Search, at, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            search(dataclasses.replace(config, name="stopped"), data)
+        between()
+        resumed = resume_search("searchs/stopped", data)
+        assert_same_run(whole.path, resumed.path)
+        return whole, resumed
+
+    return run

@@ -1,20 +1,18 @@
 """PC-DARTS (partial channels, edge normalisation): on the kernels as in PyTorch, derived, searched."""
 
 import copy
-import dataclasses
 import functools
 
 import pytest
 import torch
-from conftest import assert_same_run, events, relative_error
+from conftest import events, relative_error
 
-from darts_fast import InputError, SearchConfig, architect, resume_search, search
+from darts_fast import InputError, SearchConfig, architect
 from darts_fast.genotype import derive
 from darts_fast.kernels import aten, native, triton
 from darts_fast.kernels.backends import using
 from darts_fast.reference import MixedOp, edge_weights
-from darts_fast.runs import Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import SearchStep
 from darts_fast.space import CANDIDATES, DARTS, EDGES, Space
 from darts_fast.supernet import Supernet
 
@@ -200,27 +198,15 @@ def test_a_checkpoint_of_one_resumes_in_the_other():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_search_is_resumed_to_the_same_bits(fused, tmp_path, monkeypatch):
+def test_a_search_is_resumed_to_the_same_bits(fused, resumed_like_undisturbed):
     """And says what it does; its betas are in TensorBoard."""
-    monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 1, 8, 8), generator=generator, dtype=torch.uint8)
     data = images, torch.arange(24) % 3
     config = SearchConfig(
         partial_channels=2, epochs=2, init_channels=4, layers=3, batch_size=6, fused=fused, auxiliary_skip=1.0
     )
-    whole = search(dataclasses.replace(config, name="whole"), data)
-    take = Search.take_step
-
-    def once(self, lr):
-        self.stop.received = 15
-        return take(self, lr)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Search, "take_step", once)
-        search(dataclasses.replace(config, name="stopped"), data)
-    resumed = resume_search("searchs/stopped", data)
-    assert_same_run(whole.path, resumed.path)
+    whole, _ = resumed_like_undisturbed(config, data, 1)
     log = (whole.path / "whole.log").read_text()
     assert "candidates read 1/2 of the channels" in log and "edges by softmaxed betas" in log
     recorded = {tag: value for _, tag, value in events(whole.path) if tag.startswith("betas_")}

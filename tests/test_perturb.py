@@ -1,16 +1,13 @@
 """The perturbations of SmoothDARTS, and the auxiliary skip connection of DARTS-: what weighs the candidates
 beside the softmax."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import checkpoint, relative_error, same
 
-from darts_fast import SearchConfig, architect, resume_search, search
+from darts_fast import SearchConfig, architect, search
 from darts_fast.perturb import ATTACK_STEPS, adversarial_perturbation, projected, random_perturbation
-from darts_fast.runs import Stopped
 from darts_fast.search import Search, SearchStep
 from darts_fast.space import CANDIDATES
 from darts_fast.spaces import SPACES
@@ -186,23 +183,9 @@ def test_strength_zero_has_the_bits_of_none(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"perturb": "adversarial"}, {"perturb": "random", "auxiliary_skip": 0.5}])
-def test_resumed_to_the_same_bits(given, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = SearchConfig(**SETTINGS, **given)
-    whole = search(dataclasses.replace(config, name="whole"), data)
-    take = Search.take_step
-
-    def stopping(self, lr):
-        if self.steps_done == 3:  # the second step of the second epoch
-            self.stop.received = 15
-        return take(self, lr)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Search, "take_step", stopping)
-        search(dataclasses.replace(config, name="stopped"), data)
-    resumed = resume_search("searchs/stopped", data)
-    assert (resumed.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
-    assert same(checkpoint(resumed.path)["network"], checkpoint(whole.path)["network"])
+def test_resumed_to_the_same_bits(given, data, resumed_like_undisturbed):
+    """From the second step of the second epoch."""
+    resumed_like_undisturbed(SearchConfig(**SETTINGS, **given), data, 4)
 
 
 def test_the_auxiliary_skip_connection_falls_to_nothing(data, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Search spaces other than the paper's: on the kernels as in textbook PyTorch, derived, read, searched."""
 
-import dataclasses
 import functools
 import json
 
@@ -8,10 +7,8 @@ import pytest
 import torch
 from conftest import relative_error
 
-from darts_fast import InputError, SearchConfig, architect, resume_search, search
+from darts_fast import InputError, SearchConfig, architect
 from darts_fast.genotype import derive
-from darts_fast.runs import Stopped
-from darts_fast.search import Search
 from darts_fast.space import CANDIDATES, DARTS, Space
 from darts_fast.spaces import SPACES, read_space, written_out
 from darts_fast.supernet import Supernet
@@ -156,26 +153,13 @@ def test_what_is_no_space_is_refused(content, said, tmp_path):
     assert said in str(caught.value)
 
 
-def test_a_search_in_a_space_of_ones_own_needs_its_file_no_more(tmp_path, monkeypatch):
-    """Fused, stopped after a step and resumed to the same bits."""
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "mine.json"
+def test_a_search_in_a_space_of_ones_own_needs_its_file_no_more(in_tmp, resumed_like_undisturbed):
+    """Fused, stopped in its first step and resumed to the same bits."""
+    file = in_tmp / "mine.json"
     file.write_text(json.dumps({"nodes": 2, "normal": UNEVEN.normal, "reduce": UNEVEN.reduce}))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 1, 8, 8), generator=generator, dtype=torch.uint8)
     data = images, torch.arange(24) % 3
     config = SearchConfig(space=str(file), epochs=2, init_channels=2, layers=3, batch_size=6, fused=True)
-    whole = search(dataclasses.replace(config, name="whole"), data)
-    take = Search.take_step
-
-    def once(self, lr):
-        self.stop.received = 15
-        return take(self, lr)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Search, "take_step", once)
-        search(dataclasses.replace(config, name="stopped"), data)
-    file.unlink()
-    resumed = resume_search("searchs/stopped", data)
+    whole, resumed = resumed_like_undisturbed(config, data, 1, file.unlink)
     assert resumed[:4] == whole[:4] and len(whole.genotype.normal) == 2
-    assert (resumed.path / "metrics.jsonl").read_text() == (whole.path / "metrics.jsonl").read_text()
