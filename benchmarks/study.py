@@ -18,9 +18,11 @@ deviation, and what random cells are worth; and accuracy.svg: the accuracy in th
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -126,6 +128,8 @@ def take(run: Run, args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> Non
             raise InputError(f"{folder} is of a search with other settings; move it away")
         resume_search(folder, data)
     else:
+        if folder.exists():  # it was killed before its first step
+            shutil.rmtree(folder)
         search(config, data)
     environment = read_json(folder / CONFIG)["environment"]
     content = {**described(run, args), "environment": environment}
@@ -204,7 +208,9 @@ def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
     references(axes, table)
     axes.set(xlabel="epoch", ylabel="accuracy of the cell, %")
     axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    write_atomically(path, picture.getvalue())
 
 
 def summarise(table: Table, args: argparse.Namespace) -> None:

@@ -217,7 +217,9 @@ class SearchConfig(Config):
         ("random", "adversarial"),
         shown="not",
     )
-    perturb_epsilon: float = option(0.3, "the largest perturbation, reached in the last epoch", NOT_NEGATIVE)
+    perturb_epsilon: float = option(
+        0.3, "the largest perturbation, nearly reached in the last epoch", NOT_NEGATIVE
+    )
     stop_at_skips: int | None = option(
         None,
         "end the search after the first epoch whose normal cell has at least so many skip connections (of 8 "

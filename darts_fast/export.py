@@ -29,6 +29,7 @@ from darts_fast.derived import (
     parameter_count,
     unpacked,
 )
+from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line, say
 from darts_fast.loop import within_quota
 from darts_fast.runs import (
@@ -149,15 +150,17 @@ def export(
     trained = Trained.read(path, which)
     out = Path(FOLDER, trained.config.name) if out is None else Path(out)
     deployed = Deployed(trained.module, trained.content["mean"], trained.content["std"], dtype, output)
+    partial = out.with_name(f"{out.name}.partial")  # what is killed leaves this one
     with torch.no_grad(), within_quota(), writing(out):
+        if os.path.lexists(out):
+            raise InputError(f"{out} exists and is not overwritten; choose another --out")
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            raise InputError(f"{out} exists and is not overwritten; choose another --out") from None
-        try:
-            _write(out, formats, trained, deployed, tell)
+            partial.mkdir(parents=True)
+            _write(partial, formats, trained, deployed, tell)
+            partial.rename(out)
         except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
     return out
 
@@ -305,7 +308,7 @@ def _installed(package: str) -> bool:
 def _difference(found: Tensor, expected: Tensor, file: str) -> float:
     """The largest absolute difference. Raises RunError where it is more than rounding, or no number."""
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    if not difference <= TOLERANCE * max(largest, 1.0):
+    if not difference <= TOLERANCE * largest:
         raise RunError(
             f"on random images {file} differs by {difference:.1e} from the trained network, whose outputs "
             f"are at most {largest:.1e}; it is not kept"
@@ -359,8 +362,8 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
 
 
 def main() -> None:
-    program = sys.argv[0] if sys.argv[0].startswith("darts-fast") else "python -m darts_fast.export"
-    parser = OneSentenceParser(prog=program, description=__doc__, allow_abbrev=False)
+    refuse_ranks("a network is exported")
+    parser = OneSentenceParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="DIR", help="the run folder of a training, such as augments/digits")
     parser.add_argument(
         "--format",
@@ -398,4 +401,5 @@ def _say_line(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("export", main))
+    sys.argv[0] = "python -m darts_fast.export"
+    sys.exit(run_program(sys.argv[0], main))

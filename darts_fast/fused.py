@@ -254,7 +254,7 @@ class FusedMixedCells(FusedCells):
                 self._weighed.append(slice(int(names[0] == "none"), None))
             else:
                 flat = [(row[k] and name != "none") for row in of_kind for k, name in enumerate(names)]
-                self._weighed.append(torch.tensor(flat).nonzero().flatten())
+                self._weighed.append(torch.tensor([i for i, kept in enumerate(flat) if kept]))
 
     def __call__(
         self,

@@ -398,7 +398,7 @@ def _outcome(result: NamedTuple) -> Outcome:
 
 
 def _check_outcome(outcome: Any, key: str) -> None:
-    """Raises ValueError where it is not what `_run` keeps."""
+    """Raises ValueError where it is not what `_outcome` gives."""
     if isinstance(outcome, dict) and "failed" in outcome:
         check_keys(outcome, ("failed",), key)
         if not isinstance(outcome["failed"], str):

@@ -13,7 +13,7 @@ from typing import Any
 
 from darts_fast import plot
 from darts_fast.config import ProtocolConfig
-from darts_fast.errors import RunError
+from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.genotype import Genotype
 from darts_fast.runs import METRICS, write_atomically, write_json, writing
 from darts_fast.train import split
@@ -91,8 +91,9 @@ def write_report(
                 pictures[name] = file.name
             except RunError:  # no Graphviz
                 pass
+    picture = plot.curves(_panels(path, config, groups))
     with writing(path / "curves.png"):
-        write_atomically(path / "curves.png", plot.curves(_panels(path, config, groups)))
+        write_atomically(path / "curves.png", picture)
     write_json(path / "report.json", as_json(config, environment, images, groups))
     text = "\n".join(_markdown(config, environment, images, groups, pictures)) + "\n"
     with writing(path / "report.md"):
@@ -342,6 +343,11 @@ def _panels(path: Path, config: ProtocolConfig, groups: Groups) -> list[plot.Pan
 
 
 def _accuracies(path: Path, key: str) -> list[float]:
-    """After each epoch, in percent, from the metrics of a run."""
-    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
-    return [100 * row[key] for row in rows if key in row]
+    """After each epoch, in percent, from the metrics of a run. Raises InputError where they are damaged."""
+    try:
+        rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        return [100 * row[key] for row in rows if key in row]
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path / METRICS} cannot be read ({first_line(error)}); put the run's own back"
+        ) from error

@@ -274,7 +274,8 @@ class SearchStep:
                 found = network.loss(images, labels, weights, alphas, self.activations)
             return architect.times(found, self.scale)
 
-        with torch.no_grad():
+        # Of the softmaxed alphas: what is added beside them is not perturbed, nor is a decided edge.
+        with torch.no_grad(), network.weighed(network.kept, {}):
             p = dict(zip(network.ALPHAS, network.mixture(), strict=True))
         if self.config.perturb == "random":
             return with_added(random_perturbation(p, epsilon, generator))
@@ -305,6 +306,10 @@ class Search(Loop):
         check_for_network(dataset)
         check_split(config, dataset)
         self.cells = cells_of(config.space)
+        if config.auxiliary_skip and "skip_connect" not in self.cells.names.candidates:
+            raise InputError(
+                "auxiliary_skip is for spaces with skip_connect: leave it out, or give another --space"
+            )
         config = dataclasses.replace(config.resolved(dataset.name), space=self.cells.written_out)
         order = permutation(len(dataset.labels), config.seed, SPLIT)
         split = int(config.train_portion * len(order))
@@ -515,11 +520,15 @@ class Search(Loop):
                 f"to {now:.4g} in epochs {last + 1} to {epochs}; stop_at_eigenvalue: "
                 f"{self.config.stop_at_eigenvalue}; back to epoch {middle}"
             )
-        gene, limit = self._genotype().normal, self.config.stop_at_skips
-        skips = operations(gene, self.cells.names)["skip"]
-        if limit is not None and skips >= limit:
-            return f"skip connections of the normal cell: {skips}; stop_at_skips: {limit}"
-        return None
+        limit = self.config.stop_at_skips
+        if limit is None:
+            return None
+        skips = operations(self._genotype().normal, self.cells.names)["skip"]
+        return (
+            f"skip connections of the normal cell: {skips}; stop_at_skips: {limit}"
+            if skips >= limit
+            else None
+        )
 
     def _eigenvalue_has_risen(self) -> bool:
         ratio = self.config.stop_at_eigenvalue
@@ -623,7 +632,7 @@ class Search(Loop):
         parameters = sum(w.numel() for w in self.network.weights().values())
         return (
             f"{self.dataset.name}: {len(self.train_half)} images train {parameters:,} weights, "
-            f"{len(self.validation_half)} train the alphas; {self.config.epochs} epochs of "
+            f"{len(self.validation_half)} train the alphas; {self.epochs} epochs of "
             f"{self.steps_per_epoch} steps"
         )
 

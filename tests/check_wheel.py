@@ -34,6 +34,7 @@ COMMANDS = {
     "search --resume searchs/one": "Genotype(",
     f"train --genotype searchs/one {TINY}": "kernels: native (C++",
     "evaluate augments/digits": "final.pt: test loss",
+    "export augments/digits": "wrote 'exports/digits'",
     "draw searchs/one": "wrote 'one.svg'",
     f"profile search {TINY} --profile 1 --name two": "kernels: native (C++",
     "protocol --fused --searches 1 --trainings 1 --search_settings 'epochs=1 init_channels=2 batch_size=480' "

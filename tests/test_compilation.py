@@ -222,6 +222,20 @@ def test_the_smaller_batches_of_a_run_are_rehearsed_too(monkeypatch):
     assert everything >= of_each[0] | of_each[1] and of_each[1] - of_each[0]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"space": "s1", "perturb": "adversarial"}, {"space": "s1", "partial_channels": 2}, {"macs_weight": 1.0}],
+    ids=str,
+)
+def test_every_method_is_rehearsed(given):
+    """On PyTorch's meta device, which can read no number."""
+    config = SearchConfig(fused=True, init_channels=4, layers=3, device="cpu", **given)
+    run = Search(config, read_data(config, None))
+    with collected() as calls, torch.device("meta"):
+        run.rehearse()
+    assert calls
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_on_cuda_compiles_before_its_first_launch(resumed, monkeypatch, tmp_path):
     class Launched(Exception):

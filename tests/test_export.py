@@ -406,6 +406,9 @@ def test_a_package_that_is_not_installed(format, missing, folders, monkeypatch, 
 
 
 def test_the_program_exports_once(run, in_tmp, no_latency, monkeypatch, capsys):
+    """In place of what a killed export has left."""
+    (in_tmp / "there.partial").mkdir()
+    (in_tmp / "there.partial/network.onnx").write_text("half")
     code, out, _ = call(monkeypatch, capsys, str(run.path), "--out", "there")
     assert code == 0
     assert out.splitlines()[-1] == "wrote 'there': card.json, card.md, genotype.svg, network.pt2"

@@ -49,10 +49,16 @@ def test_a_random_perturbation_stays_where_it_may_be(space):
     for name, d in delta.items():
         assert (d.abs() <= epsilon).all() and (p[name] + d >= 0).all() and (p[name] + d <= 1).all()
         assert not d[p[name] == 0].any()
-        inside = d[(p[name] > 0.3) & (p[name] < 0.7)]  # where nothing is cut off: uniform
-        assert len(inside) > 4 and inside.std() > 0.1
     again = random_perturbation(p, epsilon, generator())
     assert all(torch.equal(delta[name], again[name]) for name in p)
+
+
+def test_a_random_perturbation_is_uniform():
+    """Where nothing of it is cut off."""
+    p = {"half": torch.full((4000,), 0.5, dtype=torch.float64)}
+    delta = random_perturbation(p, torch.tensor(0.3, dtype=torch.float64), generator())["half"]
+    assert delta.mean().abs() < 0.01 and delta.std().item() == pytest.approx(0.3 / 3**0.5, rel=0.03)
+    assert delta.max() > 0.29 and delta.min() < -0.29
 
 
 def test_an_adversarial_perturbation_of_a_linear_loss_is_the_corner():
@@ -180,6 +186,20 @@ def test_strength_zero_has_the_bits_of_none(data, tmp_path, monkeypatch):
         states.append(checkpoint(search(SearchConfig(**SETTINGS, **given), data).path))
     assert all(same(states[0]["network"], state["network"]) for state in states)
     assert all(same(states[0]["alpha_optimizer"], state["alpha_optimizer"]) for state in states)
+
+
+@pytest.mark.parametrize("how", ["random", "adversarial"])
+def test_what_is_added_beside_the_softmax_is_not_perturbed(how):
+    """At strength 0 the auxiliary skip connection stays whole; at any, |delta| is at most epsilon."""
+    network, (images, labels) = network_of(), batch(0)
+    network.added = {name: torch.zeros_like(alphas.detach()) for name, alphas in network.alphas().items()}
+    for added in network.added.values():
+        added[:, SKIP] = 1
+    step = SearchStep(network, SearchConfig(perturb=how), generator())
+    for epsilon in (0.0, 0.1):
+        step.epsilon.fill_(epsilon)
+        for name, added in step._perturbed(images, labels).items():
+            assert (added - network.added[name]).abs().max() <= epsilon + 1e-12
 
 
 @pytest.mark.parametrize("given", [{"perturb": "adversarial"}, {"perturb": "random", "auxiliary_skip": 0.5}])

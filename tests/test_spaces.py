@@ -114,7 +114,7 @@ def test_derive_takes_only_what_an_edge_has():
                     assert len(gene) == space.nodes
                     for node, pairs in enumerate(gene):
                         assert len(pairs) == 2
-                        assert all(name in by_edge[source, node] != "none" for name, source in pairs)
+                        assert all(name != "none" and name in by_edge[source, node] for name, source in pairs)
 
 
 def test_the_named_spaces():
