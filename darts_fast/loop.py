@@ -139,7 +139,8 @@ class Loop(ABC):
         self.reseeded = False  # generators were, because they were saved on another kind of device
         self.began_with_ranks = ranks.size  # the checkpoint that was loaded did
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
-        self.warm, self.cold_steps = False, 0  # whether a step was taken; unread ones from before `read_at`
+        # Whether a step was taken; whether the first is unread, and how long it took
+        self.warm, self.cold_steps, self.cold_seconds = False, 0, 0.0
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
     @classmethod
@@ -419,8 +420,8 @@ class Loop(ABC):
                 self.unread.append(self.take_step(lr))
             self.step += 1
             if not self.warm:  # the first step of a process makes what later ones find
-                self.warm, self.read_at = True, time.perf_counter()
-                self.cold_steps = 1
+                self.warm, self.cold_steps = True, 1
+                self.cold_seconds = time.perf_counter() - self.read_at
             if self.profiler and self.profiler.recorded == self.config.profile:
                 self._write_profile()
             self.bar.update()
@@ -718,9 +719,11 @@ class Loop(ABC):
             )
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
-        # Of the steps that were taken in this time; a first step alone is all there is.
-        timed = self.unread[self.cold_steps :] or self.unread
-        seconds = time.perf_counter() - self.read_at
+        # Without a first step, unless it is all there is.
+        timed, seconds = self.unread[self.cold_steps :], time.perf_counter() - self.read_at
+        if self.cold_steps and timed:
+            seconds -= self.cold_seconds
+        timed = timed or self.unread
         self.seconds_per_step = seconds / len(timed)
         self.images_per_second = sum(images for _, images in timed) / seconds
         self.cold_steps = 0

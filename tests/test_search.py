@@ -175,6 +175,27 @@ def test_every_step_is_recorded_once(undisturbed):
     assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
 
 
+@pytest.mark.parametrize("batch_size", [8, 30])  # four steps an epoch; one
+def test_the_rate_is_that_of_the_steps_taken(batch_size, data, in_tmp, monkeypatch):
+    """Without the first one, which is slower, unless it is alone."""
+    take, taken = Search.take_step, []
+
+    def slow(self, lr):
+        time.sleep(0.05 if taken else 3)
+        taken.append(time.perf_counter())
+        return take(self, lr)
+
+    monkeypatch.setattr(Search, "take_step", slow)
+    rates = []
+    report = Search._report
+    monkeypatch.setattr(Search, "_report", lambda self: rates.append(self.seconds_per_step) or report(self))
+    search(dataclasses.replace(TINY, epochs=1, batch_size=batch_size, print_freq=9), data)
+    (rate,) = rates
+    assert rate >= (3 if batch_size == 30 else 0.05)
+    if batch_size == 8:
+        assert rate < (taken[-1] - taken[0]) / 3 + 0.5
+
+
 def test_what_each_epoch_says_of_its_cells(undisturbed):
     """Against the genotypes in the log, and the alphas of the last checkpoint."""
     path = undisturbed("first order").path
