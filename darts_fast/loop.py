@@ -43,6 +43,7 @@ from darts_fast.runs import (
     writing,
 )
 from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
+from darts_fast.tables import markdown_table
 
 MOVABLE = (
     "name",
@@ -674,7 +675,8 @@ class Loop(ABC):
         """What is about to run, and in a block: what computes a step, and how. Every setting in force is in
         the log, those that differ from the defaults are shown, too."""
         settings = dataclasses.asdict(self.config)
-        self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
+        values = settings | environment(self.config.device)
+        self.folder.text("config", 0, "\n".join(markdown_table(("setting", "value"), values.items())))
         default = dataclasses.asdict(type(self.config)().resolved(self.dataset.name))
         given = [
             f"{name} = {value}"
@@ -936,8 +938,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def markdown_table(values: dict[str, Any]) -> str:
-    """Two columns, for TensorBoard's text page."""
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())])
