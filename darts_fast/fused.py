@@ -307,9 +307,8 @@ class FusedMixedCells(FusedCells):
             operations = [self._operation(operation) for name, operation in mixed.items() if name != "none"]
             edges.append(Edge(source, node, stride, tuple(operations)))
         channels = module.preprocess1[1].out_channels
-        concat = tuple(range(INPUTS, INPUTS + space.nodes))
         kind = int(module.reduction)
-        return Cell(channels, preprocessing, tuple(edges), concat, kind, module.partial_channels)
+        return Cell(channels, preprocessing, tuple(edges), tuple(space.concat), kind, module.partial_channels)
 
 
 class FusedDerivedCells(FusedCells):
