@@ -84,10 +84,11 @@ class FlatNetwork(nn.Module):
         """The network's own of this name, -inf where an edge does not have the candidate."""
         return self.present(self.alphas())[name]
 
-    def probabilities(self) -> tuple[Tensor, ...]:
-        """An edge's softmaxed alphas, for each of ALPHAS and shaped as they; 0 where it does not have the
-        candidate."""
-        return tuple(alphas.softmax(dim=-1) for alphas in self.present(self.alphas()).values())
+    def probabilities(self, alphas: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The softmax over an edge's candidates of these alphas (by name; None: the network's own), for each
+        of ALPHAS and shaped as they; 0 where an edge does not have the candidate."""
+        present = self.present(self.alphas() if alphas is None else alphas)
+        return tuple(of_kind.softmax(dim=-1) for of_kind in present.values())
 
     def mixture(self) -> tuple[Tensor, ...]:
         """What the candidates are weighed by: `kept` times the probabilities plus `added`, where these are

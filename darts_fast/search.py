@@ -103,11 +103,10 @@ class SearchStep:
         average: architect.Average = architect.alone,
     ):
         self.network, self.config, self.generator, self.average = network, config, generator, average
-        if cost is not None:
-            self.cost = cost.to(network.flat_weights)
+        self.cost = None if cost is None else cost.to(network.flat_weights)
+        if self.cost is not None and config.macs_weight:
             equal = {name: torch.zeros_like(alphas) for name, alphas in network.alphas().items()}
-            p = (alphas.softmax(dim=-1) for alphas in network.present(equal).values())
-            self.equal_cost = self.cost.expected(*p)  # where all alphas of an edge are equal
+            self.equal_cost = self.cost.expected(*network.probabilities(equal))
         self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
         flat = network.flat_weights
         self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
@@ -224,11 +223,12 @@ class SearchStep:
 
     def penalty(self, alphas: architect.Tensors) -> Tensor:
         """What is added to the validation loss: Beta-DARTS's penalty, and the weighed cost."""
-        config, present, terms = self.config, self.network.present(alphas), []
+        config, terms = self.config, []
         if config.beta_decay:
-            terms.append(self.beta * architect.beta_penalty(present))
+            terms.append(self.beta * architect.beta_penalty(self.network.present(alphas)))
         if config.macs_weight:
-            expected = self.cost.expected(*(of_kind.softmax(dim=-1) for of_kind in present.values()))
+            assert self.cost is not None  # see the class
+            expected = self.cost.expected(*self.network.probabilities(alphas))
             if config.macs_target is None:
                 terms.append(config.macs_weight * expected / self.equal_cost)
             else:
@@ -337,25 +337,19 @@ class Search(Loop):
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
         size = self.part_sizes(split)[0]
         buffers = (*self.buffers(size), *self.buffers(size))
-        self.take = Captured(
-            self._take,
-            dict(zip(names, buffers, strict=True)),
-            self.search_step.tensors,
-            self.captured,
-            [generator for generator, _ in self.generators().values()],
-        )
-        self.warm_up: Captured | None = Captured(
-            self._take_weights,
-            dict(zip(names[:2], buffers[:2], strict=True)),
-            self.search_step.tensors,
-            self.captured,
-            [generator for generator, _ in self.generators().values()],
-        )
+        inputs = dict(zip(names, buffers, strict=True))
+        generators = [generator for generator, _ in self.generators().values()]
+        changed = self.search_step.tensors
+        self.take = Captured(self._take, inputs, changed, self.captured, generators)
+        self.warm_up: Captured | None = None
+        if config.alpha_warmup:
+            inputs = {name: inputs[name] for name in names[:2]}
+            self.warm_up = Captured(self._take_weights, inputs, changed, self.captured, generators)
         # With `stop_at_eigenvalue`: records of the last epochs that count, each with its eigenvalue.
         self.recent: list[dict[str, Any]] = []
 
     def begin_epoch(self) -> None:
-        if self.epoch == self.config.alpha_warmup:
+        if self.epoch >= self.config.alpha_warmup:
             self.warm_up = None  # and the memory of its graph
         train = self._shuffled(self.train_half, TRAIN_ORDER)
         validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
@@ -379,17 +373,16 @@ class Search(Loop):
                 added.copy_(beta * present * torch.tensor(skips, device=self.device))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        warming_up = self.epoch < self.config.alpha_warmup
         with phase("data"):
             train = self.batches.pick(self.batch_indices(self.train_order))
             inputs = {"train_images": train[0], "train_labels": train[1]}
-            if not warming_up:
+            if self.warm_up is None:
                 validation = self.batches.pick(self.batch_indices(self.validation_order))
                 inputs |= {"validation_images": validation[0], "validation_labels": validation[1]}
         self.search_step.lr.fill_(lr)
-        take, images = self.warm_up if warming_up else self.take, self.batch_images
+        images = self.batch_images
         self.ranks.set_share(images)
-        return take(images, **inputs), images
+        return (self.warm_up or self.take)(images, **inputs), images
 
     def _take(self, train_images: Tensor, validation_images: Tensor, **labels: Tensor) -> Tensor:
         """`SearchStep.take` of images (uint8) as they were picked."""
