@@ -212,7 +212,7 @@ def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
     axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, picture.getvalue(), shared=True)
 
 
 def summarise(table: Table, args: argparse.Namespace) -> None:
@@ -222,7 +222,7 @@ def summarise(table: Table, args: argparse.Namespace) -> None:
     kept = [run for arm in ARMS for seed in seeds if ended(run := Run(arm, seed), args)]
     runs = {run: read_epochs(args.out / run.name) for run in kept}
     with writing(args.out):
-        write_atomically(args.out / "table.md", report(table, runs, args).encode())
+        write_atomically(args.out / "table.md", report(table, runs, args).encode(), shared=True)
         draw(args.out / "accuracy.svg", table, runs)
     say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'accuracy.svg'}")
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.runs import CHECKPOINT, Locked, Stopped, StopSignal
+from darts_fast.runs import CHECKPOINT, Interrupted, Locked, Run, Stopped, StopSignal
 
 # Before the import, which reads it: a search reports nothing to Ray's makers unless the user asks for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,13 +31,6 @@ except ModuleNotFoundError as error:
 
 DEATHS = 3  # of a run's workers without a new checkpoint between them, before the others are stopped, too
 LEASE = 120  # seconds; NFS keeps the lock of a machine that died for its lease, 90 seconds by default
-
-
-class Run(Protocol):
-    """What is asked of a run: a name, and the folder of its checkpoint."""
-
-    key: str
-    folder: Path
 
 
 Mapped = Iterator[tuple[str, Any]]  # a run's key and None when it begins, its key and its value when it ends
@@ -143,7 +136,7 @@ def _mapped(
     Raises, once all other runs are stopped and saved:
         InputError, RunError: `function` raised it.
         RunError: the workers of a run die again and again.
-        Stopped: Ctrl-C or SIGTERM.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     shared = ray.put(function)
     under_way = {task.remote(shared, run): run for run in runs}
@@ -151,10 +144,7 @@ def _mapped(
     end: BaseException | None = None  # why no other run begins
     while under_way:
         if end is None and stop.received is not None:
-            # protocol.py, which knows the folder, says it anew.
-            end = Stopped(
-                "between two runs", Path(), "darts_fast.protocol.resume_protocol", False, stop.received
-            )
+            end = Interrupted(stop.received)
             _cancel(under_way)
         ready, _ = ray.wait(list(under_way), timeout=0.5)
         for values in ready:

@@ -35,6 +35,8 @@ SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
 FOLDER_IMAGE_SIZE = 32  # of the data set `folder`, whose files may be of any size
 IMAGENET_IMAGE_SIZE = 224  # the same with the ImageNet stem
 
+HIDDEN = ("name", "data_path", "profile")  # settings that say nothing about the figures of a run
+
 LARGEST = 2**32 - 1  # of a whole number: torch and numpy take no larger seed, and nothing needs a larger size
 
 

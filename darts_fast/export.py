@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from darts_fast import plot
 from darts_fast.card import markdown
-from darts_fast.config import OneSentenceParser, TrainConfig
+from darts_fast.config import HIDDEN, OneSentenceParser, TrainConfig
 from darts_fast.datasets import read_data
 from darts_fast.derived import (
     DerivedNetwork,
@@ -65,7 +65,6 @@ OUTPUTS = ("logits", "probabilities")
 # these: the rounding of float32, whose sums are taken in another order.
 TOLERANCE = 1e-4
 BATCHES = (1, 64)  # images a call whose latency is measured
-HIDDEN = ("name", "data_path", "profile", "genotype")  # settings that the card says elsewhere, or not at all
 LICENCE = (
     "The code of darts_fast is under the MIT licence. The weights come from the data that they were trained "
     "on; whether its licence lets you use them and pass them on is for you to find out."
@@ -335,6 +334,7 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
         judged_by = "the training images held out (the network was trained on the others)"
     shape = ["N", arguments["image_channels"], *trained.image_size]
     plain = list(files) == ["safetensors"]
+    hidden = (*HIDDEN, "genotype")  # which the card says elsewhere
     settings = dataclasses.asdict(config).items()
     packages = {package for name in files for package in FORMATS[name][1]}
     packages |= {"onnxruntime"} if "onnx" in files and _installed("onnxruntime") else set()
@@ -353,7 +353,7 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
         "accuracy": {"images": judged_by, **content["test"], "seed": config.seed},
         "parameters": parameter_count(trained.module),
         "multiply_adds": multiply_adds(trained.module, *trained.image_size),
-        "settings": {name: value for name, value in settings if name not in HIDDEN and value is not None},
+        "settings": {name: value for name, value in settings if name not in hidden and value is not None},
         "trained_with": trained.environment,
         "exported_with": environment("cpu") | {package: version(package) for package in sorted(packages)},
         "picture": picture,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from darts_fast.config import (
-    Config,
     ProtocolConfig,
     SearchConfig,
     argument_parser,
@@ -35,7 +34,10 @@ from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, writ
 from darts_fast.runs import (
     CHECKPOINT,
     CONFIG,
+    Interrupted,
+    Run,
     Stopped,
+    appended,
     differences,
     lock,
     new_folder,
@@ -65,14 +67,6 @@ class ProtocolResult(NamedTuple):
     random_top1: float
     random_deviation: float | None
     path: Path  # the folder; report.json in it has every figure
-
-
-class Run(NamedTuple):
-    """A search or a training of a protocol: all that a process needs to compute it."""
-
-    key: str  # its folder below the protocol's, such as "searches/found-1"
-    folder: Path  # the same, absolute: another process may have another working directory
-    config: Config
 
 
 # Maps a function over runs: yields a run's key and None when it begins (and when it begins again, because its
@@ -161,6 +155,7 @@ def compute(run: Run, data: Data | None) -> Outcome:
 
     Raises:
         InputError: its folder cannot be written, or does not fit.
+        Locked: another process is in it, such as a worker that a cluster has lost touch with.
         RunError: the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
@@ -168,16 +163,26 @@ def compute(run: Run, data: Data | None) -> Outcome:
     if isinstance(run.config, SearchConfig):
         begin, go_on, data = search, resume_search, None if data is None else data[:2]
     try:
-        if os.path.lexists(path / CHECKPOINT):
+        if _begun(path):
             return _outcome(go_on(path, data, run.config.device))
-        with writing(path):
-            if os.path.lexists(path):  # it was killed before its first step
-                shutil.rmtree(path)
         return _outcome(begin(run.config, data, path.parent))
     except RunError as error:
         if is_out_of_memory(error.__cause__):  # not the seed's fault
             raise
         return {"failed": str(error).replace(f"{path.parent.parent}{os.sep}", "")}
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run's folder has a checkpoint to go on from. Deletes the folder of a run that was killed
+    before its first one; raises Locked where its process is still there."""
+    if os.path.lexists(path) and not os.path.lexists(path / CHECKPOINT):
+        log, *_ = appended(path.name)
+        with writing(path):
+            with suppress(FileNotFoundError), (path / log).open("r+b") as file:
+                lock(file, path)
+            if not os.path.lexists(path / CHECKPOINT):  # nor has it written one and ended meanwhile
+                shutil.rmtree(path)
+    return os.path.lexists(path / CHECKPOINT)
 
 
 def random_cell(config: ProtocolConfig, number: int) -> Genotype:
@@ -211,7 +216,7 @@ class Protocol:
 
     def __enter__(self) -> "Protocol":
         with writing(self.path):
-            self._locked = (self.path / CONFIG).open("rb")
+            self._locked = (self.path / CONFIG).open("r+b")  # NFS locks no file that is open for reading
         try:
             lock(self._locked, self.path)
             self._read()
@@ -299,10 +304,10 @@ class Protocol:
                         write_json(self.path / RUNS, {**self.origin, "runs": self.outcomes})
                         what += self._elsewhere(key, phase)
                     _tell(f"Protocol: {key} {what}; {self._left(list(settings), under_way, at_once)}")
-        except Stopped as stop:
+        except Interrupted as stop:
             where = f"within {', '.join(under_way)}" if under_way else "between two runs"
             function, own_images = "darts_fast.protocol.resume_protocol", self.data is not None
-            raise Stopped(where, self.path, function, own_images, stop.exit_code - 128) from stop
+            raise Stopped(where, self.path, function, own_images, stop.signal_number) from stop
         finally:
             for key in under_way:
                 self._end_hours(key)

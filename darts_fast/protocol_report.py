@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from darts_fast import plot
-from darts_fast.config import ProtocolConfig
+from darts_fast.config import HIDDEN, ProtocolConfig
 from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.genotype import Genotype
 from darts_fast.runs import METRICS, write_atomically, write_json, writing
@@ -22,7 +22,6 @@ from darts_fast.train import split
 Outcome = dict[str, Any]  # of a run, plain values: what its kind ends in, or `failed`, the reason
 
 COLOURS = {"found": "#0067A5", "random": "#B5381B"}
-HIDDEN = ("name", "data_path", "profile")  # settings that say nothing about the figures
 
 
 @dataclass

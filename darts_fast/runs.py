@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy
 import torch
@@ -49,7 +49,15 @@ METRICS = "metrics.jsonl"
 EVENTS = "tb/events.out.tfevents.0.darts_fast"  # TensorBoard reads every file with "tfevents" in its name
 
 
-class Stopped(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, of this number."""
+
+    def __init__(self, signal_number: int, message: str = ""):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Stopped(Interrupted):
     """Ctrl-C or SIGTERM: the step was finished and the run saved. The message says how to resume.
 
     Args:
@@ -62,9 +70,9 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, where: str, path: Path, function: str, own_images: bool, signal_number: int):
         self.where, self.path, self.own_images = where, path, own_images
-        self.exit_code = 128 + signal_number
         call = f"{function}({str(path)!r}{', data' if own_images else ''})"
-        super().__init__(self._sentence(call))
+        super().__init__(signal_number, self._sentence(call))
+        self.exit_code = 128 + signal_number
 
     def to_resume_by(self, command: str) -> str:
         """The message of a program whose command resumes its runs by --resume."""
@@ -80,6 +88,14 @@ class Stopped(KeyboardInterrupt):
 
 class Locked(InputError):
     """Another process is in the folder."""
+
+
+class Run(NamedTuple):
+    """A search or a training that is a part of something larger: all that a process needs to compute it."""
+
+    key: str  # such as "searches/found-1"
+    folder: Path  # absolute: another process may have another working directory
+    config: Config
 
 
 class RunFolder:
@@ -411,9 +427,10 @@ def write_json(path: Path, content: Any) -> None:
         write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a temporary file beside `path`, forces it to the disk, then renames it over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: bytes | memoryview, shared: bool = False) -> None:
+    """Writes a temporary file beside `path`, forces it to the disk, then renames it over `path`. `shared`:
+    other processes may write it at the same time (a kill then leaves the temporary file)."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # never through a link or into a pipe that lies there
     try:
         with temporary.open("xb") as file:
