@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +53,7 @@ SAVED = {
     "ema": (AVERAGE, "the training has not come to its end, or had no --ema"),
 }
 # A format: its file, and the packages that write it.
-FORMATS = {
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("network.pt2", ()),
     "onnx": ("network.onnx", ("onnx", "onnxscript")),
     "safetensors": ("network.safetensors", ("safetensors",)),
@@ -81,6 +81,9 @@ class Deployed(nn.Module):
             divided by 255.
         output: "logits", or "probabilities" (their softmax), float32 [N, classes].
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, module: DerivedNetwork, mean: Tensor, std: Tensor, dtype: str, output: str):
         super().__init__()
@@ -130,8 +133,9 @@ def export(
         RunError: an exported network computes something else than the trained one.
     """
     path, formats, tell = Path(path), tuple(dict.fromkeys(formats)), tell or (lambda line: None)
-    chosen = {"which": (which, SAVED), "dtype": (dtype, INPUTS), "output": (output, OUTPUTS)}
-    for noun, (value, known) in [*(("format", (name, FORMATS)) for name in formats), *chosen.items()]:
+    choices: list[tuple[str, str, Iterable[str]]] = [("format", name, FORMATS) for name in formats]
+    choices += [("which", which, SAVED), ("dtype", dtype, INPUTS), ("output", output, OUTPUTS)]
+    for noun, value, known in choices:
         if value not in known:
             raise InputError(f"{noun} must be {' or '.join(known)}, not {value!r}")
     if not formats:
@@ -210,7 +214,9 @@ def _write(
     tell: Callable[[str], None],
 ) -> None:
     """Writes all files of an export into the folder."""
-    images, calls, differences = trained.images(3, deployed.dtype), {"eager": deployed}, {}
+    images = trained.images(3, deployed.dtype)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"eager": deployed}
+    differences: dict[str, float | None] = {}
     files = {name: FORMATS[name][0] for name in formats}
     program = None
     if formats != ("safetensors",):
@@ -225,6 +231,7 @@ def _write(
             write_atomically(folder / file, _safetensors(trained.content))
             _check_weights(folder / file, trained.module)
             continue
+        assert program is not None
         write_atomically(folder / file, _pt2(program) if name == "torch" else _onnx(program, deployed.output))
         call = _loaded(folder / file)
         differences[name] = None if call is None else _difference(call(images), deployed(images), file)
@@ -270,6 +277,7 @@ def _onnx(program: torch.export.ExportedProgram, output: str) -> bytes:
         output_names=[output],
         dynamic_shapes={"images": {0: "batch"}},  # its name; it is dynamic in the program
     )
+    assert exported is not None  # it is, with `dynamo`
     return exported.model_proto.SerializeToString()
 
 

@@ -50,8 +50,13 @@ class Group:
     def chosen(self) -> int | None:
         """The candidate whose brief training has the best validation accuracy after its last epoch, the first
         of equals; None where every one failed."""
-        top1 = {i: c.brief["top1"] for i, c in enumerate(self.candidates) if not c.failed}
+        top1 = {i: c.brief["top1"] for i, c in enumerate(self.candidates) if c.brief and not c.failed}
         return max(top1, key=top1.__getitem__) if top1 else None
+
+    @property
+    def genotype(self) -> Genotype | None:
+        """That of the chosen candidate."""
+        return None if self.chosen is None else self.candidates[self.chosen].genotype
 
     @property
     def top1(self) -> list[float]:
@@ -85,9 +90,9 @@ def write_report(
     pictures = {}
     for name, group in groups.items():
         file = path / f"{name}.svg"
-        if group.chosen is not None:
+        if group.genotype is not None:
             try:
-                plot.save(group.candidates[group.chosen].genotype, file)
+                plot.save(group.genotype, file)
                 pictures[name] = file.name
             except RunError:  # no Graphviz
                 pass
@@ -145,7 +150,7 @@ def compared(groups: Groups) -> tuple[float | None, float | None]:
         return None, None
     if found.deviation is None or random.deviation is None:
         return found.mean - random.mean, None
-    variance = sum(group.deviation**2 / len(group.top1) for group in (found, random))
+    variance = found.deviation**2 / len(found.top1) + random.deviation**2 / len(random.top1)
     return found.mean - random.mean, math.sqrt(variance)
 
 
@@ -229,7 +234,7 @@ def _markdown(
         ),
     ]
     difference, error = compared(groups)
-    if error is not None:
+    if difference is not None and error is not None:
         lines += [
             "",
             f"The first mean less the second is {100 * difference:+.2f} points, with a standard error of "
@@ -302,10 +307,9 @@ def _markdown(
     ]
     for name, group in groups.items():
         if group.chosen is not None:
-            genotype = group.candidates[group.chosen].genotype
-            lines += [f"{name}-{group.chosen + 1}:", "", "```", str(genotype), "```", ""]
-        if name in pictures:
-            lines += [f"![{name}-{group.chosen + 1}]({pictures[name]})", ""]
+            lines += [f"{name}-{group.chosen + 1}:", "", "```", str(group.genotype), "```", ""]
+            if name in pictures:
+                lines += [f"![{name}-{group.chosen + 1}]({pictures[name]})", ""]
     lines += [
         "## Settings",
         "",
@@ -336,7 +340,7 @@ def _panels(path: Path, config: ProtocolConfig, groups: Groups) -> list[plot.Pan
             if "failed" not in outcome
         ]
         trainings += [plot.Curve(values, colour, dashed, 0.7, "") for values in runs]
-        if runs:
+        if runs and group.chosen is not None:
             mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
             label = f"{name}-{group.chosen + 1}, mean of {_count(len(runs), 'training')}"
             trainings.append(plot.Curve(mean, colour, dashed, 2.6, label))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -32,7 +32,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
-from darts_fast.config import Config
+from darts_fast.config import ProtocolConfig, RunConfig
 from darts_fast.distributed import Ranks, connect, say_once, world_size
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json, read_tensors
@@ -42,6 +42,8 @@ try:
     import fcntl
 except ImportError:  # not on Windows: there, nothing keeps two processes out of one run folder
     fcntl = None  # type: ignore[assignment]  # the usual way to say so
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig | ProtocolConfig)
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
@@ -95,7 +97,7 @@ class Run(NamedTuple):
 
     key: str  # such as "searches/found-1"
     folder: Path  # absolute: another process may have another working directory
-    config: Config
+    config: RunConfig
 
 
 class RunFolder:
@@ -120,7 +122,11 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, config: Config, default_name: str, parent: str | Path | None = None, ranks: Ranks | None = None
+        cls,
+        config: RunConfig,
+        default_name: str,
+        parent: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> "RunFolder":
         """The folder that `new_folder` makes, opened; its `parent` is searchs/ or augments/ if not given. Of
         several `ranks` the first one makes it, and the others have a `SilentFolder` of its path.
@@ -128,7 +134,8 @@ class RunFolder:
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
-        ranks, folder = ranks or Ranks(), SilentFolder(Path())
+        ranks = ranks or Ranks()
+        folder: RunFolder = SilentFolder(Path())
         with ranks.together():
             if ranks.rank == 0:
                 folder = cls._create(config, default_name, parent or config.FOLDER)
@@ -136,7 +143,7 @@ class RunFolder:
         return folder
 
     @classmethod
-    def _create(cls, config: Config, default_name: str, parent: str | Path) -> "RunFolder":
+    def _create(cls, config: RunConfig, default_name: str, parent: str | Path) -> "RunFolder":
         path, environment_now = new_folder(config, default_name, parent)
         try:
             folder = cls(path, path.name)
@@ -149,8 +156,8 @@ class RunFolder:
 
     @classmethod
     def reopen(
-        cls, path: str | Path, kind: type[Config], ranks: Ranks | None = None
-    ) -> tuple["RunFolder", Config, dict[str, Any]]:
+        cls, path: str | Path, kind: type[AnyConfig], ranks: Ranks | None = None
+    ) -> tuple["RunFolder", AnyConfig, dict[str, Any]]:
         """The folder of an earlier run, its configuration and its checkpoint. Nothing is changed yet: call
         `cut_back` once the checkpoint has been taken up. Of several `ranks` the first one reads it; the
         others get what it has read, and a `SilentFolder`.
@@ -174,7 +181,7 @@ class RunFolder:
         return SilentFolder(Path(path)), kind(**found["settings"]), found["checkpoint"]
 
     @classmethod
-    def _reopen(cls, path: Path, kind: type[Config]) -> tuple["RunFolder", Config, dict[str, Any]]:
+    def _reopen(cls, path: Path, kind: type[AnyConfig]) -> tuple["RunFolder", AnyConfig, dict[str, Any]]:
         config, environment_then = read_config(path, kind)
         if not os.path.lexists(path / CHECKPOINT):
             raise InputError(
@@ -313,7 +320,9 @@ class SilentFolder(RunFolder):
     cut_back = close = __exit__ = _nothing
 
 
-def new_folder(config: Config, default_name: str, parent: str | Path) -> tuple[Path, dict[str, str]]:
+def new_folder(
+    config: RunConfig | ProtocolConfig, default_name: str, parent: str | Path
+) -> tuple[Path, dict[str, str]]:
     """Makes the folder of config.name below `parent`, or where config has no name the first that is free of
     default_name, default_name-2, ..., with a config.json in it. Returns its path and the environment.
 
@@ -381,7 +390,7 @@ def _stamped(line: str) -> str:
     return f"{time.strftime('%m/%d %H:%M:%S')} | {line}"
 
 
-def read_config(path: Path, kind: type[Config]) -> tuple[Config, dict[str, str]]:
+def read_config(path: Path, kind: type[AnyConfig]) -> tuple[AnyConfig, dict[str, str]]:
     """The settings in the config.json of a run folder, and the environment the run began in.
 
     Raises:

@@ -94,6 +94,7 @@ ALLOWED = {
         "darts_fast.config",
         "darts_fast.cost",
         "darts_fast.data",
+        "darts_fast.flat",
         "darts_fast.genotype",
         "darts_fast.nasbench201",
         "darts_fast.plot",
