@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from darts_fast import SearchConfig, TrainConfig, search, train
 from darts_fast.config import OneSentenceParser
@@ -21,7 +21,7 @@ from darts_fast.runs import run_program, write_atomically, writing
 from darts_fast.tables import markdown_table, mean_and_deviation
 
 RESULTS = Path(__file__).parent / "results"
-TRAINING = {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5}
+TRAINING: dict[str, Any] = {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5}
 
 
 class Point(NamedTuple):
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 def point(weight: float, seed: int) -> Point:
     """What a search derives after its last epoch, trained."""
-    settings = {"seed": seed, "name": f"cost-{weight:g}-{seed}", "fused": True}
+    settings: dict[str, Any] = {"seed": seed, "name": f"cost-{weight:g}-{seed}", "fused": True}
     found = search(SearchConfig(macs_weight=weight, **settings)).final_genotype
     result = train(TrainConfig(genotype=str(found), **settings, **TRAINING))
     return Point(result.multiply_adds, 100 * result.top1)

@@ -153,6 +153,7 @@ def supervised(name: str, args: argparse.Namespace, parts: Path, seconds: float)
             return json.loads(path.read_text())
         return {}
 
+    assert process.pid is not None  # it has begun
     try:
         while process.is_alive() and time.monotonic() < end:
             process.join(min(3.0, max(0.0, end - time.monotonic())))

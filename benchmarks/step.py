@@ -104,7 +104,8 @@ def main() -> int:
         beside = f", beside {args.busy} busy process{'es' * (args.busy > 1)}" if args.busy else ""
         print(f"results agree; one {what}, float32 where it says nothing else; {base}{beside}")
         print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
-        entrants, left_out = [], {}
+        entrants: list[Runner] = []
+        left_out: dict[str, str] = {}
         for value in values:
             kind = TrainingRunner if args.train else Runner
             setting = base._replace(**{name: value})

@@ -146,7 +146,8 @@ def take(run: Run, args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> Non
 
 def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace) -> str:
     """Every search, and the arms' means, in markdown."""
-    rows, summary = [], []
+    rows: list[tuple[object, ...]] = []
+    summary: list[tuple[object, ...]] = []
     for arm in ARMS:
         of_arm = {run.seed: epochs for run, epochs in runs.items() if run.arm == arm}
         last, best = [], []
