@@ -675,6 +675,12 @@ class Search(Loop):
         warm_up = {}
         if config.alpha_warmup:
             warm_up["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
+        decided = {}
+        if self.decisions is not None:
+            decided["genotype"] = (
+                f"decided by perturbation after epoch {config.epochs}, in {rounds(self.space)} rounds with "
+                f"{config.projection_epochs} epochs between two"
+            )
         return {
             "device": environment(config.device)["device"],
             "cells": cells,
@@ -682,6 +688,7 @@ class Search(Loop):
             **({"weights beside the softmaxed alphas": "; ".join(weighed)} if weighed else {}),
             "architecture gradient": form,
             **warm_up,
+            **decided,
             "step": capture.in_words(self.captured),
         }
 
@@ -694,15 +701,24 @@ class Search(Loop):
         return self.cells.derive(self.network, "raw" if self.config.derive == "raw" else "softmax")
 
     @torch.no_grad()
-    def _probabilities(self) -> tuple[Tensor, ...]:
-        return self.network.probabilities()
+    def _probabilities(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """The softmaxed alphas, for each of ALPHAS; on an edge that DARTS-PT has decided, 1 at its operation,
+        if the edge stays, and else 0."""
+        present = self.network.present(self.network.alphas())
+        found = {name: alphas.to(dtype).softmax(dim=-1) for name, alphas in present.items()}
+        if self.decisions is not None:
+            kept, added = self.decisions
+            found = {
+                name: torch.where(kept[name] == 0, added[name].to(dtype), p) for name, p in found.items()
+            }
+        return tuple(found.values())
 
     def _diagnose(self, genotype: Genotype | Cell, epoch: int) -> None:
         values: dict[tuple[str, str], float] = {}
-        for alphas in self.network.ALPHAS:
+        for alphas, p in zip(self.network.ALPHAS, self._probabilities(torch.float64), strict=True):
             name = alphas.removeprefix("alphas_")
             gene = getattr(genotype, name)
-            found = diagnosis(gene, self.network.present_alphas(alphas), self.cells.names)
+            found = diagnosis(gene, p, self.cells.names)
             self.folder.log(f"{name} cell: {in_short(gene)}")
             self.folder.log(f"    {found.in_words()}")
             if found.collapsed:
