@@ -54,6 +54,8 @@ MOVABLE = (
     "profile",
 )  # settings that a resumed run may change
 
+EVALUATION_NOISE = 0  # seeds what networks with the operation `noise` draw in an evaluation
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
@@ -797,7 +799,7 @@ class Loop(ABC):
 
 @torch.no_grad()
 def evaluated(
-    network: nn.Module,
+    network: Any,  # a module with a `noise_generator`
     batches: Batches,
     order: Tensor,
     batch_size: int,
@@ -807,20 +809,25 @@ def evaluated(
 ) -> Means:
     """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
     (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
-    takes a part of each batch, which may be empty."""
+    takes a part of each batch, which may be empty. What the network draws (`noise_generator`) is the same in
+    every evaluation, and nothing of the training's."""
     ranks = ranks or Ranks()
-    before = network.training
+    before, drawn_from = network.training, network.noise_generator
     network.train(training)
+    network.noise_generator = seeded(batches.device, EVALUATION_NOISE, ranks.rank)
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    for indices in batches.placed(order).split(batch_size):
-        part = ranks.part(indices)
-        if len(part):
-            images, labels = batches.cut(part, augment=False)
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, *hits(logits, labels)])
-        done += len(indices)
-        after_batch(done)
+    try:
+        for indices in batches.placed(order).split(batch_size):
+            part = ranks.part(indices)
+            if len(part):
+                images, labels = batches.cut(part, augment=False)
+                logits = network(images)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                sums += torch.stack([loss, *hits(logits, labels)])
+            done += len(indices)
+            after_batch(done)
+    finally:
+        network.noise_generator = drawn_from
     network.train(before)
     loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
     return loss, top1, top5

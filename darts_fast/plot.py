@@ -25,6 +25,7 @@ COLOURS = {
     "sep_conv": "#0067A5",
     "dil_conv": "#00784F",
     "conv": "#A2337E",
+    "noise": "#6B4FA0",
 }
 # Operations of a cell; published ones have ten at most. Graphviz draws any 40 in a second or two, a chain of
 # 50 in 13 seconds, of 75 in minutes.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same
+from test_derived import WITHOUT_NOISE, every_operation
 
 from darts_fast import (
     InputError,
@@ -27,7 +28,7 @@ from darts_fast import (
 from darts_fast import export as module
 from darts_fast.derived import as_safetensors, multiply_adds, packed, parameter_count, unpacked
 from darts_fast.export import Deployed, export, main
-from darts_fast.genotype import OPERATIONS, random_genotype
+from darts_fast.genotype import random_genotype
 from darts_fast.notation import NAMED
 from darts_fast.plot import NoGraphviz
 from darts_fast.runs import run_program
@@ -125,13 +126,21 @@ def test_exported_networks_compute_what_the_trained_one_does(name, stem, format,
         assert float((found - of_trained).abs().max()) < 1e-5 * float(of_trained.abs().max())
 
 
+def test_a_network_with_noise_is_refused(in_tmp):
+    path = saved(in_tmp / "run", every_operation(), channels=1)
+    for format in ("torch", "safetensors"):
+        with pytest.raises(InputError, match="operation noise, so no two calls give the same"):
+            export(path, [format], out="out")
+    assert os.listdir() == ["run"]
+
+
 def test_every_operation_is_among_those_exported():
     for format in ("torch", "onnx"):
         genotypes = [genotype_of(name) for name, _, by_onnx in CASES if format == "torch" or by_onnx]
         found = {
             name for g in genotypes for gene in (g.normal, g.reduce) for node in gene for name, _ in node
         }
-        assert found == set(OPERATIONS)
+        assert found == set(WITHOUT_NOISE)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -385,9 +385,9 @@ def test_in_the_warm_up_only_the_weights_are_trained(data, in_tmp, monkeypatch):
     """To the weights of PyTorch's own SGD on the same batches; afterwards the alphas move."""
     plain, batches, networks = SearchStep._weight_step, [], []
 
-    def weight_step(self, images, labels):
+    def weight_step(self, images, labels, noise):
         batches.append((images.clone(), labels.clone()))
-        return plain(self, images, labels)
+        return plain(self, images, labels, noise)
 
     finish = Search.finish_epoch
 
