@@ -31,7 +31,7 @@ from darts_fast.derived import (
 )
 from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line, say
-from darts_fast.loop import within_quota
+from darts_fast.process import within_quota
 from darts_fast.runs import (
     environment,
     processor,
