@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import io
+import json
 import os
 import signal
 from pathlib import Path
@@ -27,6 +28,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# For tests of what is around a step (epochs, checkpoints, reports): two nodes, so five edges a cell, and four
+# candidates an edge; a step in plain PyTorch takes a fifth of the time.
+SMALL_SPACE = json.dumps(
+    {
+        "nodes": 2,
+        **dict.fromkeys(("normal", "reduce"), ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"]),
+    }
+)
 
 
 class Golden:
