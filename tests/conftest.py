@@ -100,6 +100,37 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def fast_interpreter(monkeypatch):
+    """Triton's interpreter without half of its time, in which it patches the language anew for every call of
+    a device function."""
+    import triton
+    from triton.runtime import interpreter
+
+    patch, scopes = interpreter._patch_lang, []
+
+    def patch_once(function):
+        if scopes and function.__globals__.get("tl") is triton.language:  # a device function of ours
+            return scopes[0]
+        scope = patch(function)
+        if scope is not None and not scopes:  # Triton 3.5 patches for good
+            restore = scope.restore
+            scope.restore = lambda: (scopes.clear(), restore())
+            scopes.append(scope)
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+@pytest.fixture
+def no_overflow_checks(fast_interpreter, monkeypatch):
+    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The float64
+    cases of tests/test_triton.py have them."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
+
+
+@pytest.fixture
 def no_heat_maps(monkeypatch):
     """One pixel in place of each heat map of the alphas, which take a third of the time of a tiny search. The
     searches of test_run.py draw them."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, checkpoint, log_lines, relative_error, same
+from conftest import SMALL_SPACE, assert_same_run, checkpoint, log_lines, relative_error, same
 from test_capture import Driver, NothingFromTheHost, changed
 from test_derived import every_operation
 from test_run import load_program
@@ -44,6 +44,7 @@ from darts_fast.loop import RANKS, Loop, check_shares, evaluated
 from darts_fast.protocol import protocol, resume_protocol
 from darts_fast.runs import CHECKPOINT, METRICS, Stopped
 from darts_fast.search import Search, SearchStep
+from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 from darts_fast.train import Training, TrainStep
 
@@ -114,7 +115,7 @@ def step_of(name, average=None):
 def search_step(settings, average=None):
     torch.manual_seed(0)
     config = SearchConfig(**settings)
-    module = Supernet(2, 4, 3, fused=config.fused).double()
+    module = Supernet(2, 4, 3, fused=config.fused, space=read_space(SMALL_SPACE)).double()
     average = {} if average is None else {"average": average}
     step = SearchStep(module, config, seeded("cpu", 1), **average)
     step.beta.fill_(3.0)
@@ -205,7 +206,8 @@ def float16_step(ranks):
     """In which the gradients of the last rank alone overflow."""
     torch.manual_seed(0)
     config = SearchConfig(fused=True, amp_dtype="float16", order=1)
-    step = SearchStep(Supernet(2, 4, 3, fused=True), config, average=ranks.average)
+    module = Supernet(2, 4, 3, fused=True, space=read_space(SMALL_SPACE))
+    step = SearchStep(module, config, average=ranks.average)
     before = state_of(step)
     images, labels = (ranks.part(tensor) for tensor in batch(1))
     images = images.float()
@@ -287,8 +289,8 @@ def test_ranks_decide_together_that_float16_overflowed(ranks_folder):
 # Whole runs
 
 TINY = SearchConfig(
-    epochs=2, init_channels=2, layers=3, batch_size=12, train_portion=0.58, cutout_length=2, print_freq=2,
-    fused=True, name="run",
+    epochs=2, init_channels=2, layers=3, batch_size=12, train_portion=0.59, cutout_length=2, print_freq=2,
+    fused=True, name="run", space=SMALL_SPACE,
 )  # fmt: skip
 # 29 images train: batches of 12, 12 and 5
 TRAINING = TrainConfig(

@@ -95,11 +95,12 @@ def test_a_genotypes_gradient_is_as_near_as_its_modules_rounding_allows():
     assert all(error <= allowed for error in found.values()), (found, allowed)
 
 
-def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
-    """How far the alphas are after them from where the reference in float64 brings them."""
+def test_ten_steps_end_where_the_references_do():
+    """The fused cells' in float64 at the same alphas; in float32 at most twice as far from them as the
+    reference's."""
     torch.manual_seed(0)
     state = Supernet(4, 5, 3).state_dict()
-    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(40)]
+    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(20)]
     generator = torch.Generator().manual_seed(0)
 
     def displacement(dtype, fused=False, moved=0.0):
@@ -114,6 +115,7 @@ def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
         return torch.cat([(a - state[name]).flatten() for name, a in network.alphas().items()]).detach()
 
     expected = displacement(torch.float64)
+    assert relative_error(displacement(torch.float64, fused=True), expected) < 1e-7
     drifts = {}
     for backend in BACKENDS:
         with using(backend):
