@@ -95,12 +95,12 @@ def test_a_genotypes_gradient_is_as_near_as_its_modules_rounding_allows():
     assert all(error <= allowed for error in found.values()), (found, allowed)
 
 
-def test_ten_steps_end_where_the_references_do():
+def test_twenty_steps_end_where_the_references_do():
     """The fused cells' in float64 at the same alphas; in float32 at most twice as far from them as the
     reference's."""
     torch.manual_seed(0)
     state = Supernet(4, 5, 3).state_dict()
-    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(20)]
+    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(40)]
     generator = torch.Generator().manual_seed(0)
 
     def displacement(dtype, fused=False, moved=0.0):

@@ -109,8 +109,9 @@ def test_running_statistics_and_evaluation_are_the_references():
         gradients.append(torch.autograd.grad(logits[-1].pow(2).sum(), network.alphas_normal)[0])
     assert relative_error(logits[1], logits[0]) < 1e-9
     assert relative_error(gradients[1], gradients[0]) < 1e-9
+    expected = networks[0].state_dict()
     for name, tensor in networks[1].state_dict().items():
-        assert torch.equal(tensor, networks[0].state_dict()[name]), name
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_checkpoint_of_one_resumes_in_the_other():

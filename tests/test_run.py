@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run
+from conftest import SMALL_SPACE, assert_same_run
 
 from darts_fast.runs import run_program, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--epochs 2 --init_channels 2 --layers 3 --batch_size 256 --order 1".split()
+TINY = "--epochs 2 --init_channels 2 --layers 3 --batch_size 256 --order 1 --space".split() + [SMALL_SPACE]
 
 
 def load_program(name):
@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_from_the_start(in_tmp):
 def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(monkeypatch, capsys, in_tmp):
     """TensorBoard's events are the largest file; the limit is hit while the second epoch writes, and lies
     above the size of a checkpoint, which does not grow."""
-    arguments = [*TINY, "--fused"]
+    arguments = [*TINY, "--fused", "--space", "darts"]
     assert call(monkeypatch, capsys, *arguments, "--name", "whole")[0] == 0
     whole = in_tmp / "searchs" / "whole"
     size = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())

@@ -5,6 +5,7 @@ On a machine with a GPU the same cases run there, see tests/gpu.
 
 import inspect
 import json
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -85,11 +86,17 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sweeps.CASES)
-def test_function(name, dtype, request):
-    if dtype != torch.float64:  # once is enough
-        request.getfixturevalue("no_overflow_checks")
+def test_function(name):
+    sweeps.check(triton, torch.float64, sweeps.CASES[name])
+
+
+# Neighbours among the cases are mostly of one function, so that each function has both types.
+@pytest.mark.parametrize(
+    ("name", "dtype"), list(zip(sweeps.CASES, cycle([torch.bfloat16, torch.float32]), strict=False)), ids=str
+)
+@pytest.mark.usefixtures("no_overflow_checks")
+def test_function_in_other_types(name, dtype):
     sweeps.check(triton, dtype, sweeps.CASES[name])
 
 
