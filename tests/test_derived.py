@@ -292,8 +292,9 @@ def test_fused_follows_its_buffers():
     plain, fused = plain.double(), copy.deepcopy(fused).double()
     fused.load_state_dict({name: t.clone() for name, t in plain.state_dict().items()}, assign=True)
     plain(2 * images.double()), fused(2 * images.double())
+    found = fused.state_dict()
     for name, expected in plain.state_dict().items():
-        assert relative_error(fused.state_dict()[name], expected) < 1e-9 or not expected.any(), name
+        assert relative_error(found[name], expected) < 1e-9 or not expected.any(), name
     with torch.no_grad():
         assert relative_error(fused.eval()(images.double()), plain.eval()(images.double())) < 1e-9
 

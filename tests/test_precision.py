@@ -118,8 +118,9 @@ def test_what_overflows_changes_neither_weights_nor_alphas_and_halves_the_scale(
         for moments in state[optimizer].values():
             assert all(not tensor.any() for tensor in moments.values()), optimizer
     fresh, _ = step_and_batches(1.0, amp_dtype="float16")
+    expected = fresh.network.state_dict()
     for name, tensor in {**step.network.weights(), **step.alphas}.items():
-        assert torch.equal(tensor, fresh.network.state_dict()[name]), name
+        assert torch.equal(tensor, expected[name]), name
     step.loss_scale.value.fill_(2.0**8)
     step(*batches, 0.025)
     assert float(step.loss_scale.value) == 2.0**8
