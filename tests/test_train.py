@@ -377,7 +377,7 @@ def test_the_program_trains_and_evaluates(monkeypatch, capsys, in_tmp):
 # A signal that cannot be caught is the point.
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
-    arguments = [*CHEAP, "--epochs", "12", "--drop_path_prob", "0.2", "--cutout_length", "2"]
+    arguments = [*CHEAP, "--epochs", "8", "--drop_path_prob", "0.2", "--cutout_length", "2"]
 
     def start(*extra):
         command = [sys.executable, str(ROOT / "run_from.py"), *extra]
