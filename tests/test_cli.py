@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from conftest import SMALL_SPACE
 from test_run import BAD as BAD_SEARCHES
 from test_run import TINY, call, load_program
 from test_train import CHEAP
@@ -22,7 +24,10 @@ from darts_fast.train import Training
 ROOT = Path(__file__).resolve().parent.parent
 PROTOCOL = [
     *("--searches", "1", "--trainings", "1"),
-    *("--search_settings", "epochs=1 order=1 init_channels=2 batch_size=480"),
+    *(
+        "--search_settings",
+        f"epochs=1 order=1 init_channels=2 batch_size=480 {shlex.quote(f'space={SMALL_SPACE}')}",
+    ),
     *("--brief_settings", "epochs=1 init_channels=2 batch_size=480"),
     *("--train_settings", "epochs=1 init_channels=2 layers=3 batch_size=480"),
 ]

@@ -245,6 +245,7 @@ def test_noise_is_drawn_in_every_call_and_dropped_as_a_path():
     assert not torch.equal(seen[0][0], seen[2][0])
 
 
+@pytest.mark.usefixtures("no_overflow_checks")
 def test_fused_is_the_same_network_on_triton():
     """What a CUDA device computes, under the interpreter: one of each kind of operation, against float64;
     with float16 activations within that type's rounding, every gradient in float32. (Where the rounding
@@ -260,7 +261,7 @@ def test_fused_is_the_same_network_on_triton():
     for seed in range(3):
         generator, found = torch.Generator().manual_seed(seed), []
         images = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=generator)
-        for fused, dtype, activations in variants:
+        for fused, dtype, activations in variants[:: 2 if seed else 1]:  # once in float64
             torch.manual_seed(seed)
             module = network(genotype, 5, 4, 3, 1, pool_batch_norm=True, fused=fused).to(dtype)
             module.drop_path_prob, module.drop_path_generator = 0.2, torch.Generator().manual_seed(seed)
@@ -269,9 +270,9 @@ def test_fused_is_the_same_network_on_triton():
                 gradients = torch.autograd.grad(logits.square().sum(), list(module.parameters()))
             assert all(g.dtype == dtype for g in gradients)
             found.append([logits, torch.cat([g.flatten() for g in gradients]), *module.buffers()])
-        for expected, exact in zip(*found[:2], strict=True):
-            assert relative_error(exact, expected) < 1e-9
-        errors.append([relative_error(half, expected) for expected, half in zip(*found[::2], strict=True)])
+        plain, *exact, half = found
+        assert all(relative_error(*pair) < 1e-9 for one in exact for pair in zip(one, plain, strict=True))
+        errors.append([relative_error(*pair) for pair in zip(half, plain, strict=True)])
     assert all(median(of_one) < 0.05 for of_one in zip(*errors, strict=True)), errors
 
 
@@ -317,8 +318,9 @@ def test_fused_follows_its_buffers():
     plain, fused = plain.double(), copy.deepcopy(fused).double()
     fused.load_state_dict({name: t.clone() for name, t in plain.state_dict().items()}, assign=True)
     plain(2 * images.double()), fused(2 * images.double())
+    found = fused.state_dict()
     for name, expected in plain.state_dict().items():
-        assert relative_error(fused.state_dict()[name], expected) < 1e-9 or not expected.any(), name
+        assert relative_error(found[name], expected) < 1e-9 or not expected.any(), name
     with torch.no_grad():
         assert relative_error(fused.eval()(images.double()), plain.eval()(images.double())) < 1e-9
 
