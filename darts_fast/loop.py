@@ -697,7 +697,7 @@ class Loop(ABC):
             self._compile_kernels()
             lines["traffic of a step"] = self.traffic()
         for what, value in lines.items():
-            self.folder.log(f"    {what}: {value}")
+            self.folder.log(f"    {what}: {value}", stamp=False)
 
     def _read_metrics(self) -> None:
         """Brings the steps since the last call from the device and records them.
@@ -736,8 +736,8 @@ class Loop(ABC):
         self.folder.scalars(
             self.steps_done,
             {
-                "time/seconds_per_step": self.seconds_per_step,
-                "time/images_per_second": self.images_per_second,
+                "x_time/seconds_per_step": self.seconds_per_step,
+                "x_time/images_per_second": self.images_per_second,
             },
         )
         self.unread.clear()
