@@ -683,7 +683,7 @@ class Loop(ABC):
         self.folder.text("config", 0, "\n".join(markdown_table(("setting", "value"), values.items())))
         default = dataclasses.asdict(type(self.config)().resolved(self.dataset.name))
         given = [
-            f"{name} = {value}"
+            f"{name} = {value}" if len(str(value)) <= 60 else f"{name} = {str(value)[:57]}..."
             for name, value in settings.items()
             if value != default[name] and name not in ("name", "genotype")
         ]

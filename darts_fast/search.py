@@ -736,10 +736,9 @@ class Search(Loop):
             found[name] = diagnosis(gene, p, self.cells.names)
             self.folder.log(f"    {name}: {in_short(gene)}", stamp=False)
         costs = self._costs(genotype)
-        said = [
-            "entropy " + ", ".join(f"{of_kind.entropy:.3f}" for of_kind in found.values()),
-            "none " + ", ".join(f"{of_kind.none:.1%}" for of_kind in found.values()),
-        ]
+        said = ["entropy " + ", ".join(f"{of_kind.entropy:.3f}" for of_kind in found.values())]
+        if "none" in self.cells.names.candidates:
+            said.append("none " + ", ".join(f"{of_kind.none:.1%}" for of_kind in found.values()))
         if costs:
             macs, expected = (f"{value / 1e6:.2f} M" for value in costs.values())
             said.append(f"multiply-adds {macs} (expected {expected})")
