@@ -62,8 +62,9 @@ def weight_step(network: nn.Module, weights: list[Tensor], optimizer: torch.opti
 
 
 def sgd(weights: list[Tensor]) -> torch.optim.Optimizer:
-    settings = {"momentum": SETTINGS.w_momentum, "weight_decay": SETTINGS.w_weight_decay, "foreach": False}
-    return torch.optim.SGD(weights, SETTINGS.w_lr, **settings)
+    return torch.optim.SGD(
+        weights, SETTINGS.w_lr, SETTINGS.w_momentum, weight_decay=SETTINGS.w_weight_decay, foreach=False
+    )
 
 
 def official(folder: Path, channels: int, layers: int) -> Callable[[Tensor, Tensor], None]:
