@@ -24,7 +24,7 @@ settings.load_profile("darts_fast")
 
 if not torch.cuda.is_available():
     # Triton's kernels run under its interpreter here; read when they are decorated, so before any import.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 

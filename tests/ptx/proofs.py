@@ -1,0 +1,316 @@
+"""What is executed (execution.py): cases of the kernels, whole steps, and damaged kernels.
+
+Run as a program in the environment of the stand-in for the driver, it calls its functions: a line of JSON on
+standard input names one and gives its arguments, a line on standard output answers (see `answer`).
+"""
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import sweeps
+import torch
+import triton.language as tl
+from conftest import relative_error
+from cuda_stand_in import ARCH
+from ptx.execution import Execution, unchanged
+from sweeps import Add, Factorized, FanOut, Genotype, Kind, MaxPool2x2, Mix, Norm, Pool, Sepconv, Shuffle
+
+import darts_fast
+from darts_fast.config import SearchConfig, TrainConfig
+from darts_fast.derived import network
+from darts_fast.kernels import aten, triton
+from darts_fast.kernels.backends import using
+from darts_fast.kernels.triton import compilation
+from darts_fast.kernels.triton.launch import Launch, _counters
+from darts_fast.kernels.types import Call, tensors
+from darts_fast.search import SearchStep
+from darts_fast.space import CANDIDATES, Space, edges
+from darts_fast.supernet import Supernet
+from darts_fast.train import TrainStep
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Every path of the functions, on images of one or two tiles; those which Triton leaves to ATen are left out.
+PATHS = {
+    name: case
+    for name, case in sweeps.CASES.items()
+    if not isinstance(case, (Factorized, MaxPool2x2, Shuffle))
+}
+# At least three programs add to every sum, and the last of them has a tile that is not full.
+SEVERAL_PROGRAMS = {
+    "halves of several tiles": Sepconv((3, 16, 9, 11), (Kind(3), Kind(3, 2)), norm="batch"),
+    "1x1 of several tiles": Sepconv((3, 32, 9, 11), (Kind(0),), outputs=16, in_mix=False),
+    "mix of several tiles": Mix((3, 16, 9, 11), (True, False)),
+    "norm of several tiles": Norm((3, 16, 9, 11), 2),
+    "fan out of several tiles": FanOut((3, 16, 9, 11), (2, 1), (True, False)),
+    "pools of several tiles": Pool((3, 16, 9, 11), 1, terms=1),
+    "add of several tiles": Add((3, 16, 9, 11), 2),
+}
+# The widths of the paper's supernet and of derived networks, at which rows are loaded in 128 bits.
+WIDTHS = {}
+for c in (16, 32, 64):
+    shape = (2, c, 6, 7)
+    WIDTHS |= {
+        f"first halves of {c}": Sepconv(shape, (Kind(3), Kind(5, 2))),
+        f"first halves of {c}, stride 2": Sepconv(shape, (Kind(5), Kind(3, 2)), 2, sliced=True),
+        f"second halves of {c}": Sepconv(shape, (Kind(3), Kind(5, source=1)), norm="batch", sliced=True),
+        f"1x1 of {4 * c} to {c}": Sepconv((2, 4 * c, 6, 7), (Kind(0),), outputs=c, in_mix=False),
+        f"factorized reduces of {c}": Sepconv((2, c, 6, 8), sweeps.PAIR * 2, 2, c // 2, 2, sliced=True),
+        f"mix of {c}": Mix(shape, (True, False, True, True), "is"),
+        f"norm of {c}": Norm(shape, 2),
+        f"fan out of {c}": FanOut(shape, (2, 1, 2), (True, True, False), sliced=True),
+        f"pools of {c}": Pool(shape, 1, terms=2),
+        f"pools of {c}, stride 2": Pool(shape, 2, terms=2),
+        f"add of {c}": Add(shape, 3),
+    }
+for c in (36, 72, 144):
+    WIDTHS |= {
+        f"genotype of {c}": Genotype((2, c, 5, 6), (Kind(3), Kind(5, 2, 1))),
+        f"genotype of {c}, stride 2, no drop path": Genotype(
+            (2, c, 6, 8), (Kind(5), Kind(3, 2, 1)), 2, drop_path=False
+        ),
+        f"1x1 of {3 * c} to {c}": Sepconv((2, 3 * c, 5, 6), (Kind(0),), outputs=c, in_mix=False),
+        f"pools of {c}": Pool((2, c, 5, 6), 1, terms=1),
+    }
+# 35 candidates, as the last node of a search has; and tensors wider than a block of channels.
+LARGE = {
+    "mix of 35": Mix((1, 16, 6, 7), (True, True, False, True, True, True, True) * 5, "is"),
+    "halves of 70 channels": Sepconv((1, 70, 3, 3), (Kind(3),), outputs=5, norm="batch"),
+    "mix of 130 channels": Mix((1, 130, 3, 3), (True,)),
+    "norm of 70 channels": Norm((2, 70, 3, 3), 1),
+    "fan out of 70 channels": FanOut((1, 70, 3, 3), (2,), (True,)),
+    "pools of 70 channels": Pool((1, 70, 3, 4), 1, terms=1),
+    "add of 70 channels": Add((1, 70, 3, 3), 2),
+}
+CASES = PATHS | SEVERAL_PROGRAMS | WIDTHS | LARGE
+
+
+def checked(execution: Execution, name: str, dtype: str) -> list[list]:
+    """Checks a case, each function of which is launched twice in another order of blocks and warps: to the same
+    bits. Returns name and grid of each launch."""
+    execution.launched.clear()
+    sweeps.check(triton, DTYPES[dtype], CASES[name])
+    assert not _counters(torch.device("cpu")).any(), "a counter is not zero"
+    return [[planned.name, planned.grid] for planned in execution.launched]
+
+
+def ordered(execution: Execution, name: str, dtype: str, seeds: list[int]) -> None:
+    """Checks a case under each seed, and that all give the same bits."""
+    found = []
+    for seed in seeds:
+        execution.seed = seed
+        found.append(sweeps.check(triton, DTYPES[dtype], CASES[name]))
+    for written in found[1:]:
+        assert all(map(sweeps.same_bits, written, found[0])), "another order of blocks gives other bits"
+
+
+# Whole steps
+
+
+class CallByCall:
+    """Triton's backend; what each call writes is compared with ATen's, in float64, of the same that it reads."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.bound, self.calls, self.worst = sweeps.BOUNDS[dtype], 0, {}
+
+    def __getattr__(self, function: str) -> Any:
+        return getattr(triton, function)
+
+    def program(self, calls: list[Call]) -> Callable[[], None]:
+        def run() -> None:
+            for call in calls:
+                twin = Call(call.function, widened(call.reads), widened(call.writes))
+                with torch.no_grad():
+                    aten.program([twin])()
+                triton.program([call])()
+                self.calls += 1
+                for name in call.writes:
+                    pairs = zip(tensors(call.writes[name]), tensors(twin.writes[name]), strict=True)
+                    for found, expected in pairs:
+                        error = relative_error(found, expected) if expected.any() else float(found.double().norm())
+                        key = f"{call.function} {name}"
+                        self.worst[key] = max(self.worst.get(key, 0.0), error)
+                        assert error <= self.bound, (call.function, name, error)
+
+        return run
+
+
+def widened(tree: Any) -> Any:
+    """Copies, in float64 where they are floats, with the same strides."""
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float64 if t.is_floating_point() else t.dtype
+        return torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t)
+
+    return sweeps.mapped(tree, copy)
+
+
+COPIES = 8
+EVERY_OPERATION = [
+    [("sep_conv_3x3", 0), ("dil_conv_3x3", 1)],
+    [("sep_conv_5x5", 0), ("max_pool_3x3", 1)],
+    [("skip_connect", 0), ("avg_pool_3x3", 1)],
+    [("dil_conv_5x5", 0), ("skip_connect", 2)],
+]
+
+
+def search_step(execution: Execution, dtype: str, nodes: int) -> dict[str, Any]:
+    """A second-order step of a supernet of three cells, all candidates on every edge; in float32
+    its gradients are as near to float64's as the reference's rounding allows (tests/test_float32.py)."""
+    space = Space(*((tuple(CANDIDATES),) * len(edges(nodes)) for _ in range(2)), nodes)
+    torch.manual_seed(0)
+    state = Supernet(4, 3, 3, space=space).state_dict()
+    batches = [(torch.randn(3, 3, 8, 8), torch.randint(3, (3,))) for _ in range(2)]
+
+    def gradients(in_type: torch.dtype, moved: float = 0.0, fused: bool = False, **settings: Any) -> torch.Tensor:
+        module = Supernet(4, 3, 3, space=space, fused=fused)
+        module.load_state_dict(state)
+        with torch.no_grad():
+            for w in module.weights().values():
+                w *= 1 + moved * torch.randn(w.shape)
+        step = SearchStep(module.to(in_type), SearchConfig(fused=fused, **settings))
+        step(*((images.to(in_type), labels) for images, labels in batches), 0.025)
+        return torch.cat([t.grad.flatten() for t in (*step.alphas.values(), module.flat_weights)])
+
+    return of_step(execution, dtype, gradients)
+
+
+def training_step(execution: Execution, dtype: str) -> dict[str, Any]:
+    """A step of a network of three cells with every operation, with drop path; in float32 as `search_step`."""
+    concat = range(2, 6)
+    genotype = darts_fast.Genotype(EVERY_OPERATION, concat, EVERY_OPERATION, concat)
+    torch.manual_seed(0)
+    state = network(genotype, 3, 4, 3).state_dict()
+    images, labels = torch.randn(3, 3, 8, 8), torch.randint(3, (3,))
+
+    def gradients(in_type: torch.dtype, moved: float = 0.0, fused: bool = False, **settings: Any) -> torch.Tensor:
+        module = network(genotype, 3, 4, 3, fused=fused)
+        module.load_state_dict(state)
+        with torch.no_grad():
+            for w in module.parameters():
+                w *= 1 + moved * torch.randn(w.shape)
+        module.drop_path_generator = torch.Generator().manual_seed(1)
+        step = TrainStep(module.to(in_type), TrainConfig(genotype="DARTS_V2", fused=fused, **settings))
+        module.drop_path_prob.fill_(0.2)
+        step.take(images.to(in_type), labels)
+        return step.weights.grad.clone()
+
+    return of_step(execution, dtype, gradients)
+
+
+def of_step(execution: Execution, dtype: str, gradients: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Executes a step, call by call; returns how many calls and launches there were, and the largest errors."""
+    execution.launched.clear()
+    checking = CallByCall(DTYPES[dtype])
+    settings = {} if dtype == "float32" else {"amp_dtype": dtype}
+    with using(checking):
+        found = gradients(torch.float32, fused=True, **settings)
+    assert found.isfinite().all()
+    if dtype == "float32":
+        exact = gradients(torch.float64)
+        error, allowed = relative_error(found, exact), 0.0
+        for _ in range(COPIES):
+            allowed = max(allowed, 2 * relative_error(gradients(torch.float32, moved=6e-8), exact))
+            if error <= allowed:
+                break
+        assert error <= allowed, (error, allowed)
+    return {"calls": checking.calls, "launches": len(execution.launched), "worst": checking.worst}
+
+
+# Damaged kernels
+
+Change = Callable[[Launch, str], str]  # given a launch and its PTX, the PTX that is executed in its place
+
+
+class Damage(NamedTuple):
+    """A change of the PTX that must be found when a case is checked: `found_by` matches the words for it."""
+
+    change: Change
+    case: str
+    dtype: str
+    found_by: str
+
+
+def replaced(pattern: str, replacement: str = "") -> Change:
+    """Everywhere in the PTX; `.` is no end of a line."""
+    return lambda planned, ptx: re.sub(pattern, replacement, ptx)
+
+
+def recompiled(planned: Launch, constants: dict[str, Any], aligned: bool = False) -> str:
+    """The PTX with other constants, or with every pointer said to be divisible by 16."""
+    changed = Launch(planned.kernel, planned.grid, planned.arguments, planned.constants | constants, planned.warps)
+    given = compilation.source(changed)
+    if aligned:
+        given.attrs = {place: [["tt.divisibility", 16]] for place in given.attrs}
+    return compilation.compiled(given, planned.warps, ARCH).asm["ptx"]
+
+
+COUNT = r"atom\.global\.gpu\.acq_rel\.add\.u32"
+BARRIER = r"bar\.sync\s+0;"
+DAMAGES = {
+    "no barrier before a program counts itself": Damage(
+        replaced(rf"{BARRIER}((?:(?!{BARRIER})[\s\S])*?{COUNT})", r"\1"), "norm of 64", "float32", "race"
+    ),
+    "a counter left at one": Damage(
+        replaced(rf"({COUNT} \S+ \[ (%rd\d+) [\s\S]*?)(@%p\d+ st\.global\.b32 \[ \2 \+ 0 \], {{ (%r\d+) }};)",
+                 r"\1mov.b32 \4, 1;\n\t\3"), "norm of several tiles", "float32", "another result"
+    ),
+    "the partial sums read by the first-level cache": Damage(
+        replaced(r"ld\.global\.cg", "ld.global.ca"), "norm of several tiles", "float32", "stale"
+    ),
+    "a load without its mask": Damage(
+        replaced(r"@%p\d+ (ld\.global\.b)", r"\1"), "add of several tiles", "float32", "bounds"
+    ),
+    "a store without its mask": Damage(
+        replaced(r"@%p\d+ (st\.global\.b)", r"\1"), "add of several tiles", "float32", "bounds"
+    ),
+    "an alignment that is not there": Damage(
+        lambda planned, ptx: recompiled(planned, {}, aligned=True), "norm of several tiles", "float32", "alignment"
+    ),
+    "an accumulator of 2 bytes": Damage(
+        lambda planned, ptx: recompiled(planned, {"ACC": tl.float16}), "add of several tiles", "float32", "sum"
+    ),
+}  # fmt: skip
+
+
+def damaged(execution: Execution, name: str) -> None:
+    """Checks the damage's case; some launch must have changed."""
+    damage, changed = DAMAGES[name], []
+
+    def change(planned: Launch, ptx: str) -> str:
+        after = damage.change(planned, ptx)
+        changed.append(after != ptx)
+        return after
+
+    execution.change = change
+    try:
+        checked(execution, damage.case, damage.dtype)
+    finally:
+        execution.change = unchanged
+        _counters(torch.device("cpu")).zero_()
+    assert any(changed), "nothing was damaged"
+
+
+def answer(line: str, execution: Execution) -> dict[str, Any]:
+    name, *arguments = json.loads(line)
+    try:
+        return {"result": globals()[name](execution, *arguments)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def serve() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.use_deterministic_algorithms(True)  # memory that an allocation does not write is NaN
+    execution = Execution()
+    for line in sys.stdin:
+        print(json.dumps(answer(line, execution)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
