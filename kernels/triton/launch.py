@@ -211,9 +211,11 @@ def sum_of_products(b_a, b_b):
 def store_statistics(p_tile, b_y, m_p, count, o_c, m_c, C: tl.constexpr):
     """Stores the tile's mean and sum of squares about it, for `merge_statistics`; rows beyond m_p are 0."""
     b_mean = tl.sum(b_y, axis=0) / count  # [BLOCK_C]
-    b_d = tl.where(m_p[:, None], b_y - b_mean[None, :], 0.0)  # [BLOCK_P, BLOCK_C]
+    b_d = b_y - b_mean[None, :]  # [BLOCK_P, BLOCK_C]
+    # Chosen behind the product, for the reason of `sum_of_products`; a square is no -0, so its zero would go.
+    b_squares = tl.where(m_p[:, None], b_d * b_d, 0.0)
     tl.store(p_tile + o_c, b_mean, mask=m_c)
-    tl.store(p_tile + C + o_c, sum_of_products(b_d, b_d), mask=m_c)
+    tl.store(p_tile + C + o_c, tl.sum(b_squares, axis=0), mask=m_c)
 
 
 @triton.jit

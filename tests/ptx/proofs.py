@@ -90,6 +90,15 @@ LARGE = {
 CASES = PATHS | SEVERAL_PROGRAMS | WIDTHS | LARGE
 
 
+# What CI has time for: every path in one of the types, and of the widths those with the most in one kernel.
+SHORT = [(name, list(DTYPES)[i % 3]) for i, name in enumerate(PATHS)] + [
+    ("second halves of 64", "bfloat16"),
+    ("1x1 of 64 to 16", "float16"),
+    ("mix of 35", "bfloat16"),
+    ("genotype of 36", "bfloat16"),
+]
+
+
 def checked(execution: Execution, name: str, dtype: str) -> list[list]:
     """Checks a case, each function of which is launched twice in another order of blocks and warps: to the same
     bits. Returns name and grid of each launch."""
@@ -99,14 +108,14 @@ def checked(execution: Execution, name: str, dtype: str) -> list[list]:
     return [[planned.name, planned.grid] for planned in execution.launched]
 
 
-def ordered(execution: Execution, name: str, dtype: str, seeds: list[int]) -> None:
-    """Checks a case under each seed, and that all give the same bits."""
-    found = []
-    for seed in seeds:
-        execution.seed = seed
-        found.append(sweeps.check(triton, DTYPES[dtype], CASES[name]))
-    for written in found[1:]:
-        assert all(map(sweeps.same_bits, written, found[0])), "another order of blocks gives other bits"
+def ordered(execution: Execution, name: str, dtype: str, orders: int) -> list[list]:
+    """Checks a case in so many pairs of orders of blocks and warps, which must all give the same bits; returns what
+    `checked` returns."""
+    execution.launched.clear()
+    written = [sweeps.check(triton, DTYPES[dtype], CASES[name]) for _ in range(orders)]
+    for other in written[1:]:
+        assert all(map(sweeps.same_bits, other, written[0])), "another order of blocks gives other bits"
+    return [[planned.name, planned.grid] for planned in execution.launched]
 
 
 # Whole steps
@@ -132,12 +141,16 @@ class CallByCall:
                 for name in call.writes:
                     pairs = zip(tensors(call.writes[name]), tensors(twin.writes[name]), strict=True)
                     for found, expected in pairs:
-                        error = relative_error(found, expected) if expected.any() else float(found.double().norm())
-                        key = f"{call.function} {name}"
-                        self.worst[key] = max(self.worst.get(key, 0.0), error)
-                        assert error <= self.bound, (call.function, name, error)
+                        self.compare(f"{call.function}, {name}", found, expected)
 
         return run
+
+    def compare(self, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        unwritten = found.isnan() & expected.isnan()  # a gradient has room for the largest of its kernels
+        found, expected = found.masked_fill(unwritten, 0), expected.masked_fill(unwritten, 0)
+        error = relative_error(found, expected) if expected.any() else float(found.double().norm())
+        self.worst[what] = max(self.worst.get(what, 0.0), error)
+        assert error <= self.bound, (what, error)
 
 
 def widened(tree: Any) -> Any:
@@ -195,12 +208,21 @@ def training_step(execution: Execution, dtype: str) -> dict[str, Any]:
             for w in module.parameters():
                 w *= 1 + moved * torch.randn(w.shape)
         module.drop_path_generator = torch.Generator().manual_seed(1)
-        step = TrainStep(module.to(in_type), TrainConfig(genotype="DARTS_V2", fused=fused, **settings))
+        config = TrainConfig(genotype="DARTS_V2", drop_path_prob=0.2, fused=fused, **settings)
+        step = TrainStep(module.to(in_type), config)
         module.drop_path_prob.fill_(0.2)
         step.take(images.to(in_type), labels)
         return step.weights.grad.clone()
 
     return of_step(execution, dtype, gradients)
+
+
+STEPS = {
+    "search": ("search_step", 4),
+    "search of one node": ("search_step", 1),
+    "training": ("training_step",),
+}
+SHORT_STEPS = [("training", "bfloat16")]
 
 
 def of_step(execution: Execution, dtype: str, gradients: Callable[..., torch.Tensor]) -> dict[str, Any]:
@@ -241,13 +263,21 @@ def replaced(pattern: str, replacement: str = "") -> Change:
     return lambda planned, ptx: re.sub(pattern, replacement, ptx)
 
 
-def recompiled(planned: Launch, constants: dict[str, Any], aligned: bool = False) -> str:
-    """The PTX with other constants, or with every pointer said to be divisible by 16."""
-    changed = Launch(planned.kernel, planned.grid, planned.arguments, planned.constants | constants, planned.warps)
-    given = compilation.source(changed)
-    if aligned:
-        given.attrs = {place: [["tt.divisibility", 16]] for place in given.attrs}
-    return compilation.compiled(given, planned.warps, ARCH).asm["ptx"]
+def recompiled(constants: dict[str, Any], aligned: bool = False) -> Change:
+    """Compiled with other constants, or told that every tensor is aligned to 16 bytes."""
+
+    def change(planned: Launch, ptx: str) -> str:
+        given = compilation.source(
+            Launch(planned.kernel, planned.grid, planned.arguments, planned.constants | constants, planned.warps)
+        )
+        if aligned:
+            for place in given.attrs:
+                value = planned.arguments.get(planned.kernel.arg_names[place[0]])
+                if isinstance(value, (tuple, torch.Tensor)):
+                    given.attrs[place] = [["tt.divisibility", 16]]
+        return compilation.compiled(given, planned.warps, ARCH).asm["ptx"]
+
+    return change
 
 
 COUNT = r"atom\.global\.gpu\.acq_rel\.add\.u32"
@@ -258,22 +288,23 @@ DAMAGES = {
     ),
     "a counter left at one": Damage(
         replaced(rf"({COUNT} \S+ \[ (%rd\d+) [\s\S]*?)(@%p\d+ st\.global\.b32 \[ \2 \+ 0 \], {{ (%r\d+) }};)",
-                 r"\1mov.b32 \4, 1;\n\t\3"), "norm of several tiles", "float32", "another result"
-    ),
-    "the partial sums read by the first-level cache": Damage(
-        replaced(r"ld\.global\.cg", "ld.global.ca"), "norm of several tiles", "float32", "stale"
+                 r"\1mov.b32 \4, 1;\n\t\3"), "norm of several tiles", "float32", "race"
     ),
     "a load without its mask": Damage(
-        replaced(r"@%p\d+ (ld\.global\.b)", r"\1"), "add of several tiles", "float32", "bounds"
+        replaced(r"@%p\d+ (ld\.global\.)", r"\1"), "add of several tiles", "float32", "out of bounds"
     ),
     "a store without its mask": Damage(
-        replaced(r"@%p\d+ (st\.global\.b)", r"\1"), "add of several tiles", "float32", "bounds"
+        replaced(r"@%p\d+ (st\.global\.)", r"\1"), "add of several tiles", "float32", "out of bounds"
     ),
     "an alignment that is not there": Damage(
-        lambda planned, ptx: recompiled(planned, {}, aligned=True), "norm of several tiles", "float32", "alignment"
+        recompiled({}, aligned=True), "norm of several tiles", "float32", "misaligned"
+    ),
+    "a sum across threads that rounds the product of one and not of the other": Damage(
+        replaced(r"(fma\.rn\.f32\s+(%r\d+), (%r\d+), (%r\d+), 0f00000000;[\s\S]*?)add\.f32(\s+%r\d+), \2, (%r\d+);",
+                 r"\1fma.rn.f32\5, \3, \4, \6;"), "1x1", "float32", "race: threads store different bits"
     ),
     "an accumulator of 2 bytes": Damage(
-        lambda planned, ptx: recompiled(planned, {"ACC": tl.float16}), "add of several tiles", "float32", "sum"
+        recompiled({"ACC": tl.float16}), "add of several tiles", "float32", "AssertionError: ..sum"
     ),
 }  # fmt: skip
 
@@ -294,6 +325,15 @@ def damaged(execution: Execution, name: str) -> None:
         execution.change = unchanged
         _counters(torch.device("cpu")).zero_()
     assert any(changed), "nothing was damaged"
+
+
+def uncached(execution: Execution, name: str, dtype: str) -> None:
+    """Checks a case whose loads past the first-level cache are made plain ones."""
+    execution.change = replaced(r"ld\.global\.cg", "ld.global")
+    try:
+        checked(execution, name, dtype)
+    finally:
+        execution.change = unchanged
 
 
 def answer(line: str, execution: Execution) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The Triton kernels as they are compiled for sm_80, executed on the CPU (proofs.py says of what, execution.py
-how): against their equations in float64, in several orders of blocks, and what is found where one is damaged.
+"""The Triton kernels as they are compiled for sm_80, executed on the CPU (execution.py): their cases against the
+equations in float64, in several orders of blocks, whole steps call by call (proofs.py), and what is found where a
+kernel is damaged.
 
-Without `--whole` only what CI has time for: of each kernel one case or two.
+CI runs a part, in minutes; `pytest tests/ptx --whole` runs everything.
 """
 
 import json
@@ -25,13 +26,9 @@ pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"Triton's launcher needs 
 TESTS = Path(__file__).resolve().parent.parent
 
 
-class Failure(AssertionError):
-    """What a function of proofs.py raised, in words."""
-
-
 @pytest.fixture(scope="module")
 def execute(tmp_path_factory):
-    """A function: calls one of proofs.py, by its name, in a process in which launches are executed."""
+    """A function: calls one of proofs.py, by its name, in a process whose launches are executed."""
     environment = cuda_stand_in.build(tmp_path_factory.mktemp("driver"))
     process = subprocess.Popen(
         [sys.executable, "-m", "ptx.proofs"],
@@ -47,7 +44,7 @@ def execute(tmp_path_factory):
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
         if "error" in answer:
-            raise Failure(answer["traceback"])
+            pytest.fail(answer["error"])
         return answer["result"]
 
     with process:
@@ -57,19 +54,40 @@ def execute(tmp_path_factory):
 
 def pytest_generate_tests(metafunc):
     whole = metafunc.config.getoption("whole")
-    chosen = {
+    every_type = list(proofs.DTYPES) if whole else ["float32"]
+    values = {
         "case": [(name, dtype) for name in proofs.CASES for dtype in proofs.DTYPES] if whole else proofs.SHORT,
+        "several": [(name, dtype) for name in proofs.SEVERAL_PROGRAMS for dtype in every_type],
+        "step": [(name, dtype) for name in proofs.STEPS for dtype in proofs.DTYPES] if whole else proofs.SHORT_STEPS,
         "damage": list(proofs.DAMAGES),
     }
-    for name, values in chosen.items():
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, values, ids=[v if isinstance(v, str) else ", ".join(v) for v in values])
+    for name in metafunc.fixturenames:
+        if name in values:
+            ids = [value if isinstance(value, str) else ", ".join(value) for value in values[name]]
+            metafunc.parametrize(name, values[name], ids=ids)
 
 
 def test_function(case, execute):
     execute("checked", *case)
 
 
+def test_no_order_of_blocks_changes_a_bit(several, execute):
+    """Where at least three programs add to every sum."""
+    launches = execute("ordered", *several, 3)
+    assert launches and all(grid[0] >= 3 for _, grid in launches), launches
+
+
+def test_a_whole_step(step, execute):
+    name, dtype = step
+    counted = execute(*proofs.STEPS[name][:1], dtype, *proofs.STEPS[name][1:])
+    assert counted["launches"] > counted["calls"] > 20, counted
+
+
 def test_damage_is_found(damage, execute):
-    with pytest.raises(Failure, match=proofs.DAMAGES[damage].found_by):
+    with pytest.raises(pytest.fail.Exception, match=proofs.DAMAGES[damage].found_by):
         execute("damaged", damage)
+
+
+def test_no_order_depends_on_the_first_level_cache(execute):
+    """`.cg` is for the speed of it: PTX orders loads of every kind by the counter alike."""
+    execute("uncached", "norm of several tiles", "float32")
