@@ -1,6 +1,7 @@
 """PTX as data: the instructions of the one kernel of a text, with the lines of Python that they come from."""
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -36,7 +37,8 @@ class Parameter(NamedTuple):
     pointer: bool  # to global memory
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Program:
     name: str
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # the number of the instruction that follows
