@@ -122,6 +122,21 @@ def _fma(a: float, b: float, c: float) -> float:
 # Integers
 
 
+def multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mul.hi: the upper half of a product of 32-bit or 64-bit integers."""
+    if a.dtype == np.int64:  # a negative number is its bits less 2^64
+        high = multiply_high(a.view(U64), b.view(U64)).view(np.int64)
+        return high - np.where(a < 0, b, 0) - np.where(b < 0, a, 0)
+    if a.dtype != U64:
+        wide = np.multiply(a, b, dtype=f"{a.dtype.kind}8")
+        return (wide >> wide.dtype.type(32)).astype(a.dtype)
+    half, mask = U64(32), U64(0xFFFFFFFF)
+    low_a, high_a, low_b, high_b = a & mask, a >> half, b & mask, b >> half
+    middle = (low_a * low_b >> half) + low_a * high_b  # less than 2^64
+    carry = (middle & mask) + high_a * low_b
+    return high_a * high_b + (middle >> half) + (carry >> half)
+
+
 def bit_field(x: np.ndarray, start: np.ndarray, length: np.ndarray, signed: bool) -> np.ndarray:
     """bfe: `length` bits of a uint32 from bit `start` on, extended by zeros or by the field's upper bit."""
     start, length = ((n & U32(0xFF)).astype(U64) for n in (start, length))

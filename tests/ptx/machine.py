@@ -5,15 +5,14 @@ atomic to the next. Where whole blocks of a group branch apart, it is split; whe
 are the farthest behind in the program run, under a mask, until they meet the others.
 """
 
-from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 
-from ptx.instructions import SPECIAL, Builder, Step, Unknown, shared_base
+from ptx.code import Fault, Segment, compiled, unknown_instruction
+from ptx.instructions import SPECIAL, Unknown, shared_base
 from ptx.memory import Memory
-from ptx.parse import Instruction, Program, Where
+from ptx.parse import Instruction, Program
 from ptx.races import Order, Read
 from ptx.spaces import Copy, Global, Shared, Space
 
@@ -28,214 +27,6 @@ class Launch(Protocol):
     block: tuple[int, int, int]
     shared: int  # bytes, dynamic
     parameters: tuple[bytes, ...]
-
-
-class Fault(Exception):
-    """A program did what it must not do.
-
-    `kind` is one of KINDS; `where` the line of Python, `thread` the number of the thread in its block, `block`
-    the block's place in the grid, `address` that in the space of the access (or None).
-    """
-
-    KINDS = (
-        "misaligned",
-        "out of bounds",  # of the tensor of the pointer, or of shared memory
-        "never written",  # a register or shared memory was read
-        "barrier",  # that not all threads reach
-        "race",
-        "unknown instruction",
-    )
-
-    def __init__(
-        self,
-        kind: str,
-        kernel: str,
-        where: Where | None,
-        thread: int | None,
-        block: tuple[int, int, int] | None,
-        address: int | None,
-        detail: str,
-    ):
-        assert kind in self.KINDS, kind
-        self.kind, self.kernel, self.where = kind, kernel, where
-        self.thread, self.block, self.address, self.detail = thread, block, address, detail
-        of = "" if thread is None else f", thread {thread} of block {block}"
-        at = "" if address is None else f", address {address:#x}"
-        super().__init__(f"{kind}: {detail}; kernel {kernel}, {where}{of}{at}")
-
-
-# A program as segments: steps without branches, barriers or atomics between them.
-
-
-@dataclass
-class Segment:
-    first: int  # the number of its first instruction
-    steps: list[Step]
-    end: str = "next"  # or "branch", "barrier", "atomic" (which is the last step)
-    target: int = 0  # the segment of a branch
-    guard: tuple[int, bool] | None = None  # of a branch
-
-
-@dataclass
-class Code:
-    """A program that can be run."""
-
-    builder: Builder
-    segments: list[Segment]  # the one after the last is where threads have returned
-    written: frozenset[int]  # parameters to whose tensors it may write
-    grains: dict[str, int]  # bytes of the narrowest access, by space
-
-
-def effects(instruction: Instruction) -> tuple[set[str], set[str]]:
-    """The registers that an instruction reads, and those that it writes."""
-
-    def registers(operands) -> set[str]:
-        if isinstance(operands, str):
-            return {operands} if operands[0] == "%" and operands not in SPECIAL else set()
-        return {name for operand in operands if not isinstance(operand, int) for name in registers(operand)}
-
-    name = instruction.opcode.split(".")[0]
-    targets = 0 if name in ("st", "bra", "bar", "ret", "cp") else 1
-    reads = registers(instruction.operands[targets:])
-    if instruction.guard:
-        reads.add(instruction.guard.lstrip("!"))
-    return reads, registers(instruction.operands[:targets])
-
-
-@cache
-def compiled(program: Program) -> Code:
-    """Raises Fault for an unknown instruction."""
-    builder, instructions = Builder(program), program.instructions
-    targets = {i.operands[0] for i in instructions if i.opcode.split(".")[0] == "bra"}
-    starts = {program.labels[name] for name in targets} | {0}
-    for n, instruction in enumerate(instructions):
-        if instruction.opcode.split(".")[0] in ("bra", "ret", "atom") or instruction.opcode == "bar.sync":
-            starts.add(n + 1)
-    order = sorted(start for start in starts if start < len(instructions))
-    number = {start: i for i, start in enumerate(order)} | {len(instructions): len(order)}
-    checked = not_surely_written(
-        instructions, order, {name: number[program.labels[name]] for name in targets}
-    )
-    segments = []
-    for first, end in zip(order, [*order[1:], len(instructions)], strict=True):
-        segment = Segment(first, [])
-        for n in range(first, end):
-            instruction = instructions[n]
-            name = instruction.opcode.split(".")[0]
-            try:
-                guard = builder.guard(instruction)
-                if instruction.opcode in ("bra", "bra.uni"):
-                    segment.end, segment.guard = "branch", guard
-                    segment.target = number[program.labels[instruction.operands[0]]]
-                elif instruction.opcode == "ret":
-                    segment.end, segment.guard, segment.target = "branch", guard, len(order)
-                elif instruction.opcode == "bar.sync":
-                    if instruction.operands != ("0",) or guard is not None:
-                        raise Unknown(str(instruction))
-                    segment.end = "barrier"
-                else:
-                    step = builder.step(instruction)
-                    segment.steps.append(checking(builder, instruction, step, checked))
-                    if name == "atom":
-                        segment.end = "atomic"
-            except Unknown as unknown:
-                raise unknown_instruction(program, instruction, unknown) from None
-        segments.append(segment)
-    return Code(builder, segments, written_parameters(program), grains(instructions))
-
-
-def unknown_instruction(program: Program, instruction: Instruction, unknown: Unknown) -> Fault:
-    detail = f"{unknown}, in {instruction}"
-    return Fault("unknown instruction", program.name, instruction.where, None, None, None, detail)
-
-
-def not_surely_written(instructions, order: list[int], targets: dict[str, int]) -> set[str]:
-    """The registers that some path through the program reads before it writes all of them; those are checked as
-    the program runs."""
-    ends = [*order[1:], len(instructions)]
-    everything = {name for i in instructions for name in effects(i)[1]}
-    surely = [everything for _ in order]  # written, when a segment begins
-    surely[0] = set()
-    changed, found = True, set()
-    while changed:
-        changed, found = False, set()
-        for segment, (first, end) in enumerate(zip(order, ends, strict=True)):
-            written, following = set(surely[segment]), {segment + 1}
-            for instruction in instructions[first:end]:
-                reads, writes = effects(instruction)
-                found |= reads - written
-                if instruction.guard is None:
-                    written |= writes
-                if instruction.opcode in ("bra", "bra.uni", "ret"):
-                    following = {segment + 1} if instruction.guard else set()
-                    if instruction.opcode != "ret":
-                        following.add(targets[instruction.operands[0]])
-            for after in following - {len(order)}:
-                if not surely[after] <= written:
-                    surely[after] = surely[after] & written
-                    changed = True
-    return found
-
-
-def checking(builder: Builder, instruction: Instruction, step: Step, checked: set[str]) -> Step:
-    """A step that also notes which threads wrote the registers of `checked`, and faults where one reads what it
-    has not written."""
-    reads, writes = (sorted(names & checked) for names in effects(instruction))
-    if not reads and not writes:
-        return step
-    guard = builder.guard(instruction)
-
-    def checked_step(g: "Group") -> None:
-        active = g.active(guard)
-        active = np.ones(g.size, bool) if active is None else active
-        for name in reads:
-            missing = active & ~g.has_written(name)
-            if missing.any():
-                thread = g.threads[np.flatnonzero(missing)[0]]
-                raise g.fault("never written", instruction, thread, None, f"{name} is read by {instruction}")
-        step(g)
-        for name in writes:
-            g.written[name] = g.has_written(name) | active
-
-    return checked_step
-
-
-def written_parameters(program: Program) -> frozenset[int]:
-    """The parameters from which the addresses of stores and atomics are made, and maybe some more."""
-    origins: dict[str, set[str]] = {parameter.name: {parameter.name} for parameter in program.parameters}
-    changed = True
-    while changed:
-        changed = False
-        for instruction in program.instructions:
-            name, *rest = instruction.opcode.split(".")
-            if name in ("st", "bra", "bar", "ret", "cp", "atom") or (name == "ld" and rest[0] != "param"):
-                continue
-            target, *operands = instruction.operands
-            found = set()
-            for operand in operands:
-                found |= origins.get(operand[1] if operand[0] == "[" else operand, set())
-            for one in target if isinstance(target, tuple) else [target]:
-                if not found <= origins.setdefault(one, set()):
-                    origins[one] |= found
-                    changed = True
-    written = set()
-    for instruction in program.instructions:
-        if instruction.opcode.startswith(("st.global", "atom.global")):
-            place = instruction.operands[1 if instruction.opcode.startswith("atom") else 0]
-            written |= origins.get(place[1], set())
-    return frozenset(i for i, parameter in enumerate(program.parameters) if parameter.name in written)
-
-
-def grains(instructions) -> dict[str, int]:
-    """Bytes of the narrowest number that is loaded or stored in each space."""
-    sizes = {"global": [4], "shared": [4]}
-    for instruction in instructions:
-        name, *rest = instruction.opcode.replace("::cta", "").split(".")
-        if name in ("ld", "st") and rest[0] in sizes:
-            sizes[rest[0]].append(int(rest[-1][1:]) // 8)
-        elif name == "ldmatrix":
-            sizes["shared"].append(2)
-    return {space: min(found) for space, found in sizes.items()}
 
 
 # Threads
@@ -396,89 +187,93 @@ class Group:
 
     def run(self) -> list["Group"]:
         """Runs to the next barrier, atomic or end, and returns what is left to run."""
-        segments, end = self.machine.code.segments, len(self.machine.code.segments)
-        while True:
-            if self.segment == end:
-                return []
+        segments = self.machine.code.segments
+        while self.segment < len(segments):
             segment = segments[self.segment]
             for step in segment.steps:
                 step(self)
-            following = self.segment + 1
+            following = self._following(segment)
             if self.mask is not None:
-                self._leave(segment, following)
-                apart = self._choose()
-                if apart is not None:
-                    return apart
-            elif segment.end == "branch":
-                taken = self.active(segment.guard)
-                if taken is None:
-                    self.segment = segment.target
-                elif not taken.any():
-                    self.segment = following
-                else:
-                    by_block = taken.reshape(len(self.blocks), -1)
-                    if (by_block == by_block[:, :1]).all():
-                        there, here = self._part(by_block[:, 0]), self._part(~by_block[:, 0])
-                        there.segment, here.segment = segment.target, following
-                        return [there, here]
-                    self.segments = np.where(taken, segment.target, following)
-                    self._choose()
-            else:
-                self.segment = following
+                self.segments = np.where(self.mask, following, self.segments)
+                if segment.end == "barrier":
+                    self.waiting |= self.mask
+            elif following.shape == ():
+                self.segment = int(following)
                 if segment.end == "barrier":
                     self._pass_barrier()
-                if segment.end != "next":
+                if segment.end in ("barrier", "atomic"):
                     return [self]
-
-    def _leave(self, segment: Segment, following: int) -> None:
-        """Notes where the threads of the mask go after a segment."""
-        if segment.end == "branch":
-            taken = self.mask if segment.guard is None else self.active(segment.guard)
-            self.segments[self.mask] = following
-            self.segments[taken] = segment.target
-        else:
-            self.segments[self.mask] = following
-            if segment.end == "barrier":
-                self.waiting |= self.mask
-
-    def _choose(self) -> list["Group"] | None:
-        """The threads that run next: those farthest behind that do not wait. If none can, the groups that go on,
-        else None."""
-        end = len(self.machine.code.segments)
-        able = ~self.waiting & (self.segments < end)
-        if able.any():
-            self.segment = int(self.segments[able].min())
-            mask = able & (self.segments == self.segment)
-            if mask.all():
-                self.mask = self.segments = None
+                continue
             else:
-                self.mask = mask
-            return None
+                by_block = following.reshape(len(self.blocks), -1)
+                if (by_block == by_block[:, :1]).all():
+                    return self._split(by_block[:, 0])
+                self.segments = following
+            if not self._choose():
+                return self._resolve()
+        return []
+
+    def _following(self, segment: Segment) -> np.ndarray:
+        """The segment that comes after one, of no shape or, if it is not the same for all, by thread."""
+        after = np.asarray(self.segment + 1)
+        if not segment.targets:
+            return after
+        target = np.asarray(segment.targets[0])
+        if len(segment.targets) > 1:
+            choice = self.full(self.registers[segment.choice])
+            wrong = (choice >= len(segment.targets)) & (self.mask if self.mask is not None else True)
+            if wrong.any():
+                thread = self.threads[np.flatnonzero(wrong)[0]]
+                raise self.fault(
+                    "out of bounds", segment.last, thread, None, f"no such target: {segment.last}"
+                )
+            target = np.asarray(segment.targets).take(choice, mode="clip")
+        taken = self.active(segment.guard)
+        if taken is not None and segment.guard is not None:
+            target = np.where(taken, target, after)
+        if target.shape and (target == target[0]).all():
+            target = target[0]
+        return target
+
+    def _split(self, following: np.ndarray) -> list["Group"]:
+        """The groups of the blocks that go to each of some segments."""
         parts = []
-        by_block = self.segments.reshape(len(self.blocks), -1)
-        for where in np.unique(by_block[:, 0]):
-            blocks = by_block[:, 0] == where
-            apart = (by_block != where) & blocks[:, None]
-            if apart.any():
-                thread = int(np.flatnonzero(apart.reshape(-1))[0])
-                # A thread that has returned is reached by no barrier; else it waits at another one.
-                waits = int(by_block[blocks].min()) - 1
-                raise self._barrier_fault(waits, thread)
-            if where < end:
-                part = self._part(blocks)
-                part.segment, part.mask, part.segments = int(where), None, None
-                part.waiting = np.zeros(part.size, bool)
-                part._pass_barrier()
-                parts.append(part)
+        for segment in np.unique(following):
+            part = self._part(following == segment)
+            part.segment = int(segment)
+            parts.append(part)
         return parts
 
-    def _barrier_fault(self, segment: int, thread: int) -> Fault:
-        segments, instructions = self.machine.code.segments, self.machine.program.instructions
-        last = segments[segment + 1].first - 1 if segment + 1 < len(segments) else len(instructions) - 1
-        what = instructions[last]
-        return self.fault(
-            "barrier", what, self.threads[thread], None, f"not all threads of the block reach {what}"
-        )
+    def _choose(self) -> bool:
+        """Whether there are threads that do not wait; those of them farthest behind are made to run next."""
+        able = ~self.waiting & (self.segments < len(self.machine.code.segments))
+        if not able.any():
+            return False
+        self.segment = int(self.segments[able].min())
+        mask = able & (self.segments == self.segment)
+        if mask.all():
+            self.mask = self.segments = None
+        else:
+            self.mask = mask
+        return True
+
+    def _resolve(self) -> list["Group"]:
+        """The groups that go on when every thread waits or has returned."""
+        by_block = self.segments.reshape(len(self.blocks), -1)
+        waiting = self.waiting.reshape(len(self.blocks), -1)
+        # Each waits at the barrier before its segment; no barrier waits for another, or for one that returned.
+        apart = waiting.any(axis=1)[:, None] & (by_block != by_block.min(axis=1)[:, None])
+        if apart.any():
+            block, _ = np.argwhere(apart)[0]
+            barrier = self.machine.code.segments[by_block[block].min() - 1].last
+            thread = self.threads[np.flatnonzero(apart)[0]]
+            detail = f"not all threads of the block reach {barrier}"
+            raise self.fault("barrier", barrier, thread, None, detail)
+        parts = self._split(by_block[:, 0])
+        for part in parts:
+            if part.segment < len(self.machine.code.segments):
+                part._pass_barrier()
+        return parts
 
     def _pass_barrier(self) -> None:
         self.barrier = self.machine.order.pass_barrier(self.blocks)
