@@ -1,8 +1,20 @@
 """The global memory of a launch: the tensors of the CPU that its kernel may read and write."""
 
+import ctypes
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+# All addresses of this process as an array, of which only registered ranges may be touched. (NumPy takes no
+# array at address 0.)
+FIRST = 4096
+_ALL = np.frombuffer((ctypes.c_uint8 * (2**47 - FIRST)).from_address(FIRST), np.uint8)
+
+
+def real_memory(size: int, count: int) -> np.ndarray:
+    """The process's memory as rows of `count` numbers of `size` bytes each; the first is at address FIRST."""
+    return _ALL[: len(_ALL) // 64 * 64].view(f"u{size}").reshape(-1, count)
 
 
 class Range(NamedTuple):

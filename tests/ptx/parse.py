@@ -1,6 +1,7 @@
 """PTX as data: the instructions of the one kernel of a text, with the lines of Python that they come from."""
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -17,7 +18,7 @@ class Where(NamedTuple):
 
 class Instruction(NamedTuple):
     """`@guard opcode operands;`. An operand is a register ("%r1"), a number or a name as it is written; an
-    address is ("[", base, offset), a vector a tuple of operands."""
+    address is ("[", base, offset), a vector a tuple of operands, a table of branches a tuple of labels."""
 
     opcode: str
     operands: tuple
@@ -36,7 +37,8 @@ class Parameter(NamedTuple):
     pointer: bool  # to global memory
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Program:
     name: str
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]  # the number of the instruction that follows
@@ -54,6 +56,7 @@ LOC = re.compile(
     r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:\s*,\s*function_name[^,]*,\s*inlined_at\s+(\d+)\s+(\d+)\s+\d+)?"
 )
 LABEL = re.compile(r"(\$\w+):")
+BRANCHES = re.compile(r"\.branchtargets\s+(.*)", re.S)
 OPERATION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 
 
@@ -70,8 +73,8 @@ def parse(ptx: str) -> Program:
     body_line = ptx.count("\n", 0, entry.end()) + 1
     end = ptx.index("\n}", entry.end())
     instructions: list[Instruction] = []
-    labels, registers, callers = {}, {}, {}
-    where, rest, first_line = None, "", 0
+    labels, registers, callers, tables = {}, {}, {}, {}
+    where, rest, first_line, table = None, "", 0, ""
     for i, raw in enumerate(ptx[entry.end() : end].split("\n")):
         line = raw.split("//")[0].strip()
         if loc := LOC.match(line):
@@ -89,14 +92,20 @@ def parse(ptx: str) -> Program:
                 raise ValueError(f"line {body_line + i} of the PTX: unknown directive {line!r}")
             continue
         if label := LABEL.match(line):
-            labels[label[1]] = len(instructions)
+            table = label[1]
+            labels[table] = len(instructions)
             line = line[label.end() :].strip()
         if not line:
             continue
         first_line = first_line or body_line + i
         *done, rest = (rest + " " + line).split(";")
         for text in done:
-            instructions.append(_instruction(text.strip(), first_line, where))
+            if found := BRANCHES.fullmatch(text.strip()):  # the table of a brx.idx, which follows
+                tables[table] = tuple(_split(found[1]))
+                continue
+            one = _instruction(text.strip(), first_line, where)
+            operands = tuple(tables.get(o, o) if isinstance(o, str) else o for o in one.operands)
+            instructions.append(one._replace(operands=operands))
         rest = rest.strip()
         if not rest:
             first_line = 0
