@@ -27,7 +27,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-
 def pytest_addoption(parser):
     parser.addoption(
         "--whole", action="store_true", help="of tests/ptx, everything, in place of what CI has time for"

@@ -1,17 +1,17 @@
-"""Launches of the Triton kernels, executed on the CPU: Triton compiles each for sm_80, the stand-in for the driver
-(cuda_stand_in.py) records what the launcher hands over, and the machine (machine.py) runs the PTX on the tensors.
+"""Launches of the Triton kernels, executed on the CPU: Triton compiles each for sm_80, the stand-in for the
+driver (cuda_stand_in.py) records what the launcher hands over, and machine.py runs the PTX on the tensors.
 """
 
 from collections.abc import Callable, Iterator
 
 import cuda_stand_in
-from ptx import machine
-from ptx.memory import Memory
-from ptx.parse import parse
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
 from darts_fast.kernels.triton.launch import Launch
+from ptx import machine
+from ptx.memory import Memory
+from ptx.parse import parse
 
 
 class Execution:
@@ -63,4 +63,6 @@ def tensors(planned: Launch) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, tuple):
-            yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(value) if isinstance(tensor, Tensor))
+            yield from (
+                (f"{name}[{i}]", tensor) for i, tensor in enumerate(value) if isinstance(tensor, Tensor)
+            )

@@ -1,6 +1,6 @@
-"""The Triton kernels as they are compiled for sm_80, executed on the CPU (execution.py): their cases against the
-equations in float64, in several orders of blocks, whole steps call by call (proofs.py), and what is found where a
-kernel is damaged.
+"""The Triton kernels as they are compiled for sm_80, executed on the CPU (execution.py): cases against their
+equations in float64, in several orders of blocks; whole steps, call by call (proofs.py); what is found where
+a kernel is damaged.
 
 CI runs a part, in minutes; `pytest tests/ptx --whole` runs everything.
 """
@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 import cuda_stand_in  # noqa: E402
-from ptx import proofs  # noqa: E402
 
 from darts_fast.kernels.triton import compilation  # noqa: E402
+from ptx import proofs  # noqa: E402
 
 LACKING = compilation.missing_for_launches()
 # Triton compiles its launcher with the host's compiler and Python's headers, here as on a GPU.
@@ -56,9 +56,13 @@ def pytest_generate_tests(metafunc):
     whole = metafunc.config.getoption("whole")
     every_type = list(proofs.DTYPES) if whole else ["float32"]
     values = {
-        "case": [(name, dtype) for name in proofs.CASES for dtype in proofs.DTYPES] if whole else proofs.SHORT,
+        "case": [(name, dtype) for name in proofs.CASES for dtype in proofs.DTYPES]
+        if whole
+        else proofs.SHORT,
         "several": [(name, dtype) for name in proofs.SEVERAL_PROGRAMS for dtype in every_type],
-        "step": [(name, dtype) for name in proofs.STEPS for dtype in proofs.DTYPES] if whole else proofs.SHORT_STEPS,
+        "step": [(name, dtype) for name in proofs.STEPS for dtype in proofs.DTYPES]
+        if whole
+        else proofs.SHORT_STEPS,
         "damage": list(proofs.DAMAGES),
     }
     for name in metafunc.fixturenames:
