@@ -98,8 +98,8 @@ SHORT = [(name, list(DTYPES)[i % 3]) for i, name in enumerate(PATHS)] + [
 
 
 def checked(execution: Execution, name: str, dtype: str) -> list[list]:
-    """Checks a case, in which each function is launched twice, in other orders of blocks and warps: to the same
-    bits. Returns name and grid of each launch."""
+    """Checks a case, in which each function is launched twice, in other orders of blocks and warps: to the
+    same bits. Returns name and grid of each launch."""
     execution.launched.clear()
     sweeps.check(triton, DTYPES[dtype], CASES[name])
     assert not _counters(torch.device("cpu")).any(), "a counter is not zero"
@@ -107,8 +107,8 @@ def checked(execution: Execution, name: str, dtype: str) -> list[list]:
 
 
 def ordered(execution: Execution, name: str, dtype: str, orders: int) -> list[list]:
-    """Checks a case in so many pairs of orders of blocks and warps, which must all give the same bits. Returns
-    what `checked` does."""
+    """Checks a case in so many pairs of orders of blocks and warps, which must all give the same bits.
+    Returns what `checked` does."""
     execution.launched.clear()
     written = [sweeps.check(triton, DTYPES[dtype], CASES[name]) for _ in range(orders)]
     for other in written[1:]:
@@ -200,7 +200,7 @@ def search_step(execution: Execution, dtype: str, nodes: int) -> dict[str, Any]:
 
 
 def training_step(execution: Execution, dtype: str) -> dict[str, Any]:
-    """A step of a network of three cells with every operation, with drop path; as `search_step` in float32."""
+    """A step of a network of three cells with every operation, with drop path; in float32 as there."""
     concat = range(2, 6)
     genotype = darts_fast.Genotype(EVERY_OPERATION, concat, EVERY_OPERATION, concat)
     torch.manual_seed(0)
