@@ -85,7 +85,8 @@ def select(function: Function, kind: str) -> Pure:
 def shift(function: Function, kind: str) -> Pure:
     """By counts of 32 bits. In NumPy, too, a shift by all bits or more leaves zeros, or signs."""
     t, bits = TYPES[kind], bits_of(kind)
-    return Pure(lambda a, n: function(a.view(t), n.astype(t)).view(bits), (kind, "u32"))
+    most = U32(8 * t.itemsize)
+    return Pure(lambda a, n: function(a.view(t), np.minimum(n, most).astype(t)).view(bits), (kind, "u32"))
 
 
 def wide(function: Function, kind: str) -> Pure:
@@ -228,6 +229,8 @@ class Builder:
 
     def slot(self, operand: str, kind: str) -> int:
         """Of an operand; `kind` is its type if it is a number."""
+        if operand in self.slots:
+            return self.slots[operand]
         if operand[0] == "%":
             if operand not in SPECIAL and re.match(r"%[a-z]+", operand)[0] not in self.program.registers:
                 raise Unknown(f"the register {operand}")
