@@ -42,7 +42,7 @@ def run(
     text = (
         HEAD.format(parameters=parameters, threads=threads) + "mov.u32 %r0, %tid.x;\nmov.u32 %r1, %ctaid.x;\n"
     )
-    text = '.file 1 "by_hand.py"\n' + text + pointers + body + "\nret;\n}\n"
+    text = '.file 1 "by_hand.py"\n' + text + pointers + body.replace(";", ";\n") + "\nret;\n}\n"
     memory = Memory()
     for i, tensor in enumerate(tensors):
         memory.add_tensor(tensor, f"tensor {i}")
