@@ -35,8 +35,8 @@ class Launch(NamedTuple):
 def run(
     body: str, *tensors: torch.Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, seed: int = 0
 ):
-    """Runs `body`, the parameters p0, p1, ... of which are pointers to tensors. %r0 is the thread in its block,
-    %r1 the block; %rd0, %rd1, ... are the pointers."""
+    """Runs `body`, the parameters p0, p1, ... of which are pointers to tensors. %r0 is the thread in its
+    block, %r1 the block; %rd0, %rd1, ... are the pointers."""
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 p{i}" for i in range(len(tensors)))
     pointers = "".join(f"ld.param.b64 %rd{i}, [p{i}];\n" for i in range(len(tensors)))
     text = (
@@ -59,8 +59,8 @@ def registers(sizes: list[int], start: int) -> list[str]:
 
 
 def compute(instruction: str, inputs: list[np.ndarray], outputs: list[type]) -> list[np.ndarray]:
-    """What an instruction makes of unsigned inputs [n], n a multiple of 32, and bool for predicates; {0}, {1},
-    ... of its text are the outputs and then the inputs."""
+    """What an instruction makes of unsigned inputs [n], n a multiple of 32, and bool for predicates; {0},
+    {1}, ... of its text are the outputs and then the inputs."""
     count = len(inputs[0])
     given = [np.ascontiguousarray(x.astype(np.uint16) if x.dtype == bool else x) for x in inputs]
     results = [np.zeros(count, np.uint16 if t is bool else t) for t in outputs]

@@ -1,4 +1,5 @@
-"""A program as what runs: segments, the steps between two places where threads may branch, wait or be interleaved."""
+"""A program as what runs: segments, the steps between two places where threads may branch, wait or be
+interleaved."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +14,8 @@ from ptx.parse import Instruction, Program, Where
 class Fault(Exception):
     """A program did what it must not do.
 
-    `kind` is one of KINDS; `where` the line of Python, `thread` the number of the thread in its block, `block`
-    the block's place in the grid, `address` that in the space of the access (or None).
+    `kind` is one of KINDS; `where` the line of Python, `thread` the number of the thread in its block,
+    `block` the block's place in the grid, `address` that in the space of the access (or None).
     """
 
     KINDS = (
@@ -143,8 +144,8 @@ def not_surely_written(
     targets: list[tuple[int, ...]],
     effects_of: dict[Instruction, Effects],
 ) -> set[str]:
-    """The registers that some path through the program's segments reads before it writes them for every thread;
-    these are checked as the program runs."""
+    """The registers that some path through the program's segments reads before it writes them for every
+    thread; these are checked as the program runs."""
     read_first, written = [], []  # by segment: registers read before they are written, and those written
     for part in parts:
         reads_of_part: set[str] = set()

@@ -1,8 +1,8 @@
 """Each instruction of PTX that Triton makes of our kernels, as a step: a function that carries it out for a
 `Group` of threads (machine.py). What is not here is an error that names it.
 
-Registers hold arrays of bits, a number a thread: uint16, uint32, uint64, or bool of a predicate. Constants and
-special registers have slots among them, so an operand is always a slot.
+Registers hold arrays of bits, a number a thread: uint16, uint32, uint64, or bool of a predicate. Constants
+and special registers have slots among them, so an operand is always a slot.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ptx import arithmetic
-from ptx.arithmetic import F16, F32, F64, U16, U32, U64
+from ptx.arithmetic import F16, F32, U16, U32
 from ptx.parse import Instruction, Program
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Unknown(Exception):
 def bits_of(kind: str) -> np.dtype:
     """The type of the bits of a number."""
     t = TYPES[kind]
-    return t if t == bool else np.dtype(f"u{t.itemsize}")
+    return t if t.kind == "b" else np.dtype(f"u{t.itemsize}")
 
 
 # Instructions that compute

@@ -1,5 +1,5 @@
-"""The instructions, each by a program of a few lines, against the PTX manual: its formulas and tables are written
-here once more, for one thread at a time."""
+"""The instructions, each by a program of a few lines, against the PTX manual: its formulas and tables are
+written here once more, for one thread at a time."""
 
 import operator
 from collections.abc import Callable
@@ -435,8 +435,8 @@ def test_shuffles(mode, clamp, by):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_are_loaded(count, transposed):
-    """8 x 8 matrices lie in shared memory in any order of rows; lane l gets elements 2 (l % 4) and one more of row
-    l / 4 (transposed: of column l / 4)."""
+    """8 x 8 matrices lie in shared memory in any order of rows; lane l gets elements 2 (l % 4) and one more
+    of row l / 4 (transposed: of column l / 4)."""
     matrices = torch.arange(2 * count * 64, dtype=torch.int16)  # of two warps
     out = torch.zeros(count, 64, dtype=torch.int32)
     names = ", ".join(f"%r{10 + i}" for i in range(count))

@@ -327,7 +327,8 @@ NEXT = "xor.b32 %r5, %r0, {}; shl.b32 %r5, %r5, 2; add.s32 %r5, %r5, %r4;\n"  # 
     "body",
     [
         "st.shared.b32 [%r3], %r0; ld.shared.b32 %r6, [%r5];",  # read after write
-        "st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r0;",  # write after read
+        # Write after read.
+        "st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r0;",
         "st.shared.b32 [%r3], %r0; st.shared.b32 [%r5], %r0;",  # write after write
         "st.shared.b32 [%r4], %r0;",  # all to one place
     ],
@@ -376,7 +377,8 @@ def test_equal_bits_may_be_stored_twice():
 
 
 def test_halves_of_a_word_are_two_places():
-    body = "shl.b32 %r3, %r0, {}; mov.b32 %r4, smem; add.s32 %r3, %r3, %r4; cvt.u16.u32 %rs1, %r0; st.shared.b16 [%r3], %rs1;"
+    body = "shl.b32 %r3, %r0, {}; mov.b32 %r4, smem; add.s32 %r3, %r3, %r4; cvt.u16.u32 %rs1, %r0;"
+    body += "st.shared.b16 [%r3], %rs1;"
     run(body.format(1), shared=64)
 
 
@@ -434,7 +436,8 @@ def test_the_last_commits_are_left_under_way():
     """Two stages: the first is waited for while the second is under way."""
     source, out = torch.arange(64, dtype=torch.int32), zeros(32)
     body = COPY + "add.s32 %r8, %r3, 128; add.s64 %rd8, %rd9, 128; cp.async.commit_group;"
-    body += "cp.async.ca.shared.global [%r8], [%rd8], 4, 4; cp.async.commit_group; cp.async.wait_group 1; bar.sync 0;"
+    body += "cp.async.ca.shared.global [%r8], [%rd8], 4, 4; cp.async.commit_group;"
+    body += "cp.async.wait_group 1; bar.sync 0;"
     run((body + NEXT + TAKE).format(3, size=4), source, out, shared=256)
     assert out.tolist() == [n ^ 3 for n in range(32)]
     late = TAKE.replace("[%r5]", "[%r5+128]")
