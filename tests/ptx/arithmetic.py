@@ -39,9 +39,9 @@ def to_f16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), NAN_16, x.astype(F16).view(U16))
 
 
-# Fused multiply-add: a b + c rounded once. A sum that is rounded to odd (an inexact one to the neighbour whose
-# last bit is 1) can be rounded again, to a type with at least two bits fewer, as if it were exact (Boldo and
-# Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+# Fused multiply-add: a b + c rounded once. A sum that is rounded to odd (an inexact one to the neighbour
+# whose last bit is 1) can be rounded again, to a type with at least two bits fewer, as if it were exact
+# (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008).
 
 
 def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,8 +197,8 @@ def _halves(register: np.ndarray, widen) -> np.ndarray:
 
 def mma_m16n8k16(a: list, b: list, c: list, widen) -> list[np.ndarray]:
     """A [16, 16] B [16, 8] + C [16, 8] of each warp. Registers a (4) and b (2) have two elements of 2 bytes,
-    which `widen` makes float32; c (4) has one float32. Of A's registers the odd ones are of the lower eight rows,
-    the last two of the right eight columns."""
+    which `widen` makes float32; c (4) has one float32. Of A's registers the odd ones are of the lower eight
+    rows, the last two of the right eight columns."""
     a_parts = np.stack([_halves(x, widen) for x in a]).reshape(2, 2, -1, 8, 4, 2)  # [column, row, warp, ...]
     a_matrix = a_parts.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16)
     b_parts = np.stack([_halves(x, widen) for x in b])  # [row, warp, column, 4, 2]

@@ -1,8 +1,9 @@
-"""A program as what runs: segments, the steps between two places where threads may branch, wait or be interleaved."""
+"""A program as what runs: segments, the steps between two places where threads may branch, wait or be
+interleaved."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from ptx.parse import Instruction, Program, Where
 class Fault(Exception):
     """A program did what it must not do.
 
-    `kind` is one of KINDS; `where` the line of Python, `thread` the number of the thread in its block, `block`
-    the block's place in the grid, `address` that in the space of the access (or None).
+    `kind` is one of KINDS; `where` the line of Python, `thread` the number of the thread in its block,
+    `block` the block's place in the grid, `address` that in the space of the access (or None).
     """
 
     KINDS = (
@@ -77,19 +78,26 @@ def labels_of(instruction: Instruction) -> tuple[str, ...]:
     return instruction.operands if instruction.opcode in ("bra", "bra.uni") else ()
 
 
-def effects(instruction: Instruction) -> tuple[set[str], set[str]]:
-    """The registers that an instruction reads, and those that it writes."""
+class Effects(NamedTuple):
+    reads: set[str]  # registers
+    writes: set[str]
 
-    def registers(operands: Iterable) -> set[str]:
-        if isinstance(operands, str):
-            return {operands} if operands[0] == "%" and operands not in SPECIAL else set()
-        return {name for operand in operands if not isinstance(operand, int) for name in registers(operand)}
 
+def effects(instruction: Instruction) -> Effects:
     targets = 0 if instruction.opcode.split(".")[0] in ("st", "bra", "brx", "bar", "ret", "cp") else 1
     reads = registers(instruction.operands[targets:])
     if instruction.guard:
         reads.add(instruction.guard.lstrip("!"))
-    return reads, registers(instruction.operands[:targets])
+    return Effects(reads, registers(instruction.operands[:targets]))
+
+
+def registers(operands: tuple) -> set[str]:
+    names = []
+    for operand in operands:
+        names += (
+            [operand] if isinstance(operand, str) else [name for name in operand if isinstance(name, str)]
+        )
+    return {name for name in names if name[0] == "%" and name not in SPECIAL}
 
 
 @cache
@@ -105,7 +113,8 @@ def compiled(program: Program) -> Code:
     for part in parts:
         found = tuple(number[program.labels[label]] for label in labels_of(part[-1]))
         targets.append((len(parts),) if part[-1].opcode == "ret" else found)
-    checked = not_surely_written(parts, targets)
+    effects_of = {one: effects(one) for one in instructions}
+    checked = not_surely_written(parts, targets, effects_of)
     segments = []
     for part, places in zip(parts, targets, strict=True):
         segment = Segment([], part[-1], end_of(part[-1]), targets=places)
@@ -120,7 +129,7 @@ def compiled(program: Program) -> Code:
                     raise Unknown(one.text)
             except Unknown as unknown:
                 raise unknown_instruction(program, one, unknown) from None
-            segment.steps += checking(builder, one, step, checked)
+            segment.steps += checking(builder, one, step, effects_of[one], checked)
         segments.append(segment)
     return Code(builder, segments, written_parameters(program), grains(instructions))
 
@@ -130,15 +139,19 @@ def unknown_instruction(program: Program, instruction: Instruction, unknown: Unk
     return Fault("unknown instruction", program.name, instruction.where, None, None, None, detail)
 
 
-def not_surely_written(parts: list[tuple[Instruction, ...]], targets: list[tuple[int, ...]]) -> set[str]:
-    """The registers that some path through the program's segments reads before it writes them for every thread;
-    these are checked as the program runs."""
+def not_surely_written(
+    parts: list[tuple[Instruction, ...]],
+    targets: list[tuple[int, ...]],
+    effects_of: dict[Instruction, Effects],
+) -> set[str]:
+    """The registers that some path through the program's segments reads before it writes them for every
+    thread; these are checked as the program runs."""
     read_first, written = [], []  # by segment: registers read before they are written, and those written
     for part in parts:
         reads_of_part: set[str] = set()
         writes_of_part: set[str] = set()
         for one in part:
-            reads, writes = effects(one)
+            reads, writes = effects_of[one]
             reads_of_part |= reads - writes_of_part
             if one.guard is None:
                 writes_of_part |= writes
@@ -159,10 +172,12 @@ def not_surely_written(parts: list[tuple[Instruction, ...]], targets: list[tuple
     return set().union(*(reads - surely for reads, surely in zip(read_first, before, strict=True)))
 
 
-def checking(builder: Builder, instruction: Instruction, step: Step | None, checked: set[str]) -> list[Step]:
+def checking(
+    builder: Builder, instruction: Instruction, step: Step | None, effects: Effects, checked: set[str]
+) -> list[Step]:
     """The step (of a branch none), made to note which threads wrote the registers of `checked`, and to fault
     where a thread reads one that it has not written."""
-    reads, writes = (sorted(names & checked) for names in effects(instruction))
+    reads, writes = (sorted(names & checked) for names in effects)
     if not reads and not writes:
         return [] if step is None else [step]
     guard = builder.guard(instruction)

@@ -1,8 +1,8 @@
 """Each instruction of PTX that Triton makes of our kernels, as a step: a function that carries it out for a
 `Group` of threads (machine.py). What is not here is an error that names it.
 
-Registers hold arrays of bits, a number a thread: uint16, uint32, uint64, or bool of a predicate. Constants and
-special registers have slots among them, so an operand is always a slot.
+Registers hold arrays of bits, a number a thread: uint16, uint32, uint64, or bool of a predicate. Constants
+and special registers have slots among them, so an operand is always a slot.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ptx import arithmetic
-from ptx.arithmetic import F16, F32, F64, U16, U32, U64
+from ptx.arithmetic import F16, F32, U16, U32
 from ptx.parse import Instruction, Program
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Unknown(Exception):
 def bits_of(kind: str) -> np.dtype:
     """The type of the bits of a number."""
     t = TYPES[kind]
-    return t if t == bool else np.dtype(f"u{t.itemsize}")
+    return t if t.kind == "b" else np.dtype(f"u{t.itemsize}")
 
 
 # Instructions that compute
@@ -85,7 +85,8 @@ def select(function: Function, kind: str) -> Pure:
 def shift(function: Function, kind: str) -> Pure:
     """By counts of 32 bits. In NumPy, too, a shift by all bits or more leaves zeros, or signs."""
     t, bits = TYPES[kind], bits_of(kind)
-    return Pure(lambda a, n: function(a.view(t), n.astype(t)).view(bits), (kind, "u32"))
+    most = U32(8 * t.itemsize)
+    return Pure(lambda a, n: function(a.view(t), np.minimum(n, most).astype(t)).view(bits), (kind, "u32"))
 
 
 def wide(function: Function, kind: str) -> Pure:
@@ -228,6 +229,8 @@ class Builder:
 
     def slot(self, operand: str, kind: str) -> int:
         """Of an operand; `kind` is its type if it is a number."""
+        if operand in self.slots:
+            return self.slots[operand]
         if operand[0] == "%":
             if operand not in SPECIAL and re.match(r"%[a-z]+", operand)[0] not in self.program.registers:
                 raise Unknown(f"the register {operand}")

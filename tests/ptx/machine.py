@@ -1,8 +1,8 @@
 """Runs a program of PTX: the threads of several blocks at once, as vectors, with a mask where they diverge.
 
-Blocks are taken in an order that depends on the seed, and cut into groups that run in turn, each from one barrier or
-atomic to the next. Where whole blocks of a group branch apart, it is split; where threads of a block do, those that
-are the farthest behind in the program run, under a mask, until they meet the others.
+Blocks are taken in an order that depends on the seed, and cut into groups that run in turn, each from one
+barrier or atomic to the next. Where whole blocks of a group branch apart, it is split; where threads of a
+block do, those that are the farthest behind in the program run, under a mask, until they meet the others.
 """
 
 from typing import Protocol
@@ -86,7 +86,8 @@ class Machine:
 
 
 class Group:
-    """Blocks that run together. All its threads are one vector; `mask` says which of them run, None that all do."""
+    """Blocks that run together. All its threads are one vector; `mask` says which of them run, None that all
+    do."""
 
     def __init__(self, machine: Machine, blocks: np.ndarray, spaces: dict[str, Space]):
         self.machine, self.blocks, self.spaces = machine, blocks, spaces
@@ -261,7 +262,8 @@ class Group:
         """The groups that go on when every thread waits or has returned."""
         by_block = self.segments.reshape(len(self.blocks), -1)
         waiting = self.waiting.reshape(len(self.blocks), -1)
-        # Each waits at the barrier before its segment; no barrier waits for another, or for one that returned.
+        # Each waits at the barrier before its segment; no barrier waits for another, or for one that
+        # returned.
         apart = waiting.any(axis=1)[:, None] & (by_block != by_block.min(axis=1)[:, None])
         if apart.any():
             block, _ = np.argwhere(apart)[0]

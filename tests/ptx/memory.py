@@ -28,9 +28,9 @@ class Range(NamedTuple):
 class Memory:
     """The tensors that a launch may touch; everything else is out of bounds.
 
-    A pointer that the kernel is given belongs to one range, see `find`, and what the kernel computes from this
-    pointer may touch that range alone: running over into the neighbour is a fault, though the neighbour is a
-    tensor, too. Ranges may overlap, as those of two views of one tensor do.
+    A pointer that the kernel is given belongs to one range, see `find`, and what the kernel computes from
+    this pointer may touch that range alone: running over into the neighbour is a fault, though the neighbour
+    is a tensor, too. Ranges may overlap, as those of two views of one tensor do.
     """
 
     def __init__(self) -> None:
@@ -41,8 +41,8 @@ class Memory:
         self.ranges.append(Range(address, address + size, name))
 
     def add_tensor(self, tensor: Tensor, name: str) -> None:
-        """Registers the bytes from the first to the last element of a tensor of the CPU (of a slice of channels
-        also those between)."""
+        """Registers the bytes from the first to the last element of a tensor of the CPU (of a slice of
+        channels also those between)."""
         assert tensor.device.type == "cpu", tensor.device
         if tensor.numel():
             last = sum(

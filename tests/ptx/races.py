@@ -1,24 +1,27 @@
-"""Which accesses of memory are ordered, and what was accessed: a race is two accesses of one place by different
-threads, one of them writing, neither ordered after the other.
+"""Which accesses of memory are ordered. A race is two accesses of one place by different threads, one of them
+writing, neither ordered after the other.
 
-What orders, and nothing else does:
+These order, and nothing else does:
 
 - a thread's own program;
-- `bar.sync` within a block: all before it comes before all after it, of shared and of global memory;
-- `bar.warp.sync` within a warp. The threads of a warp do not run in step (since Volta): neither a shuffle nor
-  that they execute one instruction together orders their accesses;
-- an atomic with acquire and release, between blocks: it releases the thread's own accesses, and those of its
-  block before the block's last `bar.sync`; and it acquires what the atomics before it at that address
-  released, for the thread's block from its next `bar.sync` on. So a program that counts itself at the end of
-  `last_program` (kernels/triton/launch.py) must have a barrier before the atomic, and one after it before what
-  other programs stored is read. What the atomics themselves access never races with atomics.
+- `bar.sync`, within a block: all before it comes before all after it, in shared and in global memory;
+- `bar.warp.sync`, within a warp. Since Volta the threads of a warp do not run in step: neither a shuffle nor
+  that they execute an instruction together orders what they access;
+- an atomic with acquire and release, between blocks. It releases the thread's own accesses and, because a
+  barrier is cumulative, those of its block before the block's last `bar.sync`. It acquires what the atomics
+  before it at that address released, for the thread's block from its next `bar.sync` on. So `last_program`
+  (kernels/triton/launch.py) needs a barrier before the atomic, else it does not release what other threads
+  stored, and one after it before other programs' sums are read. Atomics do not race with each other.
 
-Two threads that write the same bits to one place do not race with each other: Triton stores what several
-threads hold from each of them. `cp.async` writes at some time between its issue and the end of a
-`cp.async.wait_group` of its thread, which waits for it: an access between is a race, also the thread's own;
-after it the writing is the thread's, and the others see it after a barrier.
+Threads may write equal bits to one place: Triton stores a number that several threads hold from each of them.
+If the bits differ it is a race, also by one instruction, because PTX does not say which are kept.
 
-Time is a number that grows with every access. Threads are numbered through the grid: block * threads + thread.
+`cp.async` writes at some time between its issue and the end of the `cp.async.wait_group` that waits for it.
+Any access between is a race, also of the thread itself; afterwards it is as if the thread had written then.
+
+Blocks run in some order, but whether accesses race does not depend on it, only on what ordered them.
+
+Time is a number that grows with every access. Threads are numbered through the grid.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Global and shared memory as instructions see them: bounds, alignment, and what races.
 
-An access is of `count` neighbouring numbers of `size` bytes by each of some threads. `addresses` and `threads`
-(numbered through the grid) have an entry for each.
+An access is of `count` neighbouring numbers of `size` bytes by each of some threads. `addresses` and
+`threads` (numbered through the grid) have an entry for each.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,8 +47,8 @@ class Space:
     def locate(
         self, g: "Group", what: Instruction, addresses: np.ndarray, threads: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The rows of accesses of `size` bytes in `view`, and the first of each one's places in the shadow, None if
-        nothing there is ever written. Raises Fault."""
+        """The rows of accesses of `size` bytes in `view`, and the first of each one's places in the shadow,
+        None if nothing there is ever written. Raises Fault."""
         raise NotImplementedError
 
     def view(self, size: int, count: int) -> np.ndarray:
@@ -134,8 +134,8 @@ class Global(Space):
         self.names = ["no parameter", *(f"parameter {i}, {one.name}" for i, one in enumerate(ranges))]
         self.starts = np.array([0, *(one.start for one in ranges)])
         self.ends = np.array([0, *(one.end for one in ranges)])
-        # What is added to an address made from a parameter to give its byte in the shadow; ranges that overlap
-        # have the same. The first 16 bytes are of all that is never written.
+        # What is added to an address made from a parameter to give its byte in the shadow; ranges that
+        # overlap have the same. The first 16 bytes are of all that is never written.
         self.shadowed, self.shift = np.zeros(len(values) + 1, bool), np.zeros(len(values) + 1, np.int64)
         size = 16
         for start, end in united(ranges):
