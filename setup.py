@@ -31,13 +31,15 @@ FLAGS = [
 class BuildLevels(build_ext):
     """Plain libraries, which know nothing of Python: no module's name, no module's symbols."""
 
+    build_temp: str
+
     def build_extension(self, ext: Extension) -> None:
         # On Linux, GCC's OpenMP is that of PyTorch, with which library.py loads the libraries; they are not
         # linked to a second one.
         if sys.platform != "linux" or "clang" in " ".join(self.compiler.compiler_so):
             ext.extra_link_args = ["-fopenmp"]
         # Each library compiles the same sources, so each has a folder of its own for its objects.
-        shared: str = self.build_temp
+        shared = self.build_temp
         self.build_temp = str(Path(shared) / ext.name)
         try:
             super().build_extension(ext)

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,8 +23,9 @@ import traffic  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 
 FILE = Path(__file__).with_name("baseline.json")
-SETTING = {"batch_size": 16, "channels": 16, "layers": 3, "size": 16}
-TRAINING = {"batch_size": 16, "channels": 36, "layers": 4, "size": 32}  # with the auxiliary head
+SETTING: dict[str, Any] = {"batch_size": 16, "channels": 16, "layers": 3, "size": 16}
+# With the auxiliary head
+TRAINING: dict[str, Any] = {"batch_size": 16, "channels": 36, "layers": 4, "size": 32}
 
 Counts = dict[str, dict[str, int]]  # by "variant: phase" or kernel, then by what is counted
 
@@ -72,7 +74,7 @@ def compiled() -> Counts:
     """Of the first launch of every kernel at 16 channels."""
     from darts_fast.kernels.triton import aot
 
-    first = {}
+    first: dict[str, Any] = {}
     for planned in aot.supernet_launches(torch.bfloat16, quick=True):
         first.setdefault(planned.name, planned)
     found = {}
@@ -111,7 +113,8 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the counts of now")
     args = parser.parse_args()
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
-    found, lines = {"versions": versions(), "setting": SETTING, "training": TRAINING}, []
+    found: dict[str, Any] = {"versions": versions(), "setting": SETTING, "training": TRAINING}
+    lines = []
     for part, figures in (("counts", counted), ("compiled", compiled)):
         version, then = found["versions"][part], before.get("versions", {}).get(part)
         if then not in (version, None) and not args.update:

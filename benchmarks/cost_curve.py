@@ -11,16 +11,17 @@ the run folders below searchs/ and augments/ of the current folder, which must b
 import argparse
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from darts_fast import SearchConfig, TrainConfig, search, train
 from darts_fast.config import OneSentenceParser
 from darts_fast.errors import say
 from darts_fast.runs import run_program, write_atomically, writing
+from darts_fast.tables import markdown_table, mean_and_deviation
 
 RESULTS = Path(__file__).parent / "results"
-TRAINING = {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5}
+TRAINING: dict[str, Any] = {"epochs": 20, "init_channels": 8, "layers": 3, "train_portion": 0.5}
 
 
 class Point(NamedTuple):
@@ -30,16 +31,10 @@ class Point(NamedTuple):
 
 def point(weight: float, seed: int) -> Point:
     """What a search derives after its last epoch, trained."""
-    settings = {"seed": seed, "name": f"cost-{weight:g}-{seed}", "fused": True}
+    settings: dict[str, Any] = {"seed": seed, "name": f"cost-{weight:g}-{seed}", "fused": True}
     found = search(SearchConfig(macs_weight=weight, **settings)).final_genotype
     result = train(TrainConfig(genotype=str(found), **settings, **TRAINING))
     return Point(result.multiply_adds, 100 * result.top1)
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and sample standard deviation in words."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:
@@ -52,12 +47,17 @@ def main() -> None:
     args = parser.parse_args()
     points = {weight: [point(weight, seed) for seed in args.seeds] for weight in args.weights}
     rows = [
-        f"| {weight:g} | {spread([p.macs / 1e6 for p in found])} | {spread([p.top1 for p in found])} |"
+        (
+            f"{weight:g}",
+            mean_and_deviation([p.macs / 1e6 for p in found]),
+            mean_and_deviation([p.top1 for p in found]),
+        )
         for weight, found in points.items()
     ]
+    header = ("macs_weight", "multiply-adds, M", "validation top-1, %")
     seeds = ", ".join(map(str, args.seeds))
     head = f"Digits, seeds {seeds}, by `python benchmarks/cost_curve.py`; mean ± deviation."
-    table = [head, "", "| macs_weight | multiply-adds, M | validation top-1, % |", "|---|---|---|", *rows, ""]
+    table = [head, "", *markdown_table(header, rows), ""]
     with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out / "cost_curve.md", "\n".join(table).encode())

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def searches(dataset: str, args: argparse.Namespace) -> dict[str, Search]:
     """By name, the reference first."""
     data = load(dataset, args.data_path)
     data = dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
-    variants = {REFERENCE: {}, MOVED: {}, "fused, float32": {"fused": True}}
+    variants: dict[str, dict[str, Any]] = {REFERENCE: {}, MOVED: {}, "fused, float32": {"fused": True}}
     variants |= {f"fused, {name}": {"fused": True, "amp_dtype": name} for name in args.amp_dtype}
     common = {name: getattr(args, name) for name in ("epochs", "init_channels", "layers")}
     found = {
@@ -57,7 +58,8 @@ def race(dataset: str, args: argparse.Namespace) -> dict[str, Curve]:
     """The searches' curves by name."""
     found = searches(dataset, args)
     reference = found[REFERENCE]
-    start, curves, seconds = alphas(reference), {name: [] for name in found}, dict.fromkeys(found, 0.0)
+    start, seconds = alphas(reference), dict.fromkeys(found, 0.0)
+    curves: dict[str, Curve] = {name: [] for name in found}
     for epoch in range(args.epochs):
         for step in range(reference.steps_per_epoch):
             for name, search in found.items():
@@ -68,8 +70,8 @@ def race(dataset: str, args: argparse.Namespace) -> dict[str, Curve]:
                 (loss, *_), _ = search.take_step(search.learning_rate())
                 seconds[name] += time.process_time() - before
                 moved, expected = ((alphas(s) - start).double() for s in (search, reference))
-                cosine = torch.cosine_similarity(moved, expected, dim=0)
-                curves[name].append((float(loss), float(cosine)))
+                along = torch.cosine_similarity(moved, expected, dim=0)
+                curves[name].append((float(loss), float(along)))
         print(f"{dataset}, epoch {epoch + 1}, step {step + 1}:", flush=True)
         for name, search in found.items():
             loss, cosine = curves[name][-1]

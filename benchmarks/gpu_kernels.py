@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import race
@@ -28,7 +29,8 @@ def compilation(bench: Bench) -> None:
 
     major, minor = torch.cuda.get_device_capability() if bench.cuda else (9, 0)
     count = 1 if bench.quick else processes()
-    bench.part["facts"] = facts = {"processes": count, "kernels compiled": 0, "failed": []}
+    facts: dict[str, Any] = {"processes": count, "kernels compiled": 0, "failed": []}
+    bench.part["facts"] = facts
     started = time.monotonic()
     # In the order in which the other sections launch them.
     kinds = ["float16", "float32", "bfloat16", "training float16", "training float32"]
@@ -62,7 +64,7 @@ def launches_to_compile(bench: Bench, kind: str) -> list:
     from darts_fast.kernels.triton.compilation import unique
 
     if kind.startswith("training"):
-        found = launches_of_a_training(kind.split()[1])
+        found = list(launches_of_a_training(kind.split()[1]))
     else:
         settings = [bench.setting]
         if not bench.quick:
@@ -106,13 +108,13 @@ def kernels(bench: Bench) -> None:
     for dtype in ("float32",) if bench.quick else ("float16", "float32"):
         found = _observed(bench, dtype)
         dot, fma = (ceilings.get("matmul", {}).get(name) for name in (dtype, "float32"))
-        rows = []
+        rows: list[tuple[Any, int, float, float, str]] = []
         for planned, count in found:
             if bench.left() < 8:
                 bench.fact(f"{dtype}: not timed for want of time", len(found) - len(rows))
                 break
             seconds = timed(
-                lambda p=planned: _again(p),
+                partial(_again, planned),
                 bench.cuda,
                 repeats=5 if bench.cuda else 1,
                 inner=10 if bench.cuda else 1,
@@ -121,7 +123,7 @@ def kernels(bench: Bench) -> None:
             least = {"bytes": planned.bytes / copy}
             if dot and fma:
                 least["operations"] = depthwise / fma + pointwise / dot
-            bound = max(least, key=least.get)
+            bound = max(least, key=least.__getitem__)
             rows.append((planned, count, seconds, least[bound] / seconds, bound))
         rows.sort(key=lambda row: row[1] * row[2], reverse=True)
         bench.part.setdefault("rooflines", {})[dtype] = [
@@ -172,9 +174,9 @@ def _observed(bench: Bench, dtype: str) -> list[tuple[Any, int]]:
         else:
             supernet = race.supernet(setting.init_channels, setting.layers, True, torch.float32)
             pair = race.batches(setting.batch_size, setting.size, torch.float32)
-            batches = (tuple(t.to(bench.device) for t in batch) for batch in pair)
+            train, validation = ((x.to(bench.device), y.to(bench.device)) for x, y in pair)
             config = SearchConfig(fused=True, amp_dtype=None if dtype == "float32" else dtype)
-            SearchStep(supernet.to(bench.device), config)(*batches, race.LR)
+            SearchStep(supernet.to(bench.device), config)(train, validation, race.LR)
     found: dict[tuple, list] = {}
     for planned in _launches(calls):
         key = planned.name, planned.grid, str(planned.constants)

@@ -34,7 +34,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import draw  # noqa: E402
-import race_tables  # noqa: E402
 from gpu_bench import Bench, Part  # noqa: E402
 from gpu_kernels import compilation, kernels  # noqa: E402
 from gpu_sections import (  # noqa: E402
@@ -48,6 +47,8 @@ from gpu_sections import (  # noqa: E402
     time_line,
     training,
 )
+
+from darts_fast.tables import markdown_table  # noqa: E402
 
 # Nothing here asks for CUDA when it is imported: each section is a fork of this process.
 
@@ -114,7 +115,7 @@ def markdown(sections: dict[str, Part], files: list[str]) -> str:
         for variant, reason in part.get("left out", {}).items():
             lines.append(f"- left out: {variant} ({reason})")
         for title, (header, rows) in part.get("tables", {}).items():
-            lines += ["", f"**{title}**", "", race_tables.markdown(header, rows)]
+            lines += ["", f"**{title}**", "", *markdown_table(header, rows, numbers=True)]
         if "error" in part:
             lines += ["", "Where it ended:", "", "```", part["error"].strip()[-6000:], "```"]
     return "\n".join(lines) + "\n"
@@ -152,6 +153,7 @@ def supervised(name: str, args: argparse.Namespace, parts: Path, seconds: float)
             return json.loads(path.read_text())
         return {}
 
+    assert process.pid is not None  # it has begun
     try:
         while process.is_alive() and time.monotonic() < end:
             process.join(min(3.0, max(0.0, end - time.monotonic())))

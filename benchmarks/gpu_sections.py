@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import race
 import race_tables
@@ -61,7 +63,7 @@ def environment(bench: Bench) -> None:
             continue
         torch.backends.cuda.matmul.allow_tf32 = tf32
         a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
-        seconds = timed(lambda a=a, b=b: a @ b, bench.cuda, repeats=5, inner=2)
+        seconds = timed(partial(torch.matmul, a, b), bench.cuda, repeats=5, inner=2)
         torch.backends.cuda.matmul.allow_tf32 = False
         bench.part["matmul"][name] = 2 * side**3 / seconds
         bench.fact(f"matrix product {side}^3, {name}, TFLOP/s", f"{2 * side**3 / seconds / 1e12:.3g}")
@@ -88,7 +90,7 @@ def agreement(bench: Bench) -> None:
         return race.supernet(channels, layers, fused, torch.float32).to(device)
 
     with strict_float32():
-        exact = race.quantities(reference.double().to(device), *pair)
+        exact = race.quantities(reference.double().to(device), pair)
         rows, header = [], ["precision", *(f"{name}: error, cosine" for name in exact)]
 
         def add(name: str, found: dict[str, torch.Tensor]) -> None:
@@ -101,11 +103,11 @@ def agreement(bench: Bench) -> None:
             rows.append(cells)
             bench.table("against the reference in float64", header, rows)
 
-        add("fused, float32", race.quantities(network(True), *narrow))
-        again = [race.quantities(network(True), *narrow) for _ in range(2)]
+        add("fused, float32", race.quantities(network(True), narrow))
+        again = [race.quantities(network(True), narrow) for _ in range(2)]
         same = all(torch.equal(again[0][name], again[1][name]) for name in exact)
         bench.fact("fused, float32: twice the same bits", same)
-        add("reference, float32", race.quantities(network(False), *narrow))
+        add("reference, float32", race.quantities(network(False), narrow))
         beyond = None
         try:
             found = race.check_on(device, channels, layers, size, 4 if bench.quick else 8)
@@ -118,14 +120,14 @@ def agreement(bench: Bench) -> None:
             bench.fact("captured as uncaptured, float32", _captured_alike(bench, None))
         for name in ["bfloat16"] if bench.quick else ["float16", "bfloat16"]:
             dtype, scale = TYPES[name], FIRST_LOSS_SCALE if name == "float16" else None
-            add(f"fused, {name}", race.quantities(network(True), *narrow, dtype, scale))
+            add(f"fused, {name}", race.quantities(network(True), narrow, dtype, scale))
             with torch.autocast(device.type, dtype=dtype):
-                add(f"reference, {name}, autocast", race.quantities(network(False), *narrow, None, scale))
+                add(f"reference, {name}, autocast", race.quantities(network(False), narrow, None, scale))
             if bench.cuda:
                 bench.fact(f"captured as uncaptured, {name}", _captured_alike(bench, name))
         if bench.cuda:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            add("reference, TF32", race.quantities(network(False), *narrow))
+            add("reference, TF32", race.quantities(network(False), narrow))
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not same or any(str(v).startswith("no") for v in bench.part["facts"].values()):
         raise RuntimeError("two runs, or captured and uncaptured, differ")
@@ -146,7 +148,7 @@ def _captured_alike(bench: Bench, amp_dtype: str | None) -> str:
         step = SearchStep(module, SearchConfig(fused=True, amp_dtype=amp_dtype))
         buffers = {name: t.clone() for name, t in inputs.items()}
         take = Captured(step.take, buffers, step.tensors, graph)
-        values = [take(**inputs) for _ in range(3)]
+        values = [take(None, **inputs) for _ in range(3)]
         ends.append([*values, *step.tensors()])
     differ = sum(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
     return "the same bits" if not differ else f"no: {differ} of {len(ends[0])} tensors differ"
@@ -222,7 +224,7 @@ def time_line(bench: Bench) -> None:
         name = "fused, ATen" if race.missing(race.VARIANTS["fused, C++"], bench.device) else "fused, C++"
     with strict_float32():
         runner = race.Runner(name, bench.setting, bench.device)
-        trial = runner.graph and runner.graph.trial
+        trial = None if runner.graph is None else runner.graph.trial
         profiler = profiling.Profiler(1 if bench.quick else 3, bench.device, trial)
         for _ in range(profiling.WARM_UP + profiler.steps):
             with profiler.step():
@@ -267,7 +269,7 @@ def lanes(events: list[dict], cuda: bool) -> dict[str, list[tuple[float, float]]
     totals: dict[str, float] = {}
     for e in inside:
         totals[e["name"]] = totals.get(e["name"], 0.0) + e["dur"]
-    first = sorted(totals, key=totals.get, reverse=True)[:8]
+    first = sorted(totals, key=totals.__getitem__, reverse=True)[:8]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in first}
     for e in inside[:20000]:
         lane = found.setdefault(e["name"] if e["name"] in first else "everything else", [])
@@ -283,15 +285,14 @@ def dataset(bench: Bench) -> Dataset:
         return load("cifar10", bench.args.data_path)
     generator = torch.Generator().manual_seed(0)
     train, test, side = (40, 8, 8) if bench.quick else (50000, 10000, 32)
-    parts = [
-        part
-        for n in (train, test)
-        for part in (
+    of_train, of_test = (
+        (
             torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=generator),
             torch.randint(10, (n,), generator=generator),
         )
-    ]
-    return Dataset("random images", *parts, 10, 4, True)
+        for n in (train, test)
+    )
+    return Dataset("random images", *of_train, *of_test, 10, 4, True)
 
 
 def search(bench: Bench) -> None:
@@ -314,7 +315,7 @@ def training(bench: Bench) -> None:
     from darts_fast.train import Training
 
     data, makes = dataset(bench), {}
-    small = {"init_channels": 4, "layers": 3, "batch_size": 8} if bench.quick else {}
+    small: dict[str, Any] = {"init_channels": 4, "layers": 3, "batch_size": 8} if bench.quick else {}
     for flags in ("--fused --amp", "--fused", "plain"):
         config = TrainConfig(
             genotype="DARTS_V2", dataset="cifar10", fused="fused" in flags, amp="amp" in flags,
@@ -326,7 +327,7 @@ def training(bench: Bench) -> None:
 
 def _epochs_of_each(bench: Bench, makes: dict[str, Callable]) -> None:
     """The first, the fastest, takes a whole epoch where there is time; one that fails leaves the others."""
-    errors = []
+    errors: list[Exception] = []
     for name, make in makes.items():
         try:
             _epochs(bench, name, make, whole=not errors and name == next(iter(makes)))

@@ -9,7 +9,6 @@ finite difference makes of an ever smaller epsilon, in float64, on tests/golden/
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,7 +43,7 @@ class TF32(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (aten.convolution.default, aten.convolution_backward.default):
-            args = [tf32(a) if isinstance(a, Tensor) else a for a in args]
+            args = tuple(tf32(a) if isinstance(a, Tensor) else a for a in args)
         return func(*args, **(kwargs or {}))
 
 
@@ -130,8 +129,8 @@ def trained(layers: int, channels: int, steps: int, batch_size: int) -> Supernet
 
 def like(network: Supernet, fused: bool, dtype: torch.dtype) -> Supernet:
     """The same weights in other cells and another dtype."""
-    shape = network.stem[0].weight.shape
-    found = Supernet(shape[0] // 3, network.classifier.out_features, len(network.cells), shape[1], fused)
+    width, image_channels, *_ = network.weights()["stem.0.weight"].shape
+    found = Supernet(width // 3, network.classifier.out_features, len(network.cells), image_channels, fused)
     found.load_state_dict(network.state_dict())
     return found.to(dtype)
 
@@ -217,10 +216,10 @@ def epsilons() -> None:
     print("|---|---|---|")
     for size in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         found = architect.finite_difference_hvp(loss(0), architect.detached(weights), alphas, v, size)
-        found = torch.cat([t.flatten() for t in found.values()])
-        cosine = torch.nn.functional.cosine_similarity(found, exact, dim=0)
-        print(f"| {size:g} | {cosine:.3f} | {found.norm() / exact.norm():.2f} |")
+        flat = torch.cat([t.flatten() for t in found.values()])
+        cosine = torch.nn.functional.cosine_similarity(flat, exact, dim=0)
+        print(f"| {size:g} | {cosine:.3f} | {flat.norm() / exact.norm():.2f} |")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

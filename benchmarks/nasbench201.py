@@ -30,6 +30,7 @@ from darts_fast.errors import InputError, first_line, say
 from darts_fast.files import Unreadable, read_file
 from darts_fast.nasbench201 import CANDIDATES, EDGES, NAMES, Cell
 from darts_fast.runs import METRICS, run_program, writing
+from darts_fast.tables import markdown_table
 
 DATASETS = ("cifar10", "cifar100", "imagenet")  # imagenet: ImageNet16-120
 CELLS = len(CANDIDATES) ** len(EDGES)
@@ -165,12 +166,18 @@ LEGEND = "A cell is written as six digits, one an edge, {}: {}.".format(
 def markdown(table: Table, epochs: list[Epoch]) -> str:
     """A row an epoch."""
     rows = [
-        f"| {epoch.number} | {epoch.top1:.2%} | {epoch.cell.key} | {table.accuracy(epoch.cell):.2f} "
-        f"| {table.percentile(epoch.cell):.1f} | {table.regret(epoch.cell):.2f} |"
+        (
+            epoch.number,
+            f"{epoch.top1:.2%}",
+            epoch.cell.key,
+            f"{table.accuracy(epoch.cell):.2f}",
+            f"{table.percentile(epoch.cell):.1f}",
+            f"{table.regret(epoch.cell):.2f}",
+        )
         for epoch in epochs
     ]
-    head = "| epoch | supernet, top-1 | cell | accuracy, % | percentile | regret |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+    header = ("epoch", "supernet, top-1", "cell", "accuracy, %", "percentile", "regret")
+    return "\n".join(markdown_table(header, rows))
 
 
 def yardsticks(table: Table) -> dict[str, str]:

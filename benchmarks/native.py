@@ -95,7 +95,7 @@ def nodes(n: int, c: int, size: int) -> dict[str, list[Call]]:
     pools, statistics = random_images(2, n, c, size), torch.empty(2, 3, c)
     position = images(1, state.shape, torch.uint8)[0]
     readers = [
-        [Reader(y, s, 0, g, None, None) for g in random_images(4, n, c, size)] for y, s in candidates[:2]
+        [Reader(y, s, 0, g, None, None) for g in random_images(4, n, c, size)] for y, s, _ in candidates[:2]
     ]
     of_readers = [list(torch.empty(4, 3, c)) for _ in readers]
     found = Recorder()
@@ -119,18 +119,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    if native.level() is None:
+    level = native.level()
+    if level is None:
         parser.error("the C++ kernels were not built")
     shape, square = (args.batch_size, args.channels, args.size), torch.randn(1024, 1024)
     print(
-        f"{native.LEVELS[native.level()]}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{vars(args)}"
+        f"{native.LEVELS[level]}, {torch.get_num_threads()} threads, torch {torch.__version__}, {vars(args)}"
     )
     print(f"{'':<34}{'native ms':>10}{'ATen ms':>10}{'ratio':>7}{'GFLOP/s':>9}{'of peak':>9}")
 
     def row(label: str, calls: list[Call], counted: float = 0) -> None:
         """`counted`: multiply-adds."""
-        functions = [native.program(calls), aten.program(calls), lambda: square @ square]
+        functions: list[Callable[[], object]] = [native.program(calls), aten.program(calls)]
+        functions.append(lambda: square @ square)
         own, plain, peak = least(functions, args.repeats)
         rates = ""
         if counted:
@@ -166,10 +167,10 @@ def derived(repeats: int) -> None:
         loss = F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(auxiliary_logits, labels)
         loss.backward()
 
-    planar, channels_last, fused = least([partial(step, index) for index in range(3)], repeats)
+    planar, channels_last, on_kernels = least([partial(step, index) for index in range(3)], repeats)
     print(
-        f"DARTS_V2, 16 channels, 8 layers, batch 32: {fused * 1e3:.0f} ms a training step; PyTorch "
-        f"channels-last {channels_last / fused:.2f} times that, NCHW {planar / fused:.2f} times"
+        f"DARTS_V2, 16 channels, 8 layers, batch 32: {on_kernels * 1e3:.0f} ms a training step; PyTorch "
+        f"channels-last {channels_last / on_kernels:.2f} times that, NCHW {planar / on_kernels:.2f} times"
     )
 
 

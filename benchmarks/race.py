@@ -8,8 +8,8 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import traffic
 from textbook import Batch, TextbookStep, TextbookTraining
-from torch import Tensor, nn
+from torch import Tensor
 
 from darts_fast import architect, load_genotype
 from darts_fast import network as network_of
@@ -121,8 +121,8 @@ def derived(channels: int, layers: int, size: int, fused: bool, dtype: torch.dty
 # That the results agree
 
 
-def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    difference = sum(((found[name] - expected[name]) ** 2).sum() for name in expected)
+def error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    difference: Any = sum(((found[name] - expected[name]) ** 2).sum() for name in expected)
     return float((difference / sum((t**2).sum() for t in expected.values())).sqrt().detach())
 
 
@@ -142,7 +142,7 @@ def check(partial_channels: int = 1) -> None:
         assert error(found, expected) < TOLERANCE, f"{kind} after two steps: {error(found, expected):.3g}"
 
     networks = [supernet(4 * partial_channels, 3, fused, dtype, partial_channels) for fused in (False, True)]
-    products = [quantities(network, train, validation) for network in networks]
+    products = [quantities(network, (train, validation)) for network in networks]
     for name, expected in products[0].items():
         found = error({name: products[1][name]}, {name: expected})
         assert found < TOLERANCE, f"{name}: {found:.3g}"
@@ -155,7 +155,7 @@ def check_training() -> None:
     modules = [derived(4, 3, 24, fused, torch.float64) for fused in (False, True)]
     for module in modules:
         module.drop_path_generator = torch.Generator().manual_seed(2)
-    steps = TextbookTraining(modules[0], config), TrainStep(modules[1], config)
+    steps: list[Any] = [TextbookTraining(modules[0], config), TrainStep(modules[1], config)]
     for _ in range(2):
         for step, module in zip(steps, modules, strict=True):
             module.drop_path_prob = torch.tensor(0.3)
@@ -169,13 +169,13 @@ def check_training() -> None:
 
 def quantities(
     network: Supernet,
-    train: Batch,
-    validation: Batch,
+    pair: Iterable[Batch],
     activations: torch.dtype | None = None,
     scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """The virtual step's gradient, v, and the exact product, each as one tensor; `activations` and `scale`
-    (of the loss) as in `SearchStep`."""
+    """The virtual step's gradient, v, and the exact product of a training and a validation batch, each as one
+    tensor; `activations` and `scale` (of the loss) as in `SearchStep`."""
+    train, validation = pair
     loss = partial(network.loss, activations=activations)
     factor = None if scale is None else torch.tensor(scale, device=train[0].device)
     weights = architect.leaves({"weights": network.flat_weights})
@@ -205,10 +205,10 @@ def check_on(
         return supernet(channels, layers, fused, torch.float32, partial_channels)
 
     # The same weights for all three: drawn in float32, then widened.
-    exact = quantities(made(False).double().to(device), *pair)
+    exact = quantities(made(False).double().to(device), pair)
 
     def errors(network: Supernet) -> dict[str, float]:
-        found = quantities(network, *narrow)
+        found = quantities(network, narrow)
         return {name: error({name: found[name].double()}, {name: t}) for name, t in exact.items()}
 
     allowed = dict.fromkeys(exact, 0.0)
@@ -254,7 +254,9 @@ class Runner:
 
     def __init__(self, name: str, setting: Setting, device: torch.device, compile_seconds: int = 0):
         self.name, self.variant, self.setting, self.device = name, VARIANTS[name], setting, device
-        self.peak = self.graph = self.backend = None
+        self.peak: int | None = None
+        self.backend: Timed | None = None
+        self.graph: Captured | None = None
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -266,7 +268,7 @@ class Runner:
         self.batches = [(x.to(device), y.to(device)) for x, y in pair]
         if self.variant.channels_last:
             self.batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in self.batches]
-        limit = nullcontext()
+        limit: AbstractContextManager[None] = nullcontext()
         if self.variant.compiled:
             if not compile_seconds:
                 raise TimeoutError("compiling its cells takes minutes: --compile_seconds N allows it N")
@@ -288,35 +290,34 @@ class Runner:
         if self.backend is None:
             return timed(self.step, self.device, self.clock)
         before = self.backend.seconds
-        with using(self.backend):
+        with using(self.backend):  # type: ignore[arg-type]  # nothing but `program` is called
             found = timed(self.step, self.device, self.clock, phases=not self.variant.captured)
         if self.device.type == "cpu":
             found[OUTSIDE] = found["step"] - (self.backend.seconds - before)
         return found
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> Any:
         setting = self.setting
         sizes = setting.init_channels, setting.layers
         return supernet(*sizes, self.fused, torch.float32, setting.partial_channels)
 
     def _step(self) -> Callable[[], object]:
         config = SearchConfig(fused=self.fused, amp_dtype=self.variant.amp_dtype)
+        train, validation = self.batches
         if not self.fused:
-            return partial(TextbookStep(self.network, config), *self.batches, LR)
+            return partial(TextbookStep(self.network, config), train, validation, LR)
         step = SearchStep(self.network, config)
         if not self.variant.captured:
-            return partial(step, *self.batches, LR)
+            return partial(step, train, validation, LR)
         step.lr.fill_(LR)
         names = "train_images", "train_labels", "validation_images", "validation_labels"
-        return self._captured(
-            step, dict(zip(names, [t for batch in self.batches for t in batch], strict=True))
-        )
+        return self._captured(step, dict(zip(names, (*train, *validation), strict=True)))
 
     def _captured(self, step: SearchStep | TrainStep, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
         """The step as one CUDA graph, captured when it is first taken."""
         buffers = {name: tensor.clone() for name, tensor in inputs.items()}
         self.graph = Captured(step.take, buffers, step.tensors, graph=True)
-        return partial(self.graph, **inputs)
+        return partial(self.graph, None, **inputs)
 
 
 class TrainingRunner(Runner):
@@ -328,12 +329,13 @@ class TrainingRunner(Runner):
     def take(self) -> dict[str, float]:
         found = super().take()
         self.network.eval()
-        with torch.no_grad(), nullcontext() if self.backend is None else using(self.backend):
+        backend: Any = self.backend
+        with torch.no_grad(), nullcontext() if backend is None else using(backend):
             seconds = timed(lambda: self.network(self.batches[0][0]), self.device, self.clock, phases=False)
         self.network.train()
         return {**found, EVALUATION: seconds["step"]}
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> Any:
         setting = self.setting
         module = derived(setting.init_channels, setting.layers, setting.size, self.fused, torch.float32)
         if self.variant.channels_last:
@@ -342,12 +344,13 @@ class TrainingRunner(Runner):
 
     def _step(self) -> Callable[[], object]:
         config = TrainConfig(drop_path_prob=0.2, fused=self.fused, amp_dtype=self.variant.amp_dtype)
-        step = (TrainStep if self.fused else TextbookTraining)(self.network, config)
+        step = TrainStep(self.network, config) if self.fused else None
+        plain = TextbookTraining(self.network, config) if step is None else step
         self.network.drop_path_prob = torch.full((), 0.1, device=self.device)
         images, labels = self.batches[0]
-        if self.variant.captured:
+        if step is not None and self.variant.captured:
             return self._captured(step, {"images": images, "labels": labels})
-        return partial(step.take, images, labels)
+        return partial(plain.take, images, labels)
 
 
 def timed(
@@ -476,7 +479,8 @@ def records(
             if other.setting == runner.setting and other.name == next(iter(VARIANTS))
         ]
         seconds = summary(own)
-        record = {"variant": runner.name, "setting": runner.setting._asdict(), "seconds": seconds}
+        record: dict[str, Any] = {"variant": runner.name, "setting": runner.setting._asdict()}
+        record["seconds"] = seconds
         if OUTSIDE in own[0]:
             record[OUTSIDE] = percentiles([row[OUTSIDE] / row["step"] for row in own])[1]
         if base:

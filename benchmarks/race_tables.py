@@ -57,12 +57,6 @@ def phase_table(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return ["p50, ms", *(record["variant"] for record in phased)], rows
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def growth(found: list[dict[str, Any]], name: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a sweep over `name`: p50 and ratio of each variant at each value."""
     variants = list(dict.fromkeys(record["variant"] for record in found))

@@ -50,11 +50,12 @@ from race import (  # noqa: E402
     records,
     runners,
 )
-from race_tables import COLUMNS, evaluations, fits, growth, markdown, phase_table, plot, table  # noqa: E402
+from race_tables import COLUMNS, evaluations, fits, growth, phase_table, plot, table  # noqa: E402
 
 from darts_fast.loop import freed_memory_kept, nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.profiling import copy_rate  # noqa: E402
+from darts_fast.tables import markdown_table  # noqa: E402
 
 
 def main() -> int:
@@ -103,7 +104,8 @@ def main() -> int:
         beside = f", beside {args.busy} busy process{'es' * (args.busy > 1)}" if args.busy else ""
         print(f"results agree; one {what}, float32 where it says nothing else; {base}{beside}")
         print(", ".join(f"{key} {value}" for key, value in conditions.items()), flush=True)
-        entrants, left_out = [], {}
+        entrants: list[Runner] = []
+        left_out: dict[str, str] = {}
         for value in values:
             kind = TrainingRunner if args.train else Runner
             setting = base._replace(**{name: value})
@@ -123,11 +125,12 @@ def main() -> int:
     # Counting takes seconds a variant and value; a sweep needs it for the line that `fits` prints.
     found = records(entrants, rows, rate, count=not args.sweep or name == "batch_size")
     if args.sweep:
-        print(markdown(*growth(found, name)))
+        print(*markdown_table(*growth(found, name), numbers=True), sep="\n")
         if name == "batch_size" and len(values) > 1:
             print(*fits(found), sep="\n")
     else:
-        print(markdown(COLUMNS, table(found)), markdown(*phase_table(found)), sep="\n\n")
+        print(*markdown_table(COLUMNS, table(found), numbers=True), sep="\n")
+        print("", *markdown_table(*phase_table(found), numbers=True), sep="\n")
         if args.train:
             print(f"\nratio of an evaluation: {evaluations(found)}")
         print(f"(peak {'measured' if device.type == 'cuda' else 'counted'}; copy {rate / 1e9:.1f} GB/s)")

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from darts_fast.datasets import load
 from darts_fast.errors import InputError, say
 from darts_fast.files import Unreadable, read_json
 from darts_fast.runs import CHECKPOINT, CONFIG, METRICS, read_config, run_program, write_atomically, writing
+from darts_fast.tables import markdown_table, mean_and_deviation
 
 ARMS: dict[str, dict[str, Any]] = {
     "first order": {"order": 1},
@@ -143,14 +144,10 @@ def take(run: Run, args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> Non
         write_atomically(args.out / run.name / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation (of a sample) in words; of one value alone, that."""
-    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
-
-
 def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace) -> str:
     """Every search, and the arms' means, in markdown."""
-    rows, summary = [], []
+    rows: list[tuple[object, ...]] = []
+    summary: list[tuple[object, ...]] = []
     for arm in ARMS:
         of_arm = {run.seed: epochs for run, epochs in runs.items() if run.arm == arm}
         last, best = [], []
@@ -159,12 +156,19 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
             last.append(table.accuracy(cell))
             best.append(table.accuracy(chosen))
             rows.append(
-                f"| {arm} | {seed} | {cell.key} | {last[-1]:.2f} | {table.percentile(cell):.1f} | "
-                f"{table.regret(cell):.2f} | {best[-1]:.2f} |"
+                (
+                    arm,
+                    seed,
+                    cell.key,
+                    f"{last[-1]:.2f}",
+                    f"{table.percentile(cell):.1f}",
+                    f"{table.regret(cell):.2f}",
+                    f"{best[-1]:.2f}",
+                )
             )
         if of_arm:
-            summary.append(f"| {arm} | {len(of_arm)} | {spread(last)} | {spread(best)} |")
-    summary += [f"| {what} | | {value} | |" for what, value in yardsticks(table).items()]
+            summary.append((arm, len(of_arm), mean_and_deviation(last), mean_and_deviation(best)))
+    summary += [(what, "", value, "") for what, value in yardsticks(table).items()]
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in ("side", *SIZES)) + f", alpha_lr {ALPHA_LR}"
     return "\n".join(
         [
@@ -176,13 +180,12 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
             "",
             LEGEND,
             "",
-            "| | seeds | last epoch | best epoch |",
-            "|---|---|---|---|",
-            *summary,
+            *markdown_table(("", "seeds", "last epoch", "best epoch"), summary),
             "",
-            "| arm | seed | cell of the last epoch | accuracy | percentile | regret | best epoch |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
+            *markdown_table(
+                ("arm", "seed", "cell of the last epoch", "accuracy", "percentile", "regret", "best epoch"),
+                rows,
+            ),
             "",
         ]
     )
@@ -210,7 +213,7 @@ def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
     axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, picture.getvalue(), shared=True)
 
 
 def summarise(table: Table, args: argparse.Namespace) -> None:
@@ -220,7 +223,7 @@ def summarise(table: Table, args: argparse.Namespace) -> None:
     kept = [run for arm in ARMS for seed in seeds if ended(run := Run(arm, seed), args)]
     runs = {run: read_epochs(args.out / run.name) for run in kept}
     with writing(args.out):
-        write_atomically(args.out / "table.md", report(table, runs, args).encode())
+        write_atomically(args.out / "table.md", report(table, runs, args).encode(), shared=True)
         draw(args.out / "accuracy.svg", table, runs)
     say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'accuracy.svg'}")
 

@@ -11,6 +11,7 @@ anything is timed.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 
@@ -124,11 +125,12 @@ def fused_mix(tensors, adjoints, v):
     call = {name: Recorder() for name in ("forward", "backward", "second")}
     candidates = [Source(y, statistics_of(y)) for y in ys]
     outs, tangents, zero = empty(1, g), empty(1, g), torch.zeros_like(g)
-    sums, sums_d, products = (g.new_empty(*rows, count, C) for rows in ((2,), (2,), ()))
+    sums, sums_d = (g.new_empty(2, count, C) for _ in range(2))
+    products = g.new_empty(count, C)
     of_p, of_p_second = torch.empty_like(p), torch.empty_like(p)
     tangent_sums = torch.stack([tangent_sums_of(yd, y, g) for yd, y in zip(v, ys, strict=True)], dim=1)
     adjoint, second = empty(count, g), empty(count, g)
-    readers = [Reader(y, s, i, g, sums, p) for i, (y, s) in enumerate(candidates)]
+    readers = [Reader(y, s, i, g, sums, p) for i, (y, s, _) in enumerate(candidates)]
     seconds = [
         SecondReader(reader, yd, tangent_sums, zero, sums_d) for reader, yd in zip(readers, v, strict=True)
     ]
@@ -250,7 +252,8 @@ def test_mixed_cell(benchmark, timed, device, reduction, backend):
     benchmark.group = f"a {'reduction' if reduction else 'normal'} cell, forward and backward: {SHAPE}"
     exact, allowed = exact_and_allowed(reduction, device)
     cell, state, p = cell_and_state(reduction, device)
-    step, arguments = plain_cell_step, (cell, state, p)
+    step: Callable[..., torch.Tensor] = plain_cell_step
+    arguments: tuple = (cell, state, p)
     if backend != "PyTorch, NCHW":
         arguments = (cell, channels_last(state), p)
     if backend.startswith("fused"):

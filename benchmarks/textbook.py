@@ -8,6 +8,7 @@ to the published port's.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,14 +60,14 @@ class TextbookStep:
             for alpha, copied in zip(self.alphas, self.virtual.alphas().values(), strict=True):
                 copied.copy_(alpha)
 
-    def _validation_pass(self, validation: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    def _validation_pass(self, validation: Batch) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         alphas = list(self.virtual.alphas().values())
         found = torch.autograd.grad(
             _loss(self.virtual, validation), [*alphas, *self.virtual.weights().values()]
         )
         return found[: len(alphas)], found[len(alphas) :]
 
-    def _hessian_vector_product(self, train: Batch, v: list[Tensor]) -> list[Tensor]:
+    def _hessian_vector_product(self, train: Batch, v: Sequence[Tensor]) -> list[Tensor]:
         epsilon = 0.01 / torch.cat([d.reshape(-1) for d in v]).norm()
         self._move(v, epsilon)
         plus = torch.autograd.grad(_loss(self.network, train), self.alphas)
@@ -76,9 +77,9 @@ class TextbookStep:
         return [(p - n) / (2.0 * epsilon) for p, n in zip(plus, minus, strict=True)]
 
     @torch.no_grad()
-    def _move(self, v: list[Tensor], epsilon: Tensor) -> None:
+    def _move(self, v: Sequence[Tensor], epsilon: Tensor) -> None:
         for w, d in zip(self.weights, v, strict=True):
-            w += epsilon * d
+            w.add_(epsilon * d)
 
     def _weight_step(self, train: Batch, lr: float) -> None:
         self.weight_optimizer.zero_grad()

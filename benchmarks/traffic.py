@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ class Counted(NamedTuple):
     kept: int  # bytes that the cells' forward sweep keeps for later ones
 
 
-def operations(launch: Launch) -> tuple[int, int]:
+def operations(launch: Any) -> tuple[int, int]:
     """Of the depthwise and of the pointwise parts of a launch of Triton, by the equations (a multiply-add is
     two); (0, 0) for the kernels that only move and add."""
     constants = launch.constants
@@ -114,12 +114,13 @@ def search_step(
         step = SearchStep(supernet, SearchConfig(fused=True, amp_dtype=_amp_dtype(dtype)))
         step.loss_scale = None  # the optimizers of meta tensors know of none
         stem = batch_size, STEM_MULTIPLIER * channels, size, size
+        assert supernet._fused_cells is not None
         plan = supernet._fused_cells.plan([stem], dtype, torch.device(device), 2)
         return Step(lambda: step(batch, batch, 0.025), plan)
-    step = TextbookStep(supernet, SearchConfig())
+    textbook = TextbookStep(supernet, SearchConfig())
     for w in supernet.weights().values():
-        step.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
-    return Step(lambda: step(batch, batch, 0.025), None)
+        textbook.weight_optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    return Step(lambda: textbook(batch, batch, 0.025), None)
 
 
 def training_step(
@@ -146,11 +147,11 @@ def training_step(
         outputs = ([reduction_layers(layers)[1]] if auxiliary else []) + [layers - 1]
         plan = module.cells_on_kernels().plan([stem], dtype, torch.device(device), 1, True, tuple(outputs))
         return Step(lambda: step.take(images, labels), plan)
-    step = TextbookTraining(module, TrainConfig())
+    textbook = TextbookTraining(module, TrainConfig())
     module.drop_path_prob = torch.zeros((), device=device)
-    for w in step.weights:
-        step.optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
-    return Step(lambda: step.take(images, labels), None)
+    for w in textbook.weights:
+        textbook.optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+    return Step(lambda: textbook.take(images, labels), None)
 
 
 def _amp_dtype(dtype: torch.dtype) -> str | None:
@@ -174,9 +175,10 @@ def count(
 
     With a 2-byte `dtype` the activations of the cells are of it.
     """
-    make, traffic, marks = training_step if train else search_step, Traffic(), [("", 0, Count())]
+    make: Callable[..., Step] = training_step if train else search_step
+    traffic, marks = Traffic(), [("", 0, Count())]
     more = {} if train else {"partial_channels": partial_channels}
-    with using(Idle()), collected() as calls:
+    with using(Idle()), collected() as calls:  # type: ignore[arg-type]  # nothing but `program` is called
         # The plan is made beforehand: its tensors only stand for buffers, and are no memory.
         step = make(kernels, batch_size, channels, layers, size, device, dtype, **more)
         kept = 0 if step.plan is None else step.plan.layouts["first order"].sizes["forward kept"]
@@ -203,11 +205,11 @@ def count(
                     done.append(operations(launch))
     assert marks[-1][1:] == (len(calls), traffic.total)  # nothing comes behind the last phase
     total = Count(*map(sum, zip(*phases.values(), strict=True)))
-    arithmetic = tuple(map(sum, zip(*done, strict=True)))
+    arithmetic = sum(depthwise for depthwise, _ in done), sum(pointwise for _, pointwise in done)
     return Counted(phases, total, traffic.peak + most, by_name, arithmetic, kept)
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "textbook": {"kernels": None},
     "fused, Triton": {"kernels": "triton"},
     "fused, Triton, bfloat16": {"kernels": "triton", "dtype": torch.bfloat16},

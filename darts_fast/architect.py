@@ -1,7 +1,7 @@
 """The architecture gradient of DARTS (arXiv 1806.09055, section 2.3), first and second order.
 
-Everything here is a function of a loss: it knows no network. `weights`, `alphas` and `momenta` are dicts
-of tensors by name; a loss is a callable (weights, alphas) -> scalar tensor. Nothing passed in is changed.
+Everything here is a function of a loss: it knows no network. `weights`, `alphas` and `momenta` are
+tensors by name; a loss is a callable (weights, alphas) -> scalar tensor. Nothing passed in is changed.
 
 `scale` is for a loss computed in float16, whose derivatives would vanish: losses are multiplied by it before
 they are differentiated, v by another power of two, and what is found is divided by both. (Everything here is
@@ -13,7 +13,7 @@ Hessian-vector product, and to what is returned, which so is the architecture gr
 exactly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from darts_fast.profiling import phase
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 Average = Callable[[Tensors], Tensors]
 

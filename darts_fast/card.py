@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from darts_fast.tables import markdown_table
+
 # A format: what its file needs, and a call of it.
 USES = {
     "torch": (
@@ -49,16 +51,18 @@ def markdown(card: dict[str, Any]) -> str:
         "A classifier of images: the network of a genotype, as "
         "[DARTS](https://arxiv.org/abs/1806.09055) searches them, trained and exported by darts_fast.",
         "",
-        *_table(
+        *markdown_table(
             (f"top-1 accuracy on {accuracy['images']}", f"**{100 * accuracy['top1']:.2f} %**"),
-            (f"top-5 accuracy on {accuracy['images']}", f"{100 * accuracy['top5']:.2f} %"),
-            ("epoch", f"{accuracy['epoch']} of {card['settings']['epochs']} (`{card['source']}`)"),
-            ("seed", accuracy["seed"]),
-            ("parameters", f"{card['parameters']:,}"),
-            ("multiply-adds an image (convolutions and classifier)", f"{card['multiply_adds']:,}"),
-            ("cells; channels of the first; stem", "; ".join(str(network[name]) for name in SIZES)),
-            ("data set", data["name"]),
-            ("CRC-32 of its images and labels", data["crc32"]),
+            [
+                (f"top-5 accuracy on {accuracy['images']}", f"{100 * accuracy['top5']:.2f} %"),
+                ("epoch", f"{accuracy['epoch']} of {card['settings']['epochs']} (`{card['source']}`)"),
+                ("seed", accuracy["seed"]),
+                ("parameters", f"{card['parameters']:,}"),
+                ("multiply-adds an image (convolutions and classifier)", f"{card['multiply_adds']:,}"),
+                ("cells; channels of the first; stem", "; ".join(str(network[name]) for name in SIZES)),
+                ("data set", data["name"]),
+                ("CRC-32 of its images and labels", data["crc32"]),
+            ],
         ),
         "",
     ]
@@ -108,9 +112,9 @@ def markdown(card: dict[str, Any]) -> str:
         "",
         f"Milliseconds a call, the median of several; {latency['processor']}, threads: {latency['threads']}.",
         "",
-        *_table(
+        *markdown_table(
             ("images a call", *batches),
-            *(
+            (
                 (TIMED[name], *(f"{times[batch]:.3g}" for batch in batches))
                 for name, times in latency["milliseconds"].items()
             ),
@@ -131,11 +135,11 @@ def markdown(card: dict[str, Any]) -> str:
         "",
         "The settings of `run_from.py`:",
         "",
-        *_table(("setting", "value"), *card["settings"].items()),
+        *markdown_table(("setting", "value"), card["settings"].items()),
         "",
-        *_table(
+        *markdown_table(
             ("environment", "of the training", "of the export"),
-            *((name, then.get(name, ""), now.get(name, "")) for name in then | now),
+            ((name, then.get(name, ""), now.get(name, "")) for name in then | now),
         ),
         "",
         "## Licence",
@@ -146,10 +150,3 @@ def markdown(card: dict[str, Any]) -> str:
 
 
 SIZES = ("layers", "channels", "stem")
-
-
-def _table(heading: tuple, *rows: tuple) -> list[str]:
-    first, *others = (
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (heading, *rows)
-    )
-    return [first, "|" + "---|" * len(heading), *others]

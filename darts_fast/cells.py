@@ -4,6 +4,7 @@ from darts_fast import nasbench201, plot
 from darts_fast.config import SearchConfig
 from darts_fast.cost import Cost, cost
 from darts_fast.data import Dataset
+from darts_fast.flat import FlatNetwork
 from darts_fast.genotype import Genotype, derive
 from darts_fast.nasbench201 import Cell, SearchNetwork
 from darts_fast.spaces import read_space, written_out
@@ -48,9 +49,10 @@ class DartsCells:
             width,
         )
 
-    def derive(self, network: Supernet, rule: str) -> Genotype:
-        alphas = [network.present_alphas(name) for name in network.ALPHAS]
-        return derive(*alphas, rule, self.space, network.edge_weights())
+    def derive(self, network: FlatNetwork, rule: str) -> Genotype:
+        assert isinstance(network, Supernet)
+        normal, reduce = network.present(network.alphas()).values()
+        return derive(normal, reduce, rule, self.space, network.edge_weights())
 
 
 class NasBench201Cells:
@@ -67,8 +69,8 @@ class NasBench201Cells:
     def cost(self, config: SearchConfig, dataset: Dataset) -> None:
         """It is not counted."""
 
-    def derive(self, network: SearchNetwork, rule: str) -> Cell:
-        return nasbench201.derive(network.alphas_normal)
+    def derive(self, network: FlatNetwork, rule: str) -> Cell:
+        return nasbench201.derive(network.alphas()["alphas_normal"])
 
 
 def cells_of(space: str) -> DartsCells | NasBench201Cells:

@@ -7,17 +7,18 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from logging import ERROR
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.runs import CHECKPOINT, Locked, Stopped, StopSignal
+from darts_fast.runs import CHECKPOINT, Interrupted, Locked, Run, Stopped, StopSignal
 
 # Before the import, which reads it: a search reports nothing to Ray's makers unless the user asks for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -33,14 +34,8 @@ DEATHS = 3  # of a run's workers without a new checkpoint between them, before t
 LEASE = 120  # seconds; NFS keeps the lock of a machine that died for its lease, 90 seconds by default
 
 
-class Run(Protocol):
-    """What is asked of a run: a name, and the folder of its checkpoint."""
-
-    key: str
-    folder: Path
-
-
-Mapped = Iterator[tuple[str, Any]]  # a run's key and None when it begins, its key and its value when it ends
+# A run's key and None when it begins, its key and its value when it ends
+Mapped = Generator[tuple[str, Any], None, None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Cluster:
                 host, port = self.address.split(":")
                 socket.create_connection((host, int(port)), 10).close()
             ray.init(
-                self.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error"
+                self.address or "local", include_dashboard=False, log_to_driver=False, logging_level=ERROR
             )
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
             where = f"at {self.address}" if self.address else "on this machine"
@@ -133,9 +128,7 @@ def _in_worker(function: Callable[[Any], Any], run: Run) -> Iterator[Any]:
             return
 
 
-def _mapped(
-    task: Any, stop: StopSignal, function: Callable[[Any], Any], runs: Sequence[Run]
-) -> Iterator[tuple[str, Any]]:
+def _mapped(task: Any, stop: StopSignal, function: Callable[[Any], Any], runs: Sequence[Run]) -> Mapped:
     """Of every run its key and None when it begins, also when it begins again because its worker died; then
     its key and the value of `function(run)`, which is never None. All runs are handed to Ray at once, which
     computes as many at a time as the cluster has processors or GPUs for.
@@ -143,22 +136,21 @@ def _mapped(
     Raises, once all other runs are stopped and saved:
         InputError, RunError: `function` raised it.
         RunError: the workers of a run die again and again.
-        Stopped: Ctrl-C or SIGTERM.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     shared = ray.put(function)
-    under_way = {task.remote(shared, run): run for run in runs}
+    under_way: dict[Any, Run] = {task.remote(shared, run): run for run in runs}
     deaths: dict[str, tuple[int | None, int]] = {}  # the checkpoint at the last one, how many there were
     end: BaseException | None = None  # why no other run begins
     while under_way:
         if end is None and stop.received is not None:
-            # protocol.py, which knows the folder, says it anew.
-            end = Stopped(
-                "between two runs", Path(), "darts_fast.protocol.resume_protocol", False, stop.received
-            )
+            end = Interrupted(stop.received)
             _cancel(under_way)
+        ready: list[Any]
         ready, _ = ray.wait(list(under_way), timeout=0.5)
         for values in ready:
             run, why = under_way[values], "it was told to stop"
+            value: Any
             try:
                 value = ray.get(next(values))
             except StopIteration:  # it was told to stop, and Ray left out its last value

@@ -17,6 +17,7 @@ import torch
 from darts_fast.errors import InputError, say
 
 Check = tuple[Callable[[Any], bool], str]  # a test of the value, and what it has to be
+Kind = typing.TypeVar("Kind", bound="Config")
 
 POSITIVE: Check = (lambda value: value > 0, "above 0")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "0 or more")
@@ -34,6 +35,8 @@ SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
 
 FOLDER_IMAGE_SIZE = 32  # of the data set `folder`, whose files may be of any size
 IMAGENET_IMAGE_SIZE = 224  # the same with the ImageNet stem
+
+HIDDEN = ("name", "data_path", "profile")  # settings that say nothing about the figures of a run
 
 LARGEST = 2**32 - 1  # of a whole number: torch and numpy take no larger seed, and nothing needs a larger size
 
@@ -54,7 +57,11 @@ def option(
 
 @dataclass(frozen=True)
 class Config:
-    """What the settings of the two programs share: the data, checks, defaults that depend on the data set."""
+    """What the settings of the two programs share: the data, checks, defaults that depend on the data set.
+
+    The default of some fields is None, though their type is not: `resolved`, or the folder that is made for
+    a run without a name, puts a value in its place.
+    """
 
     FOLDER: typing.ClassVar[str]  # where the run folders are
     WORD: typing.ClassVar[str]  # what such a run is called
@@ -75,7 +82,7 @@ class Config:
         IMAGE_SIZE,
         shown="folder 32, with the ImageNet stem 224; other data sets have their own",
     )
-    device: str | None = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
+    device: str = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
     fused: bool = option(False, "compute the cells by kernels: the same run, faster")
     amp: bool = option(False, "with fused: activations in 2 bytes (on a CPU, where that is slower: float32)")
     amp_dtype: str | None = option(
@@ -98,14 +105,15 @@ class Config:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value: Any = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
             wanted = plain_type(hints[field.name])
             if wanted is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
-            if type(value) is not wanted:
+            found = type(value)
+            if found is not wanted:
                 raise InputError(f"{field.name} must be {NOUNS[wanted]}, not {reprlib.repr(value)}")
             if wanted is int and value > LARGEST:
                 raise InputError(f"{field.name} must be at most {LARGEST}, not {reprlib.repr(value)}")
@@ -126,7 +134,12 @@ class Config:
                 f"image_size is for the data set folder only; images of {self.dataset} keep their size"
             )
 
-    def resolved(self, dataset: str) -> "Config":
+    def sizes(self, dataset: str) -> dict[str, Any]:
+        """The data set's values of what is None."""
+        sizes = self.SMALL if dataset == "digits" else self.PAPER
+        return sizes | {"image_size": FOLDER_IMAGE_SIZE} if dataset == "folder" else sizes
+
+    def resolved(self: Kind, dataset: str) -> Kind:
         """The same with the data set's sizes and the device that is there in place of None, and an absolute
         path of the data.
 
@@ -135,10 +148,8 @@ class Config:
         Raises:
             InputError: the device asked for is not there.
         """
-        sizes = dict(self.SMALL if dataset == "digits" else self.PAPER)
-        if dataset == "folder":
-            sizes["image_size"] = FOLDER_IMAGE_SIZE
-        chosen = {name: value for name, value in sizes.items() if getattr(self, name) is None}
+        sizes = self.sizes(dataset).items()
+        chosen = {name: value for name, value in sizes if getattr(self, name) is None}
         chosen["data_path"] = os.path.abspath(
             os.path.expanduser(self.data_path)
         )  # a run may be resumed elsewhere
@@ -153,15 +164,15 @@ class SearchConfig(Config):
     SMALL = {"epochs": 5, "init_channels": 4, "layers": 3}
     PAPER = {"epochs": 50, "init_channels": 16, "layers": 8}
 
-    name: str | None = option(
+    name: str = option(
         None, "run folder, below searchs/", shown="the data set's name, numbered where that is taken"
     )
     batch_size: int = option(64, "images a batch, of the training and of the validation half", AT_LEAST_1)
-    epochs: int | None = option(None, "passes over the training half", AT_LEAST_1, shown="digits 5, else 50")
-    init_channels: int | None = option(
+    epochs: int = option(None, "passes over the training half", AT_LEAST_1, shown="digits 5, else 50")
+    init_channels: int = option(
         None, "width of a node in the first cell", EVEN, shown="digits 4, else and in nasbench201 16"
     )
-    layers: int | None = option(
+    layers: int = option(
         None,
         "number of cells; in the space nasbench201 of those in each of three stages",
         shown="digits 3, else 8; in nasbench201 digits 1, else 5",
@@ -317,12 +328,9 @@ class SearchConfig(Config):
                 f"with partial_channels derive must be softmax, which the betas weigh, not {self.derive}"
             )
 
-    def resolved(self, dataset: str) -> "SearchConfig":
-        if self.space != "nasbench201":
-            return super().resolved(dataset)
-        sizes = {"init_channels": 16, "layers": 1 if dataset == "digits" else 5}
-        sizes = {name: value for name, value in sizes.items() if getattr(self, name) is None}
-        return super(SearchConfig, dataclasses.replace(self, **sizes)).resolved(dataset)
+    def sizes(self, dataset: str) -> dict[str, Any]:
+        of_space = {"init_channels": 16, "layers": 1 if dataset == "digits" else 5}
+        return super().sizes(dataset) | (of_space if self.space == "nasbench201" else {})
 
 
 @dataclass(frozen=True)
@@ -344,7 +352,7 @@ class TrainConfig(Config):
         "or a log",
         shown="none, one must be given",
     )
-    name: str | None = option(
+    name: str = option(
         None, "run folder, below augments/", shown="the data set's name, numbered where that is taken"
     )
     batch_size: int = option(96, "images a batch", AT_LEAST_1)
@@ -352,13 +360,11 @@ class TrainConfig(Config):
     momentum: float = option(0.9, "momentum", BELOW_1)
     weight_decay: float = option(3e-4, "weight decay", NOT_NEGATIVE)
     grad_clip: float = option(5.0, "largest norm of the gradient", POSITIVE)
-    epochs: int | None = option(
-        None, "passes over the training images", AT_LEAST_1, shown="digits 30, else 600"
-    )
-    init_channels: int | None = option(
+    epochs: int = option(None, "passes over the training images", AT_LEAST_1, shown="digits 30, else 600")
+    init_channels: int = option(
         None, "width of a node in the first cell", EVEN, shown="digits 16, ImageNet stem 48, else 36"
     )
-    layers: int | None = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
+    layers: int = option(None, "number of cells", LAYERS, shown="digits 5, ImageNet stem 14, else 20")
     train_portion: float = option(
         1.0,
         "share of the training images that is trained on; below 1 the network is tested on the others, in "
@@ -376,13 +382,13 @@ class TrainConfig(Config):
         BELOW_1,
     )
     aux_weight: float = option(0.4, "weight of the auxiliary head's loss; 0: no auxiliary head", NOT_NEGATIVE)
-    cutout_length: int | None = option(
+    cutout_length: int = option(
         None,
         "side of the square that cutout blanks, in pixels; 0: none",
         ZERO_OR_EVEN,
         shown="digits 0, else 16",
     )
-    drop_path_prob: float | None = option(
+    drop_path_prob: float = option(
         None, "drop-path probability, reached linearly over the epochs", BELOW_1, shown="digits 0, else 0.2"
     )
     stem: str = option(
@@ -401,11 +407,11 @@ class TrainConfig(Config):
             object.__setattr__(self, "image_size", IMAGENET_IMAGE_SIZE)
         super().__post_init__()
 
-    def resolved(self, dataset: str) -> "TrainConfig":
-        if self.stem == "imagenet":
-            sizes = {name: value for name, value in self.IMAGENET.items() if getattr(self, name) is None}
-            return super(TrainConfig, dataclasses.replace(self, **sizes)).resolved(dataset)
-        return super().resolved(dataset)
+    def sizes(self, dataset: str) -> dict[str, Any]:
+        return super().sizes(dataset) | (self.IMAGENET if self.stem == "imagenet" else {})
+
+
+RunConfig = SearchConfig | TrainConfig
 
 
 @dataclass(frozen=True)
@@ -416,7 +422,7 @@ class ProtocolConfig(Config):
     SMALL, PAPER = {}, {}
     # The runs of a phase: the kind of their settings, and which of these are not that kind's defaults, for
     # digits and for every other data set.
-    PHASES = {
+    PHASES: typing.ClassVar[dict[str, tuple[type[RunConfig], dict[str, Any], dict[str, Any]]]] = {
         "search": (SearchConfig, {}, {}),
         "brief": (
             TrainConfig,
@@ -426,7 +432,7 @@ class ProtocolConfig(Config):
         "train": (TrainConfig, {}, {}),
     }
 
-    name: str | None = option(
+    name: str = option(
         None, "folder, below protocols/", shown="the data set's name, numbered where that is taken"
     )
     searches: int = option(4, "searches, and random cells beside them", AT_LEAST_1)
@@ -462,7 +468,16 @@ class ProtocolConfig(Config):
         for phase in self.PHASES:
             self.of_run(phase)
 
-    def of_run(self, phase: str, **own: Any) -> Config:
+    @typing.overload
+    def of_run(self, phase: typing.Literal["search"], **own: Any) -> SearchConfig: ...
+
+    @typing.overload
+    def of_run(self, phase: typing.Literal["brief", "train"], **own: Any) -> TrainConfig: ...
+
+    @typing.overload
+    def of_run(self, phase: str, **own: Any) -> RunConfig: ...
+
+    def of_run(self, phase: str, **own: Any) -> RunConfig:
         """The settings of a run of the phase, "search", "brief" or "train"; `own` are that run's, such as its
         seed.
 
@@ -484,9 +499,12 @@ class ProtocolConfig(Config):
             config = kind(**{**shared, **defaults, **given, **own})
         except ValueError as error:  # an InputError, or a quotation that does not end
             raise InputError(f"{field}: {error}") from error
-        if phase == "search" and config.space == "nasbench201":
-            raise InputError(f"{field}: the cells of nasbench201 are not trained here: leave the space out")
-        if phase != "search" and (config.train_portion < 1) != (phase == "brief"):
+        if isinstance(config, SearchConfig):
+            if config.space == "nasbench201":
+                raise InputError(
+                    f"{field}: the cells of nasbench201 are not trained here: leave the space out"
+                )
+        elif (config.train_portion < 1) != (phase == "brief"):
             needed = "below 1, to choose by other images" if phase == "brief" else "1"
             raise InputError(f"{field}: train_portion must be {needed}, not {config.train_portion}")
         return config
@@ -533,7 +551,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence: an InputError, no usage block; a RunError where its
     help cannot be written."""
 
-    def print_help(self, file: typing.TextIO | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         say(self.format_help().removesuffix("\n"))
 
     def error(self, message: str) -> typing.NoReturn:
@@ -546,7 +564,7 @@ def argument_parser(config: type[Config], description: str) -> argparse.Argument
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         shown = field.metadata["shown"] or field.default
-        given = {
+        given: dict[str, Any] = {
             "default": argparse.SUPPRESS,
             "help": f"{field.metadata['meaning']} (default: {shown})".replace("%", "%%"),
         }

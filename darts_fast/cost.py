@@ -71,8 +71,7 @@ def cost(
 
 def _shares(space: Space) -> list[float]:
     """Of each edge, how many of those that enter its node a genotype keeps."""
-    incoming = [sum(target == node for _, target in space.edges) for node in range(space.nodes)]
-    return [EDGES_KEPT / incoming[node] for _, node in space.edges]
+    return [EDGES_KEPT / len(space.incoming(node)) for _, node in space.edges]
 
 
 def _of_pixel(name: str, channels: int, stride: int) -> int:

@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +222,8 @@ class DerivedNetwork(nn.Module):
     None: PyTorch's own) draws which.
     """
 
+    _droppable: Tensor  # numbers of the edges that drop path drops, of all cells': int64
+
     def __init__(
         self,
         genotype: Genotype,
@@ -236,7 +238,7 @@ class DerivedNetwork(nn.Module):
     ):
         super().__init__()
         self.fused = fused
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "genotype": genotype, "classes": classes, "channels": channels, "layers": layers,
             "image_channels": image_channels, "stem": stem, "auxiliary": auxiliary,
             "pool_batch_norm": pool_batch_norm,
@@ -277,12 +279,12 @@ class DerivedNetwork(nn.Module):
             if auxiliary and layer == reduction_layers(layers)[1]:
                 self.auxiliary_head = AuxiliaryHead(previous, classes, last_batch_norm=stem == "cifar")
         self.classifier = nn.Linear(previous, classes)
-        edges = [edge for cell in self.cells for edge in cell.edges]
+        edges = [edge for cell in self.derived_cells() for edge in cell.edges]
         self._edges = len(edges)
         # Those that drop path drops: never an identity (FractalNet's rule, kept by the official code).
         droppable = [i for i, edge in enumerate(edges) if not isinstance(edge, nn.Identity)]
-        droppable = torch.tensor(droppable, dtype=torch.int64, device="cpu")  # also where all else is meta
-        self.register_buffer("_droppable", droppable, persistent=False)
+        numbers = torch.tensor(droppable, dtype=torch.int64, device="cpu")  # also where all else is meta
+        self.register_buffer("_droppable", numbers, persistent=False)
 
     def forward(
         self, images: Tensor, activations: torch.dtype | None = None, cells: Tensor | None = None
@@ -321,10 +323,14 @@ class DerivedNetwork(nn.Module):
         logits = self.classifier(found[-1].mean(dim=(2, 3), dtype=wide))
         return (logits, self.auxiliary_head(found[0].to(wide))) if with_auxiliary else logits
 
+    def derived_cells(self) -> list["DerivedCell"]:
+        """The cells, by their own type."""
+        return [cast(DerivedCell, cell) for cell in self.cells]
+
     def cells_on_kernels(self) -> FusedDerivedCells:
         """The cells, computed by the kernels; from here on running statistics are views of common tensors."""
         if self._fused_cells is None:
-            self._fused_cells = FusedDerivedCells(self.cells)
+            self._fused_cells = FusedDerivedCells(self.derived_cells())
         self._fused_cells.check_statistics()
         return self._fused_cells
 
@@ -334,7 +340,7 @@ class DerivedNetwork(nn.Module):
         """The outputs of the cells of these numbers, by the modules."""
         before_previous, previous = inputs[0], inputs[-1]
         found, first = [], 0
-        for number, cell in enumerate(self.cells):
+        for number, cell in enumerate(self.derived_cells()):
             edges = slice(first, first + len(cell.edges))
             output = cell(before_previous, previous, None if path_weights is None else path_weights[edges])
             before_previous, previous, first = previous, output, edges.stop
@@ -373,6 +379,7 @@ class DerivedCell(nn.Module):
         self.reduction = reduction
         self.concat = list(genotype.reduce_concat if reduction else genotype.normal_concat)
         self.sources = [[source for _, source in node] for node in gene]
+        self.preprocess0: nn.Module
         if previous_reduction:
             self.preprocess0 = FactorizedReduce(channels_before_previous, channels, affine=True)
         else:

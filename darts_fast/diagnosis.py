@@ -43,10 +43,8 @@ def operations(gene: Gene, names: Names = DARTS.names) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in names.kinds.values()}
 
 
-def diagnosis(gene: Gene, alphas: Tensor, names: Names = DARTS.names) -> Diagnosis:
-    """Of one of a genotype's cells, and its alphas [edges, candidates], -inf where an edge does not have
-    the candidate."""
-    p = alphas.detach().double().softmax(dim=-1)
+def diagnosis(gene: Gene, p: Tensor, names: Names = DARTS.names) -> Diagnosis:
+    """Of one of a genotype's cells, and the softmaxed alphas of its kind, [edges, candidates]."""
     return Diagnosis(
         operations(gene, names),
         float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added

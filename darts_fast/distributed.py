@@ -242,11 +242,14 @@ def connect() -> dist.Store | None:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Within, the ranks of this run: all processes that torchrun has started, by NCCL on CUDA and gloo on a
-    CPU. They wait for each other at the end, unless it is an exception."""
+    CPU. They wait for each other at the end, unless it is an exception: then their group stays until the next
+    one, because the others would be told that this rank has ended before it can say why (`say_once`)."""
     store, size = connect(), world_size()
     if store is None:
         yield Ranks()
         return
+    if dist.is_initialized():
+        dist.destroy_process_group()
     _groups.append(None)
     store, rank = dist.PrefixStore(f"group {len(_groups)}", store), _variable("RANK")
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from darts_fast import plot
 from darts_fast.card import markdown
-from darts_fast.config import OneSentenceParser, TrainConfig
+from darts_fast.config import HIDDEN, OneSentenceParser, TrainConfig
 from darts_fast.datasets import read_data
 from darts_fast.derived import (
     DerivedNetwork,
@@ -53,7 +53,7 @@ SAVED = {
     "ema": (AVERAGE, "the training has not come to its end, or had no --ema"),
 }
 # A format: its file, and the packages that write it.
-FORMATS = {
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("network.pt2", ()),
     "onnx": ("network.onnx", ("onnx", "onnxscript")),
     "safetensors": ("network.safetensors", ("safetensors",)),
@@ -65,7 +65,6 @@ OUTPUTS = ("logits", "probabilities")
 # these: the rounding of float32, whose sums are taken in another order.
 TOLERANCE = 1e-4
 BATCHES = (1, 64)  # images a call whose latency is measured
-HIDDEN = ("name", "data_path", "profile", "genotype")  # settings that the card says elsewhere, or not at all
 LICENCE = (
     "The code of darts_fast is under the MIT licence. The weights come from the data that they were trained "
     "on; whether its licence lets you use them and pass them on is for you to find out."
@@ -82,6 +81,9 @@ class Deployed(nn.Module):
             divided by 255.
         output: "logits", or "probabilities" (their softmax), float32 [N, classes].
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, module: DerivedNetwork, mean: Tensor, std: Tensor, dtype: str, output: str):
         super().__init__()
@@ -131,8 +133,9 @@ def export(
         RunError: an exported network computes something else than the trained one.
     """
     path, formats, tell = Path(path), tuple(dict.fromkeys(formats)), tell or (lambda line: None)
-    chosen = {"which": (which, SAVED), "dtype": (dtype, INPUTS), "output": (output, OUTPUTS)}
-    for noun, (value, known) in [*(("format", (name, FORMATS)) for name in formats), *chosen.items()]:
+    choices: list[tuple[str, str, Iterable[str]]] = [("format", name, FORMATS) for name in formats]
+    choices += [("which", which, SAVED), ("dtype", dtype, INPUTS), ("output", output, OUTPUTS)]
+    for noun, value, known in choices:
         if value not in known:
             raise InputError(f"{noun} must be {' or '.join(known)}, not {value!r}")
     if not formats:
@@ -211,7 +214,9 @@ def _write(
     tell: Callable[[str], None],
 ) -> None:
     """Writes all files of an export into the folder."""
-    images, calls, differences = trained.images(3, deployed.dtype), {"eager": deployed}, {}
+    images = trained.images(3, deployed.dtype)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {"eager": deployed}
+    differences: dict[str, float | None] = {}
     files = {name: FORMATS[name][0] for name in formats}
     program = None
     if formats != ("safetensors",):
@@ -226,6 +231,7 @@ def _write(
             write_atomically(folder / file, _safetensors(trained.content))
             _check_weights(folder / file, trained.module)
             continue
+        assert program is not None
         write_atomically(folder / file, _pt2(program) if name == "torch" else _onnx(program, deployed.output))
         call = _loaded(folder / file)
         differences[name] = None if call is None else _difference(call(images), deployed(images), file)
@@ -271,6 +277,7 @@ def _onnx(program: torch.export.ExportedProgram, output: str) -> bytes:
         output_names=[output],
         dynamic_shapes={"images": {0: "batch"}},  # its name; it is dynamic in the program
     )
+    assert exported is not None  # it is, with `dynamo`
     return exported.model_proto.SerializeToString()
 
 
@@ -335,6 +342,7 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
         judged_by = "the training images held out (the network was trained on the others)"
     shape = ["N", arguments["image_channels"], *trained.image_size]
     plain = list(files) == ["safetensors"]
+    hidden = (*HIDDEN, "genotype")  # which the card says elsewhere
     settings = dataclasses.asdict(config).items()
     packages = {package for name in files for package in FORMATS[name][1]}
     packages |= {"onnxruntime"} if "onnx" in files and _installed("onnxruntime") else set()
@@ -353,7 +361,7 @@ def _card(trained: Trained, deployed: Deployed, files: dict[str, str], picture: 
         "accuracy": {"images": judged_by, **content["test"], "seed": config.seed},
         "parameters": parameter_count(trained.module),
         "multiply_adds": multiply_adds(trained.module, *trained.image_size),
-        "settings": {name: value for name, value in settings if name not in HIDDEN and value is not None},
+        "settings": {name: value for name, value in settings if name not in hidden and value is not None},
         "trained_with": trained.environment,
         "exported_with": environment("cpu") | {package: version(package) for package in sorted(packages)},
         "picture": picture,

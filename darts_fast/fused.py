@@ -160,18 +160,22 @@ class FusedCells(ABC):
             )
         return self._plans[key]
 
-    # The modules as data
+    # The modules as data (`Any`: what PyTorch says of a module's attributes is that they are modules or
+    # tensors)
 
     @abstractmethod
-    def _cell(self, module: nn.Module) -> Cell: ...
+    def _cell(self, module: Any) -> Cell: ...
 
-    def _operation(self, module: nn.Module) -> Operation:
+    def _preprocessing(self, module: Any) -> tuple[Any, Any]:
+        return self._operation(module.preprocess0), self._operation(module.preprocess1)
+
+    def _operation(self, module: Any) -> Operation:
         if isinstance(module, nn.Identity):
             return Identity()
         if isinstance(module, FactorizedReduce):
             pointwise = self._parameter(module.conv_1.weight), self._parameter(module.conv_2.weight)
             return cell.FactorizedReduce(pointwise, self._norm(module.bn))
-        layers = list(module) if isinstance(module, nn.Sequential) else [module]
+        layers: list[Any] = list(module) if isinstance(module, nn.Sequential) else [module]
         if isinstance(layers[0], (nn.MaxPool2d, nn.AvgPool2d)):
             return self._pool(*layers)
         if len(layers) > 1 and layers[1].kernel_size[0] != layers[1].kernel_size[1]:
@@ -182,9 +186,9 @@ class FusedCells(ABC):
         return Convolution(tuple(self._half(layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)))
 
     def _pool(self, pool: nn.Module, norm: nn.BatchNorm2d | None = None) -> Pool:
-        return Pool(int(isinstance(pool, nn.AvgPool2d)), norm and self._norm(norm))
+        return Pool(int(isinstance(pool, nn.AvgPool2d)), None if norm is None else self._norm(norm))
 
-    def _half(self, layers: list[nn.Module]) -> Half:
+    def _half(self, layers: list[Any]) -> Half:
         _, *convolutions, norm = layers  # ReLU first
         if convolutions[-1].kernel_size != (1, 1):
             raise TypeError(f"the kernels have no such convolution: {convolutions[-1]}")
@@ -212,7 +216,7 @@ class FusedCells(ABC):
         """Makes the running means and variances one tensor [2, channels of all batch norms], and the numbers
         of batches one, of which the modules' own are views from here on: an update is a few operations, and
         not hundreds."""
-        norms = self._norms
+        norms: list[Any] = self._norms
         means, variances = [n.running_mean for n in norms], [n.running_var for n in norms]
         self._running = torch.stack([torch.cat(means), torch.cat(variances)])
         self._batches = torch.stack([norm.num_batches_tracked for norm in norms])
@@ -231,7 +235,9 @@ class FusedCells(ABC):
 
     def _update_statistics(self, of_batch: Tensor) -> None:
         """By the means and the unbiased variances of a batch, [2, channels of all batch norms]."""
-        self._running.lerp_(of_batch.to(self._running.dtype), self._norms[0].momentum)
+        momentum = self._norms[0].momentum
+        assert momentum is not None  # PyTorch's way to say: the mean over all batches
+        self._running.lerp_(of_batch.to(self._running.dtype), momentum)
         self._batches += 1
 
     def _constants(self) -> Tensor:
@@ -281,7 +287,7 @@ class FusedMixedCells(FusedCells):
         if not self.training:
             return kernels.cells(plan, x, weights, p, self._constants())[0]
         output, statistics = kernels.cells(plan, x, weights, p)
-        if self.tracking:
+        if self.tracking and statistics is not None:
             self._update_statistics(statistics())
         return output
 
@@ -298,18 +304,17 @@ class FusedMixedCells(FusedCells):
             p = probabilities.flatten().index_select(0, weighed)
         return p if of_edges is None else torch.cat([p.flatten(), of_edges])
 
-    def _cell(self, module: MixedCell) -> Cell:
+    def _cell(self, module: Any) -> Cell:
         edges, space = [], module.space
         # The order of the parameters is that of the modules: preprocessing, then the edges.
-        preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
+        preprocessing = self._preprocessing(module)
         for (source, node), mixed in zip(space.edges, module.edges, strict=True):
             stride = 2 if module.reduction and source < INPUTS else 1
             operations = [self._operation(operation) for name, operation in mixed.items() if name != "none"]
             edges.append(Edge(source, node, stride, tuple(operations)))
         channels = module.preprocess1[1].out_channels
-        concat = tuple(range(INPUTS, INPUTS + space.nodes))
         kind = int(module.reduction)
-        return Cell(channels, preprocessing, tuple(edges), concat, kind, module.partial_channels)
+        return Cell(channels, preprocessing, tuple(edges), tuple(space.concat), kind, module.partial_channels)
 
 
 class FusedDerivedCells(FusedCells):
@@ -340,18 +345,18 @@ class FusedDerivedCells(FusedCells):
         shapes, drop_path = [x.shape for x in inputs], path_weights is not None
         device, derivatives = weights.device, int(self.training)
         plan = self.plan(shapes, dtype, device, derivatives, drop_path, tuple(outputs))
-        if drop_path:
+        if path_weights is not None:
             self._order = self._order.to(device)
             path_weights = path_weights[self._order]
         if not self.training:
             return kernels.derived_cells(plan, inputs, weights, self._constants(), path_weights)[0]
         found, statistics = kernels.derived_cells(plan, inputs, weights, path_weights=path_weights)
-        if self.tracking:
+        if self.tracking and statistics is not None:
             self._update_statistics(statistics())
         return found
 
-    def _cell(self, module: nn.Module) -> Cell:
-        preprocessing = self._operation(module.preprocess0), self._operation(module.preprocess1)
+    def _cell(self, module: Any) -> Cell:
+        preprocessing = self._preprocessing(module)
         pairs = [(node, source) for node, sources in enumerate(module.sources) for source in sources]
         edges = []
         for (node, source), operation in zip(pairs, module.edges, strict=True):
@@ -376,6 +381,8 @@ def fused_stem(module: nn.Sequential, images: Tensor) -> Tensor:
     ATen's passes; the second derivative is what a Hessian-vector product needs of it, 3 ms where autograd's
     own took 19 (batch 16, 16 channels, 32x32, one CPU core).
     """
+    convolution: Any
+    norm: Any
     convolution, norm = module
     y = convolution(images)
     if not norm.training:

@@ -2,8 +2,8 @@
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ EDGES_KEPT = 2  # incoming edges that each node keeps (section 2.4)
 OPERATIONS = tuple(name for name in PRIMITIVES if name != "none")  # what an edge of a genotype may be
 
 Gene = list[list[tuple[str, int]]]
+Choice = TypeVar("Choice")
 
 
 class Genotype(NamedTuple):
@@ -209,14 +210,14 @@ def derive(
         "softmax": lambda alphas: alphas.softmax(dim=-1),
         "raw": lambda alphas: alphas,
     }
-    concat, genes = range(INPUTS, INPUTS + space.nodes), []
+    genes = []
     for alphas, of_edges in zip((alphas_normal, alphas_reduce), edge_weights, strict=True):
         strength = strengths[rule](alphas.detach())
         if of_edges is not None:
             strength = of_edges.detach()[:, None] * strength
         genes.append(_strongest(strength.tolist(), space))
     normal, reduce = genes
-    return Genotype(normal, concat, reduce, concat)
+    return Genotype(normal, space.concat, reduce, space.concat)
 
 
 def _strongest(strength: list[list[float]], space: Space) -> Gene:
@@ -225,8 +226,8 @@ def _strongest(strength: list[list[float]], space: Space) -> Gene:
     best = [max(choices, key=row.__getitem__) for row in strength]  # max() takes the first of equals
     gene = []
     for node in range(space.nodes):
-        edges = [edge for edge, (_, target) in enumerate(connections) if target == node]
-        edges.sort(key=lambda edge: -strength[edge][best[edge]])  # stable: equals stay in order
+        # Stable: equals stay in order
+        edges = sorted(space.incoming(node), key=lambda edge: -strength[edge][best[edge]])
         gene.append([(names[best[edge]], connections[edge][0]) for edge in edges[:EDGES_KEPT]])
     return gene
 
@@ -246,18 +247,18 @@ def random_genotype(generator: torch.Generator, space: Space = DARTS) -> Genotyp
         }
         return [
             [
-                (names[source, node][_drawn(len(names[source, node]), generator)], source)
+                (drawn(names[source, node], generator), source)
                 for source in torch.randperm(INPUTS + node, generator=generator)[:EDGES_KEPT].tolist()
             ]
             for node in range(space.nodes)
         ]
 
-    concat = range(INPUTS, INPUTS + space.nodes)
-    return Genotype(gene(space.normal), concat, gene(space.reduce), concat)
+    return Genotype(gene(space.normal), space.concat, gene(space.reduce), space.concat)
 
 
-def _drawn(below: int, generator: torch.Generator) -> int:
-    return int(torch.randint(below, (), generator=generator))
+def drawn(choices: Sequence[Choice], generator: torch.Generator) -> Choice:
+    """One of them, each with the same probability. `generator`: of the CPU."""
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def _range_if_consecutive(states: list[int]) -> range | list[int]:

@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from darts_fast.capture import Captured
-from darts_fast.config import Config
+from darts_fast.config import RunConfig, SearchConfig, TrainConfig
 from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, reseeded, restored, seeded
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
@@ -43,6 +43,7 @@ from darts_fast.runs import (
     writing,
 )
 from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
+from darts_fast.tables import markdown_table
 
 MOVABLE = (
     "name",
@@ -90,6 +91,7 @@ class Loop(ABC):
     A subclass builds `network`, the optimizers and `take`, and says what a step is.
     """
 
+    config: RunConfig
     folder: RunFolder  # set before anything is run or loaded
     network: nn.Module
     take: Captured  # a step, from images as they are stored
@@ -98,7 +100,7 @@ class Loop(ABC):
     profiler: Profiler | None = None  # until its report is written
 
     def __init__(
-        self, config: Config, dataset: Dataset, ranks: Ranks, train_images: int, *augmentation_seed: int
+        self, config: RunConfig, dataset: Dataset, ranks: Ranks, train_images: int, *augmentation_seed: int
     ):
         """Puts the data on the device.
 
@@ -144,14 +146,13 @@ class Loop(ABC):
         self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
 
     @classmethod
-    def begin(cls, config: Config, data: tuple[Tensor, ...] | None, parent: str | Path | None) -> Any:
+    def begin(cls, config: RunConfig, data: tuple[Tensor, ...] | None, parent: str | Path | None) -> Any:
         """A new run to its end, in a new folder below `parent` (None: where such runs are). `data`: tensors
         of the user's own, see `datasets.read_data`."""
         with joined() as ranks:
             dataset = ranks.in_turn(lambda: read_data(config, data))
             with ranks.together():  # first: what cannot be made leaves no folder behind
-                config = dataclasses.replace(config, device=ranks.device(config.device))
-                run = cls(config, dataset, ranks)
+                run = cls._on(ranks.device(config.device), config, dataset, ranks)
             with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
                 run.config = dataclasses.replace(run.config, name=run.folder.path.name)
                 return run.run()
@@ -159,7 +160,7 @@ class Loop(ABC):
     @classmethod
     def go_on(
         cls,
-        settings: type[Config],
+        settings: type[SearchConfig] | type[TrainConfig],
         path: str | Path,
         data: tuple[Tensor, ...] | None,
         device: str | None,
@@ -176,10 +177,15 @@ class Loop(ABC):
                 dataset = ranks.in_turn(lambda: read_data(config, data, resumed=path))
                 with ranks.together():
                     device = ranks.device(device or config.device, resumed=device is None)
-                    run = cls(dataclasses.replace(config, device=device), dataset, ranks)
+                    run = cls._on(device, config, dataset, ranks)
                     run.folder = folder
                     run.load(checkpoint)
                 return run.run()
+
+    @classmethod
+    def _on(cls, device: str | None, config: RunConfig, dataset: Dataset, ranks: Ranks) -> Any:
+        make: Callable[[RunConfig, Dataset, Ranks], Loop] = cls  # type: ignore[assignment]  # a subclass's
+        return make(config if device is None else dataclasses.replace(config, device=device), dataset, ranks)
 
     # What a subclass says
 
@@ -400,7 +406,8 @@ class Loop(ABC):
         if self.ranks.size == 1:
             return
         named = dict(named_tensors(self.state()))
-        sums = torch.tensor([zlib.crc32(t.detach().cpu().contiguous().numpy()) for t in named.values()])
+        arrays: list[Any] = [tensor.detach().cpu().contiguous().numpy() for tensor in named.values()]
+        sums = torch.tensor([zlib.crc32(array) for array in arrays])
         first, *others = self.ranks.gathered(sums)
         for rank, found in enumerate(others, start=1):
             for name, same in zip(named, (found == first).tolist(), strict=True):
@@ -431,7 +438,7 @@ class Loop(ABC):
             self._stop_if_asked()
 
     def measured(
-        self, networks: dict[str, nn.Module], batches: Batches, order: Tensor, training: bool = False
+        self, networks: Mapping[str, nn.Module], batches: Batches, order: Tensor, training: bool = False
     ) -> dict[str, Means]:
         """`evaluated` of each, by its name; the bar shows how far it is, a signal stops it between two
         batches."""
@@ -674,7 +681,8 @@ class Loop(ABC):
         """What is about to run, and in a block: what computes a step, and how. Every setting in force is in
         the log, those that differ from the defaults are shown, too."""
         settings = dataclasses.asdict(self.config)
-        self.folder.text("config", 0, markdown_table({**settings, **environment(self.config.device)}))
+        values = settings | environment(self.config.device)
+        self.folder.text("config", 0, "\n".join(markdown_table(("setting", "value"), values.items())))
         default = dataclasses.asdict(type(self.config)().resolved(self.dataset.name))
         given = [
             f"{name} = {value}"
@@ -702,12 +710,12 @@ class Loop(ABC):
         if not self.unread:
             return
         lr = self.learning_rate()
-        rows = torch.stack([values for values, _ in self.unread])
+        stacked = torch.stack([values for values, _ in self.unread])
         if self.ranks.size > 1:
             # Hits of all ranks, and the mean of their losses weighted by their shares
             shares = [self.ranks.share_of(images) for _, images in self.unread]
-            rows[:, 0] *= torch.tensor(shares, dtype=rows.dtype, device=rows.device)
-        rows = self.ranks.sum(rows).tolist()
+            stacked[:, 0] *= torch.tensor(shares, dtype=stacked.dtype, device=stacked.device)
+        rows = self.ranks.sum(stacked).tolist()
         first = self.steps_done - len(rows)
         for number, (row, (_, images)) in enumerate(zip(rows, self.unread, strict=True), start=first + 1):
             loss, top1, top5 = row[0], row[1] / images, row[2] / images
@@ -853,7 +861,7 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
     return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
@@ -892,7 +900,7 @@ def freed_memory_kept() -> Iterator[None]:
     MB and more back to the system at once, and a new one is a page fault for each 4 KB: at 64 channels, 35 MB
     of weights, that was 23 % of a step (one thread of an AMD EPYC). Other systems are left as they are."""
     c = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(c, "mallopt"):
+    if c is None or not hasattr(c, "mallopt"):
         yield
         return
     # Before 2.35 glibc may refuse more than 32 MB, the most that its own rule comes to.
@@ -936,8 +944,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def markdown_table(values: dict[str, Any]) -> str:
-    """Two columns, for TensorBoard's text page."""
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())])

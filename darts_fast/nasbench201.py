@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from darts_fast.errors import InputError
 from darts_fast.flat import FlatNetwork
+from darts_fast.reference import relu_conv_bn
 from darts_fast.space import Names
 
 NAME = "nasbench201"  # of the space, as a setting
@@ -90,23 +91,14 @@ def derive(alphas: Tensor) -> Cell:
     return Cell(tuple(CANDIDATES[row.index(max(row))] for row in alphas.tolist()))
 
 
-def relu_conv_bn(in_channels: int, channels: int, kernel: int, stride: int, affine: bool) -> nn.Sequential:
-    """ReLU -> convolution -> batch norm; `same` padding."""
-    return nn.Sequential(
-        nn.ReLU(),
-        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(channels, affine=affine),
-    )
-
-
 class MixedOp(nn.Module):
     """An edge: the sum over all candidates o of p_o * o(x). `none` is zero and left out; no batch norm stands
     behind the pool, and those behind the convolutions have no affine parameters."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.nor_conv_1x1 = relu_conv_bn(channels, channels, 1, 1, affine=False)
-        self.nor_conv_3x3 = relu_conv_bn(channels, channels, 3, 1, affine=False)
+        self.nor_conv_1x1 = relu_conv_bn(channels, channels, affine=False)
+        self.nor_conv_3x3 = relu_conv_bn(channels, channels, affine=False, kernel=3)
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         """x [N, C, H, W] and the edge's softmaxed alphas [5] -> [N, C, H, W]."""
@@ -139,8 +131,8 @@ class Reduction(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.convolutions = nn.Sequential(
-            relu_conv_bn(channels, 2 * channels, 3, 2, affine=True),
-            relu_conv_bn(2 * channels, 2 * channels, 3, 1, affine=True),
+            relu_conv_bn(channels, 2 * channels, affine=True, kernel=3, stride=2),
+            relu_conv_bn(2 * channels, 2 * channels, affine=True, kernel=3),
         )
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(channels, 2 * channels, 1, bias=False))
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ATTACK_STEPS = 7  # of projected gradient ascent, each of 2 epsilon / 7
+from darts_fast.architect import Average, Tensors, alone, gradients, leaves
 
-Tensors = dict[str, Tensor]
+ATTACK_STEPS = 7  # of projected gradient ascent, each of 2 epsilon / 7
 
 
 def random_perturbation(p: Tensors, epsilon: Tensor, generator: torch.Generator | None = None) -> Tensors:
@@ -30,7 +30,7 @@ def adversarial_perturbation(
     p: Tensors,
     epsilon: Tensor,
     generator: torch.Generator | None = None,
-    average: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+    average: Average = alone,
 ) -> Tensors:
     """delta that raises the loss, a function of delta: ascent along the sign of its gradient from a random
     start, kept in the cube of epsilon; 0 where the loss is then lower than without. `average`: see
@@ -39,11 +39,10 @@ def adversarial_perturbation(
     nothing = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
     delta = random_perturbation(p, epsilon, generator)
     for _ in range(ATTACK_STEPS):
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in delta.items()}
-        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
+        start = leaves(delta)
         ascended = {
             name: delta[name] + 2 * epsilon / ATTACK_STEPS * gradient.sign()
-            for name, gradient in average(dict(zip(delta, gradients, strict=True))).items()
+            for name, gradient in average(gradients(loss(start), start)).items()
         }
         delta = projected(ascended, p, epsilon)
     with torch.no_grad():

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from darts_fast.genotype import EDGES_KEPT, Gene, Genotype
-from darts_fast.space import INPUTS, Space
+from darts_fast.architect import Tensors
+from darts_fast.genotype import EDGES_KEPT, Gene, Genotype, drawn
+from darts_fast.space import Space
 
-Tensors = dict[str, Tensor]
 Measure = Callable[["Decisions"], tuple[float, float]]  # loss and accuracy of the supernet so decided
 
 
@@ -62,11 +62,11 @@ def decided_round(
         if number < len(space.edges):
             open_edges = found.kept[name].any(dim=1).nonzero().flatten().tolist()
             said.append(
-                _decide_edge(name, _drawn(open_edges, generator), found, space, present[name], measure)
+                _decide_edge(name, drawn(open_edges, generator), found, space, present[name], measure)
             )
         else:
             left = [node for node in range(space.nodes) if len(_edges_of(node, found.added[name], space)) > 2]
-            said.append(_decide_node(name, _drawn(left, generator), found, space, measure))
+            said.append(_decide_node(name, drawn(left, generator), found, space, measure))
     return found, said
 
 
@@ -81,9 +81,8 @@ def all_decided(decisions: Decisions, space: Space) -> bool:
 
 def genotype_of(decisions: Decisions, space: Space) -> Genotype:
     """When all is decided."""
-    concat = range(INPUTS, INPUTS + space.nodes)
     normal, reduce = (_gene(added, space) for added in decisions.added.values())
-    return Genotype(normal, concat, reduce, concat)
+    return Genotype(normal, space.concat, reduce, space.concat)
 
 
 def _decide_edge(
@@ -121,14 +120,10 @@ def _badness(measured: tuple[float, float]) -> tuple[float, float]:
     return -top1, loss
 
 
-def _drawn(choices: list[int], generator: torch.Generator) -> int:
-    return choices[int(torch.randint(len(choices), (), generator=generator))]
-
-
 def _edges_of(node: int, added: Tensor, space: Space) -> list[int]:
     """The decided edges of a node that stay."""
     stays = added.any(dim=1).tolist()
-    return [edge for edge, (_, target) in enumerate(space.edges) if target == node and stays[edge]]
+    return [edge for edge in space.incoming(node) if stays[edge]]
 
 
 def _gene(added: Tensor, space: Space) -> Gene:

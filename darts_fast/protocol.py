@@ -8,16 +8,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
 from darts_fast.config import (
-    Config,
     ProtocolConfig,
     SearchConfig,
     argument_parser,
@@ -35,7 +32,10 @@ from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, writ
 from darts_fast.runs import (
     CHECKPOINT,
     CONFIG,
+    Interrupted,
+    Run,
     Stopped,
+    appended,
     differences,
     lock,
     new_folder,
@@ -67,17 +67,10 @@ class ProtocolResult(NamedTuple):
     path: Path  # the folder; report.json in it has every figure
 
 
-class Run(NamedTuple):
-    """A search or a training of a protocol: all that a process needs to compute it."""
-
-    key: str  # its folder below the protocol's, such as "searches/found-1"
-    folder: Path  # the same, absolute: another process may have another working directory
-    config: Config
-
-
 # Maps a function over runs: yields a run's key and None when it begins (and when it begins again, because its
 # process died), then its key and the function's value.
-Map = Callable[[Callable[[Run], Outcome], Sequence[Run]], Iterator[tuple[str, Outcome | None]]]
+Mapped = Generator[tuple[str, Outcome | None], None, None]
+Map = Callable[[Callable[[Run], Outcome], Sequence[Run]], Mapped]
 
 
 def protocol(
@@ -148,7 +141,7 @@ def _mapping(cluster: "Cluster | None", config: ProtocolConfig) -> AbstractConte
     return nullcontext(in_turn) if cluster is None else cluster.started(config.device)
 
 
-def in_turn(function: Callable[[Run], Outcome], runs: Sequence[Run]) -> Iterator[tuple[str, Outcome | None]]:
+def in_turn(function: Callable[[Run], Outcome], runs: Sequence[Run]) -> Mapped:
     """The `Map` of this process."""
     for run in runs:
         yield run.key, None
@@ -161,23 +154,36 @@ def compute(run: Run, data: Data | None) -> Outcome:
 
     Raises:
         InputError: its folder cannot be written, or does not fit.
+        Locked: another process is in it, such as a worker that a cluster has lost touch with.
         RunError: the device ran out of memory.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
-    path, begin, go_on = run.folder, train, resume_training
-    if isinstance(run.config, SearchConfig):
-        begin, go_on, data = search, resume_search, None if data is None else data[:2]
+    path, config = run.folder, run.config
     try:
-        if os.path.lexists(path / CHECKPOINT):
-            return _outcome(go_on(path, data, run.config.device))
-        with writing(path):
-            if os.path.lexists(path):  # it was killed before its first step
-                shutil.rmtree(path)
-        return _outcome(begin(run.config, data, path.parent))
+        begun = _begun(path)
+        if isinstance(config, SearchConfig):
+            own = None if data is None else data[:2]
+            found = resume_search(path, own, config.device) if begun else search(config, own, path.parent)
+            return {"top1": found.top1, "epoch": found.epoch, "genotype": found.genotype.as_json()}
+        trained = resume_training(path, data, config.device) if begun else train(config, data, path.parent)
+        return {name: getattr(trained, name) for name in ("top1", "top5", "parameters", "multiply_adds")}
     except RunError as error:
         if is_out_of_memory(error.__cause__):  # not the seed's fault
             raise
         return {"failed": str(error).replace(f"{path.parent.parent}{os.sep}", "")}
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run's folder has a checkpoint to go on from. Deletes the folder of a run that was killed
+    before its first one; raises Locked where its process is still there."""
+    if os.path.lexists(path) and not os.path.lexists(path / CHECKPOINT):
+        log, *_ = appended(path.name)
+        with writing(path):
+            with suppress(FileNotFoundError), (path / log).open("r+b") as file:
+                lock(file, path)
+            if not os.path.lexists(path / CHECKPOINT):  # nor has it written one and ended meanwhile
+                shutil.rmtree(path)
+    return os.path.lexists(path / CHECKPOINT)
 
 
 def random_cell(config: ProtocolConfig, number: int) -> Genotype:
@@ -195,23 +201,23 @@ class Protocol:
         path: Path,
         config: ProtocolConfig,
         environment: dict[str, str],
-        data: tuple[Tensor, ...] | None,
+        data: Data | None,
         resumed: bool = False,
     ):
         self.path, self.config, self.environment, self.data = path, config, environment, data
         dataset = read_data(config, data, resumed=path if resumed else None)
         self.images = len(dataset.labels), len(dataset.test_labels)
         settings = dataclasses.asdict(config).items()
-        self.origin = {
+        self.origin: dict[str, Any] = {
             "data": fingerprint(dataset),
             "settings": {name: value for name, value in settings if name not in MOVABLE},
         }
         self.outcomes: dict[str, Outcome] = {}
-        self.hours: dict[str, dict[str, float | None]] = {}
+        self.hours: dict[str, dict[str, Any]] = {}  # `hours`, and `since` when it goes on; None: it does not
 
     def __enter__(self) -> "Protocol":
         with writing(self.path):
-            self._locked = (self.path / CONFIG).open("rb")
+            self._locked = (self.path / CONFIG).open("r+b")  # NFS locks no file that is open for reading
         try:
             lock(self._locked, self.path)
             self._read()
@@ -247,11 +253,7 @@ class Protocol:
         brief = {key: {"seed": config.seed, "genotype": c.genotype} for key, c in candidates.items()}
         for candidate, outcome in zip(candidates.values(), self._phase("brief", brief, mapped), strict=True):
             candidate.brief = outcome
-        chosen = {
-            name: group.candidates[group.chosen].genotype
-            for name, group in groups.items()
-            if group.chosen is not None
-        }
+        chosen = {name: group.genotype for name, group in groups.items() if group.genotype is not None}
         trainings = {
             f"trainings/{name}-seed-{seed}": {"seed": seed, "genotype": genotype}
             for name, genotype in chosen.items()
@@ -262,15 +264,15 @@ class Protocol:
             groups[name].trainings, outcomes = outcomes[: config.trainings], outcomes[config.trainings :]
         write_report(path, config, self.environment, self.images, groups)
         _tell(f"{path / 'report.md'}: {in_words(groups)}; hours: {self._hours_in_words()}")
+        values: list[tuple[Genotype, float, float | None]] = []
         for name, group in groups.items():
-            if group.mean is None:
+            if group.genotype is None or group.mean is None:
                 raise RunError(
                     f"no {name} cell was trained to the end; the reasons are in {path / 'report.md'}"
                 )
-        values = []
-        for group in groups.values():
-            values += [group.candidates[group.chosen].genotype, group.mean, group.deviation]
-        return ProtocolResult(*values, path)
+            values.append((group.genotype, group.mean, group.deviation))
+        found_one, random_one = values
+        return ProtocolResult(*found_one, *random_one, path)
 
     def _phase(self, phase: str, settings: dict[str, dict[str, Any]], mapped: Map) -> list[Outcome]:
         """The outcomes of the runs with these folders and settings of their own, in this order. A run whose
@@ -299,10 +301,10 @@ class Protocol:
                         write_json(self.path / RUNS, {**self.origin, "runs": self.outcomes})
                         what += self._elsewhere(key, phase)
                     _tell(f"Protocol: {key} {what}; {self._left(list(settings), under_way, at_once)}")
-        except Stopped as stop:
+        except Interrupted as stop:
             where = f"within {', '.join(under_way)}" if under_way else "between two runs"
             function, own_images = "darts_fast.protocol.resume_protocol", self.data is not None
-            raise Stopped(where, self.path, function, own_images, stop.exit_code - 128) from stop
+            raise Stopped(where, self.path, function, own_images, stop.signal_number) from stop
         finally:
             for key in under_way:
                 self._end_hours(key)
@@ -390,15 +392,8 @@ class Protocol:
                 )
 
 
-def _outcome(result: NamedTuple) -> Outcome:
-    """What is kept of a SearchResult or TrainResult."""
-    if hasattr(result, "genotype"):
-        return {"top1": result.top1, "epoch": result.epoch, "genotype": result.genotype.as_json()}
-    return {name: getattr(result, name) for name in ("top1", "top5", "parameters", "multiply_adds")}
-
-
 def _check_outcome(outcome: Any, key: str) -> None:
-    """Raises ValueError where it is not what `_outcome` gives."""
+    """Raises ValueError where it is not what `compute` gives."""
     if isinstance(outcome, dict) and "failed" in outcome:
         check_keys(outcome, ("failed",), key)
         if not isinstance(outcome["failed"], str):

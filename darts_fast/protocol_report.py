@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from darts_fast import plot
-from darts_fast.config import ProtocolConfig
+from darts_fast.config import HIDDEN, ProtocolConfig
 from darts_fast.errors import InputError, RunError, first_line
 from darts_fast.genotype import Genotype
 from darts_fast.runs import METRICS, write_atomically, write_json, writing
+from darts_fast.tables import markdown_table, mean_and_deviation
 from darts_fast.train import split
 
 Outcome = dict[str, Any]  # of a run, plain values: what its kind ends in, or `failed`, the reason
 
 COLOURS = {"found": "#0067A5", "random": "#B5381B"}
-HIDDEN = ("name", "data_path", "profile")  # settings that say nothing about the figures
 
 
 @dataclass
@@ -50,8 +50,13 @@ class Group:
     def chosen(self) -> int | None:
         """The candidate whose brief training has the best validation accuracy after its last epoch, the first
         of equals; None where every one failed."""
-        top1 = {i: c.brief["top1"] for i, c in enumerate(self.candidates) if not c.failed}
+        top1 = {i: c.brief["top1"] for i, c in enumerate(self.candidates) if c.brief and not c.failed}
         return max(top1, key=top1.__getitem__) if top1 else None
+
+    @property
+    def genotype(self) -> Genotype | None:
+        """That of the chosen candidate."""
+        return None if self.chosen is None else self.candidates[self.chosen].genotype
 
     @property
     def top1(self) -> list[float]:
@@ -85,9 +90,9 @@ def write_report(
     pictures = {}
     for name, group in groups.items():
         file = path / f"{name}.svg"
-        if group.chosen is not None:
+        if group.genotype is not None:
             try:
-                plot.save(group.candidates[group.chosen].genotype, file)
+                plot.save(group.genotype, file)
                 pictures[name] = file.name
             except RunError:  # no Graphviz
                 pass
@@ -145,7 +150,7 @@ def compared(groups: Groups) -> tuple[float | None, float | None]:
         return None, None
     if found.deviation is None or random.deviation is None:
         return found.mean - random.mean, None
-    variance = sum(group.deviation**2 / len(group.top1) for group in (found, random))
+    variance = found.deviation**2 / len(found.top1) + random.deviation**2 / len(random.top1)
     return found.mean - random.mean, math.sqrt(variance)
 
 
@@ -177,8 +182,7 @@ def _settings(config: ProtocolConfig) -> dict[str, Any]:
 
 def _spread(group: Group) -> str:
     """98.33 ± 0.21 %"""
-    deviation = "" if group.deviation is None else f" ± {100 * group.deviation:.2f}"
-    return f"{100 * group.mean:.2f}{deviation} %"
+    return mean_and_deviation([100 * top1 for top1 in group.top1]) + " %"
 
 
 def _count(number: int, noun: str) -> str:
@@ -187,14 +191,6 @@ def _count(number: int, noun: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "|" + "---|" * len(cells)]
 
 
 def _markdown(
@@ -210,23 +206,15 @@ def _markdown(
         for phase, c in phases.items()
     }
     kept, held_out = map(len, split(images[0], phases["brief"].train_portion))
-    lines = [
-        f"# The protocol of DARTS on {config.dataset}",
-        "",
-        "The cells of several searches are trained briefly; the best on validation images is chosen and "
-        "trained to the end with several seeds. Random cells go the same way. Accuracies are those after the "
-        "last epoch; ± is the sample standard deviation over the seeds.",
-        "",
-        *_header("test top-1", "mean ± deviation", "trainings", "parameters", "multiply-adds"),
-    ]
+    tested = []
     for name, group in groups.items():
         count = len(group.candidates)
         noun = _count(count, "random cell")
         if name == "found":
             noun = f"{count} search{'' if count == 1 else 'es'}"
         ended = [outcome for outcome in group.trainings if "failed" not in outcome]
-        lines.append(
-            _row(
+        tested.append(
+            (
                 f"**the best of {noun}**",
                 f"**{_spread(group)}**" if ended else "none",
                 f"{len(ended)} of {config.trainings}",
@@ -234,29 +222,25 @@ def _markdown(
                 f"{ended[0]['multiply_adds'] / 1e6:.3g} M" if ended else "",
             )
         )
+    lines = [
+        f"# The protocol of DARTS on {config.dataset}",
+        "",
+        "The cells of several searches are trained briefly; the best on validation images is chosen and "
+        "trained to the end with several seeds. Random cells go the same way. Accuracies are those after the "
+        "last epoch; ± is the sample standard deviation over the seeds.",
+        "",
+        *markdown_table(
+            ("test top-1", "mean ± deviation", "trainings", "parameters", "multiply-adds"), tested
+        ),
+    ]
     difference, error = compared(groups)
-    if error is not None:
+    if difference is not None and error is not None:
         lines += [
             "",
             f"The first mean less the second is {100 * difference:+.2f} points, with a standard error of "
             f"{100 * error:.2f}; a difference of less than two standard errors may well be chance.",
         ]
-    lines += [
-        "",
-        "## The choice",
-        "",
-        f"Searches: {sizes['search']}. Brief trainings: {sizes['brief']}, all with seed {config.seed}, on "
-        f"{kept} of the {images[0]} training images; the other {held_out} give their validation accuracy. "
-        "The test images had no part in the choice.",
-        "",
-        *_header(
-            "cell",
-            "seed of the search",
-            "supernet's validation top-1",
-            "brief training's validation top-1",
-            "",
-        ),
-    ]
+    candidates = []
     for name, group in groups.items():
         for i, c in enumerate(group.candidates):
             searched = c.search or {}
@@ -264,8 +248,8 @@ def _markdown(
                 f"{_percent(searched['top1'])}, epoch {searched['epoch']}" if "top1" in searched else ""
             )
             note = f"failed: {c.failed}" if c.failed else "**chosen**" if i == group.chosen else ""
-            lines.append(
-                _row(
+            candidates.append(
+                (
                     f"{name}-{i + 1}",
                     config.seed + i if c.search else "",
                     of_search,
@@ -275,36 +259,61 @@ def _markdown(
             )
     lines += [
         "",
-        "## The trainings of the chosen cells",
+        "## The choice",
         "",
-        f"{sizes['train']}, on all {images[0]} training images; tested on {images[1]}.",
+        f"Searches: {sizes['search']}. Brief trainings: {sizes['brief']}, all with seed {config.seed}, on "
+        f"{kept} of the {images[0]} training images; the other {held_out} give their validation accuracy. "
+        "The test images had no part in the choice.",
         "",
-        *_header(
-            "seed",
-            *("" if g.chosen is None else f"test top-1 of {n}-{g.chosen + 1}" for n, g in groups.items()),
+        *markdown_table(
+            (
+                "cell",
+                "seed of the search",
+                "supernet's validation top-1",
+                "brief training's validation top-1",
+                "",
+            ),
+            candidates,
         ),
     ]
+    trainings: list[tuple[object, ...]] = []
     for j in range(config.trainings):
         outcomes = [group.trainings[j] if group.trainings else {} for group in groups.values()]
         cells = [f"failed: {o['failed']}" if "failed" in o else _percent(o.get("top1")) for o in outcomes]
-        lines.append(_row(config.seed + j, *cells))
+        trainings.append((config.seed + j, *cells))
     for noun, values in (
         ("mean", [group.mean for group in groups.values()]),
         ("standard deviation", [group.deviation for group in groups.values()]),
     ):
-        lines.append(_row(f"**{noun}**", *(f"**{_percent(v)}**" if v is not None else "" for v in values)))
-    lines += ["", "![Accuracy by epoch](curves.png)", "", "## The chosen cells", ""]
+        trainings.append((f"**{noun}**", *(f"**{_percent(v)}**" if v is not None else "" for v in values)))
+    lines += [
+        "",
+        "## The trainings of the chosen cells",
+        "",
+        f"{sizes['train']}, on all {images[0]} training images; tested on {images[1]}.",
+        "",
+        *markdown_table(
+            (
+                "seed",
+                *("" if g.chosen is None else f"test top-1 of {n}-{g.chosen + 1}" for n, g in groups.items()),
+            ),
+            trainings,
+        ),
+        "",
+        "![Accuracy by epoch](curves.png)",
+        "",
+        "## The chosen cells",
+        "",
+    ]
     for name, group in groups.items():
         if group.chosen is not None:
-            genotype = group.candidates[group.chosen].genotype
-            lines += [f"{name}-{group.chosen + 1}:", "", "```", str(genotype), "```", ""]
-        if name in pictures:
-            lines += [f"![{name}-{group.chosen + 1}]({pictures[name]})", ""]
+            lines += [f"{name}-{group.chosen + 1}:", "", "```", str(group.genotype), "```", ""]
+            if name in pictures:
+                lines += [f"![{name}-{group.chosen + 1}]({pictures[name]})", ""]
     lines += [
         "## Settings",
         "",
-        *_header("setting", "value"),
-        *(_row(name, value) for name, value in (_settings(config) | environment).items()),
+        *markdown_table(("setting", "value"), (_settings(config) | environment).items()),
         "",
         "All settings of a run are in the config.json of its folder; the hours of each are in hours.json.",
     ]
@@ -331,7 +340,7 @@ def _panels(path: Path, config: ProtocolConfig, groups: Groups) -> list[plot.Pan
             if "failed" not in outcome
         ]
         trainings += [plot.Curve(values, colour, dashed, 0.7, "") for values in runs]
-        if runs:
+        if runs and group.chosen is not None:
             mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
             label = f"{name}-{group.chosen + 1}, mean of {_count(len(runs), 'training')}"
             trainings.append(plot.Curve(mean, colour, dashed, 2.6, label))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from darts_fast.space import DARTS, INPUTS, PRIMITIVES, Space
 
 
-def relu_conv_bn(in_channels: int, channels: int, affine: bool) -> nn.Sequential:
-    """ReLU -> 1x1 convolution -> batch norm."""
+def relu_conv_bn(
+    in_channels: int, channels: int, affine: bool, kernel: int = 1, stride: int = 1
+) -> nn.Sequential:
+    """ReLU -> convolution -> batch norm; `same` padding."""
     return nn.Sequential(
         nn.ReLU(),
-        nn.Conv2d(in_channels, channels, 1, bias=False),
+        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(channels, affine=affine),
     )
 
@@ -192,13 +194,12 @@ class MixedCell(nn.Module):
             return found if edge_weights is None else edge_weights[edge] * found
 
         for node in range(self.space.nodes):
-            incoming = [edge for edge, (_, target) in enumerate(self.space.edges) if target == node]
-            states.append(sum(weighed(edge) for edge in incoming))
+            states.append(sum(weighed(edge) for edge in self.space.incoming(node)))
         return torch.cat(states[INPUTS:], dim=1)
 
 
 def edge_weights(betas: Tensor, space: Space) -> Tensor:
     """Edge normalisation (PC-DARTS, arXiv 1907.05737, section 3.2): the softmax of the betas [edges] over the
     edges that enter the same node, [edges]."""
-    incoming = [sum(target == node for _, target in space.edges) for node in range(space.nodes)]
-    return torch.cat([of_node.softmax(dim=0) for of_node in betas.split(incoming)])
+    of_nodes = betas.split([len(space.incoming(node)) for node in range(space.nodes)])
+    return torch.cat([of_node.softmax(dim=0) for of_node in of_nodes])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darts_fast.profiling import WARM_UP, Profiler, copy_rate
+from darts_fast.tables import markdown_table
 from darts_fast.trace import Profile, Row, read_trace
 
 
@@ -161,14 +162,7 @@ def markdown(profile: Profile, text: str, rate: float, settings: dict[str, Any])
     lines = ["# Profile", "", f"**{text}**", ""]
     lines += [f"- {name}: {value}" for name, value in _facts(profile, rate, settings)]
     for title, header, rows in _tables(profile, rate):
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            f"| {' | '.join(header)} |",
-            "|---" + "|---:" * (len(header) - 1) + "|",
-        ]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+        lines += ["", f"## {title}", "", *markdown_table(header, rows, numbers=True)]
     lines += ["", NOTE, "", "## Settings", ""]
     lines += [f"- {name} = {value}" for name, value in settings.items()]
     lines += ["", "`trace.json.gz` opens in https://ui.perfetto.dev and chrome://tracing."]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -32,7 +32,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text as text_summary
 from tqdm import tqdm
 
-from darts_fast.config import Config
+from darts_fast.config import ProtocolConfig, RunConfig
 from darts_fast.distributed import Ranks, connect, say_once, world_size
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json, read_tensors
@@ -43,13 +43,23 @@ try:
 except ImportError:  # not on Windows: there, nothing keeps two processes out of one run folder
     fcntl = None  # type: ignore[assignment]  # the usual way to say so
 
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig | ProtocolConfig)
+
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 EVENTS = "tb/events.out.tfevents.0.darts_fast"  # TensorBoard reads every file with "tfevents" in its name
 
 
-class Stopped(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, of this number."""
+
+    def __init__(self, signal_number: int, message: str = ""):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Stopped(Interrupted):
     """Ctrl-C or SIGTERM: the step was finished and the run saved. The message says how to resume.
 
     Args:
@@ -62,9 +72,9 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, where: str, path: Path, function: str, own_images: bool, signal_number: int):
         self.where, self.path, self.own_images = where, path, own_images
-        self.exit_code = 128 + signal_number
         call = f"{function}({str(path)!r}{', data' if own_images else ''})"
-        super().__init__(self._sentence(call))
+        super().__init__(signal_number, self._sentence(call))
+        self.exit_code = 128 + signal_number
 
     def to_resume_by(self, command: str) -> str:
         """The message of a program whose command resumes its runs by --resume."""
@@ -80,6 +90,14 @@ class Stopped(KeyboardInterrupt):
 
 class Locked(InputError):
     """Another process is in the folder."""
+
+
+class Run(NamedTuple):
+    """A search or a training that is a part of something larger: all that a process needs to compute it."""
+
+    key: str  # such as "searches/found-1"
+    folder: Path  # absolute: another process may have another working directory
+    config: RunConfig
 
 
 class RunFolder:
@@ -104,7 +122,11 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, config: Config, default_name: str, parent: str | Path | None = None, ranks: Ranks | None = None
+        cls,
+        config: RunConfig,
+        default_name: str,
+        parent: str | Path | None = None,
+        ranks: Ranks | None = None,
     ) -> "RunFolder":
         """The folder that `new_folder` makes, opened; its `parent` is searchs/ or augments/ if not given. Of
         several `ranks` the first one makes it, and the others have a `SilentFolder` of its path.
@@ -112,7 +134,8 @@ class RunFolder:
         Raises:
             InputError: the name is no folder name, the folder exists, or it cannot be written.
         """
-        ranks, folder = ranks or Ranks(), SilentFolder(Path())
+        ranks = ranks or Ranks()
+        folder: RunFolder = SilentFolder(Path())
         with ranks.together():
             if ranks.rank == 0:
                 folder = cls._create(config, default_name, parent or config.FOLDER)
@@ -120,7 +143,7 @@ class RunFolder:
         return folder
 
     @classmethod
-    def _create(cls, config: Config, default_name: str, parent: str | Path) -> "RunFolder":
+    def _create(cls, config: RunConfig, default_name: str, parent: str | Path) -> "RunFolder":
         path, environment_now = new_folder(config, default_name, parent)
         try:
             folder = cls(path, path.name)
@@ -133,8 +156,8 @@ class RunFolder:
 
     @classmethod
     def reopen(
-        cls, path: str | Path, kind: type[Config], ranks: Ranks | None = None
-    ) -> tuple["RunFolder", Config, dict[str, Any]]:
+        cls, path: str | Path, kind: type[AnyConfig], ranks: Ranks | None = None
+    ) -> tuple["RunFolder", AnyConfig, dict[str, Any]]:
         """The folder of an earlier run, its configuration and its checkpoint. Nothing is changed yet: call
         `cut_back` once the checkpoint has been taken up. Of several `ranks` the first one reads it; the
         others get what it has read, and a `SilentFolder`.
@@ -158,7 +181,7 @@ class RunFolder:
         return SilentFolder(Path(path)), kind(**found["settings"]), found["checkpoint"]
 
     @classmethod
-    def _reopen(cls, path: Path, kind: type[Config]) -> tuple["RunFolder", Config, dict[str, Any]]:
+    def _reopen(cls, path: Path, kind: type[AnyConfig]) -> tuple["RunFolder", AnyConfig, dict[str, Any]]:
         config, environment_then = read_config(path, kind)
         if not os.path.lexists(path / CHECKPOINT):
             raise InputError(
@@ -297,7 +320,9 @@ class SilentFolder(RunFolder):
     cut_back = close = __exit__ = _nothing
 
 
-def new_folder(config: Config, default_name: str, parent: str | Path) -> tuple[Path, dict[str, str]]:
+def new_folder(
+    config: RunConfig | ProtocolConfig, default_name: str, parent: str | Path
+) -> tuple[Path, dict[str, str]]:
     """Makes the folder of config.name below `parent`, or where config has no name the first that is free of
     default_name, default_name-2, ..., with a config.json in it. Returns its path and the environment.
 
@@ -365,7 +390,7 @@ def _stamped(line: str) -> str:
     return f"{time.strftime('%m/%d %H:%M:%S')} | {line}"
 
 
-def read_config(path: Path, kind: type[Config]) -> tuple[Config, dict[str, str]]:
+def read_config(path: Path, kind: type[AnyConfig]) -> tuple[AnyConfig, dict[str, str]]:
     """The settings in the config.json of a run folder, and the environment the run began in.
 
     Raises:
@@ -411,9 +436,10 @@ def write_json(path: Path, content: Any) -> None:
         write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a temporary file beside `path`, forces it to the disk, then renames it over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_atomically(path: Path, content: bytes | memoryview, shared: bool = False) -> None:
+    """Writes a temporary file beside `path`, forces it to the disk, then renames it over `path`. `shared`:
+    other processes may write it at the same time (a kill then leaves the temporary file)."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # never through a link or into a pipe that lies there
     try:
         with temporary.open("xb") as file:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from darts_fast import architect, capture, curvature, plot, precision
 from darts_fast.capture import Captured
-from darts_fast.cells import cells_of
+from darts_fast.cells import DartsCells, cells_of
 from darts_fast.config import SearchConfig
 from darts_fast.cost import Cost
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
@@ -29,7 +29,9 @@ from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.projection import Decisions, all_decided, decided_round, genotype_of, nothing_decided, rounds
 from darts_fast.runs import environment
+from darts_fast.space import Space
 from darts_fast.state import check_keys, check_number, copy_state
+from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
 SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION = range(6)
@@ -103,11 +105,10 @@ class SearchStep:
         average: architect.Average = architect.alone,
     ):
         self.network, self.config, self.generator, self.average = network, config, generator, average
-        if cost is not None:
-            self.cost = cost.to(network.flat_weights)
+        self.cost = None if cost is None else cost.to(network.flat_weights)
+        if self.cost is not None and config.macs_weight:
             equal = {name: torch.zeros_like(alphas) for name, alphas in network.alphas().items()}
-            p = (alphas.softmax(dim=-1) for alphas in network.present(equal).values())
-            self.equal_cost = self.cost.expected(*p)  # where all alphas of an edge are equal
+            self.equal_cost = self.cost.expected(*network.probabilities(equal))
         self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
         flat = network.flat_weights
         self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
@@ -139,8 +140,10 @@ class SearchStep:
                 "exp_avg": torch.zeros_like(alpha),
                 "exp_avg_sq": torch.zeros_like(alpha),
             }
-        for tensor in (flat, *self.alphas.values()):
-            tensor.grad = torch.zeros_like(tensor)
+        flat.grad = self.weight_gradient = torch.zeros_like(flat)
+        self.alpha_gradients = {name: torch.zeros_like(alpha) for name, alpha in self.alphas.items()}
+        for name, alpha in self.alphas.items():
+            alpha.grad = self.alpha_gradients[name]
 
     def __call__(self, train: Batch, validation: Batch, lr: float) -> Tensor:
         """`lr` is the learning rate of the weights and the paper's xi. Returns what `take` returns."""
@@ -224,11 +227,12 @@ class SearchStep:
 
     def penalty(self, alphas: architect.Tensors) -> Tensor:
         """What is added to the validation loss: Beta-DARTS's penalty, and the weighed cost."""
-        config, present, terms = self.config, self.network.present(alphas), []
+        config, terms = self.config, []
         if config.beta_decay:
-            terms.append(self.beta * architect.beta_penalty(present))
+            terms.append(self.beta * architect.beta_penalty(self.network.present(alphas)))
         if config.macs_weight:
-            expected = self.cost.expected(*(of_kind.softmax(dim=-1) for of_kind in present.values()))
+            assert self.cost is not None  # see the class
+            expected = self.cost.expected(*self.network.probabilities(alphas))
             if config.macs_target is None:
                 terms.append(config.macs_weight * expected / self.equal_cost)
             else:
@@ -236,8 +240,8 @@ class SearchStep:
         return torch.stack(terms).sum()
 
     def _alpha_step(self, gradients: architect.Tensors) -> None:
-        for name, alpha in self.alphas.items():
-            alpha.grad.copy_(gradients[name])
+        for name, own in self.alpha_gradients.items():
+            own.copy_(gradients[name])
         if self.loss_scale is not None:
             self.loss_scale.check(self.alpha_optimizer)
         self.alpha_optimizer.step()
@@ -249,11 +253,10 @@ class SearchStep:
             logits = network.logits(images, self.weights, alphas, self.activations)
         loss = F.cross_entropy(logits, labels)
         found = architect.gradients(architect.times(loss, self.scale), self.weights)
-        flat = self.network.flat_weights
-        flat.grad.copy_(self.average(architect.divided(found, self.scale))["weights"])
+        self.weight_gradient.copy_(self.average(architect.divided(found, self.scale))["weights"])
         if self.loss_scale is not None:
             self.loss_scale.check(self.weight_optimizer)
-        torch.nn.utils.clip_grad_norm_([flat], self.config.w_grad_clip)
+        torch.nn.utils.clip_grad_norm_([network.flat_weights], self.config.w_grad_clip)
         self.weight_optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
@@ -299,6 +302,7 @@ class Search(Loop):
 
     function = "resume_search"
     remedy = "a smaller --w_lr or --w_grad_clip"
+    config: SearchConfig
     network: FlatNetwork
     eigenvalue: float | None = None  # of the epoch that is being finished
 
@@ -337,25 +341,19 @@ class Search(Loop):
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
         size = self.part_sizes(split)[0]
         buffers = (*self.buffers(size), *self.buffers(size))
-        self.take = Captured(
-            self._take,
-            dict(zip(names, buffers, strict=True)),
-            self.search_step.tensors,
-            self.captured,
-            [generator for generator, _ in self.generators().values()],
-        )
-        self.warm_up: Captured | None = Captured(
-            self._take_weights,
-            dict(zip(names[:2], buffers[:2], strict=True)),
-            self.search_step.tensors,
-            self.captured,
-            [generator for generator, _ in self.generators().values()],
-        )
+        inputs = dict(zip(names, buffers, strict=True))
+        generators = [generator for generator, _ in self.generators().values()]
+        changed = self.search_step.tensors
+        self.take = Captured(self._take, inputs, changed, self.captured, generators)
+        self.warm_up: Captured | None = None
+        if config.alpha_warmup:
+            inputs = {name: inputs[name] for name in names[:2]}
+            self.warm_up = Captured(self._take_weights, inputs, changed, self.captured, generators)
         # With `stop_at_eigenvalue`: records of the last epochs that count, each with its eigenvalue.
         self.recent: list[dict[str, Any]] = []
 
     def begin_epoch(self) -> None:
-        if self.epoch == self.config.alpha_warmup:
+        if self.epoch >= self.config.alpha_warmup:
             self.warm_up = None  # and the memory of its graph
         train = self._shuffled(self.train_half, TRAIN_ORDER)
         validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
@@ -379,17 +377,16 @@ class Search(Loop):
                 added.copy_(beta * present * torch.tensor(skips, device=self.device))
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        warming_up = self.epoch < self.config.alpha_warmup
         with phase("data"):
             train = self.batches.pick(self.batch_indices(self.train_order))
             inputs = {"train_images": train[0], "train_labels": train[1]}
-            if not warming_up:
+            if self.warm_up is None:
                 validation = self.batches.pick(self.batch_indices(self.validation_order))
                 inputs |= {"validation_images": validation[0], "validation_labels": validation[1]}
         self.search_step.lr.fill_(lr)
-        take, images = self.warm_up if warming_up else self.take, self.batch_images
+        images = self.batch_images
         self.ranks.set_share(images)
-        return take(images, **inputs), images
+        return (self.warm_up or self.take)(images, **inputs), images
 
     def _take(self, train_images: Tensor, validation_images: Tensor, **labels: Tensor) -> Tensor:
         """`SearchStep.take` of images (uint8) as they were picked."""
@@ -455,17 +452,25 @@ class Search(Loop):
             return loss, top1
 
         before = self.decisions
+        assert before is not None
         if number == 0:  # the auxiliary skip connections' part of `added` is over
             before = nothing_decided(before.kept)
         return decided_round(
-            number, before, self.cells.space, measure, seeded("cpu", self.config.seed, PROJECTION, number)
+            number, before, self.space, measure, seeded("cpu", self.config.seed, PROJECTION, number)
         )
+
+    @property
+    def space(self) -> Space:
+        """Of the cells of DARTS."""
+        assert isinstance(self.cells, DartsCells)
+        return self.cells.space
 
     def _commit_decisions(self) -> None:
         """Those of this epoch, in place; the first ones begin a new descent of the weights."""
         if self.decided is None:
             return
         (decisions, said), self.decided = self.decided, None
+        assert self.decisions is not None
         for own, tensors in zip(self.decisions, decisions, strict=True):
             copy_state(own, tensors)
         if self.epoch + 1 == self.config.epochs:
@@ -513,7 +518,9 @@ class Search(Loop):
         if epochs <= self.config.alpha_warmup:
             return None
         if self._eigenvalue_has_risen():
-            before, now = curvature.window_means(self._recent_eigenvalues())
+            means = curvature.window_means(self._recent_eigenvalues())
+            assert means is not None  # where it has risen
+            before, now = means
             first, middle, last = (self.recent[k]["epoch"] for k in (0, MIDDLE, curvature.WINDOW - 1))
             return (
                 f"the mean of the largest eigenvalue has risen from {before:.4g} in epochs {first} to {last} "
@@ -564,6 +571,7 @@ class Search(Loop):
             self.check_record({key: record[key] for key in ("epoch", "top1", "genotype")}, name)
 
     def result(self) -> SearchResult:
+        assert self.best is not None
         top1, epoch = self.best["top1"], self.best["epoch"]
         genotype = self.cells.read(self.best["genotype"])
         if self.decisions:
@@ -610,7 +618,7 @@ class Search(Loop):
     def epochs(self) -> int:
         if self.config.derive != "perturbation":
             return self.config.epochs
-        return self.config.epochs + (rounds(self.cells.space) - 1) * self.config.projection_epochs
+        return self.config.epochs + (rounds(self.space) - 1) * self.config.projection_epochs
 
     @property
     def activations(self) -> torch.dtype | None:
@@ -667,6 +675,12 @@ class Search(Loop):
         warm_up = {}
         if config.alpha_warmup:
             warm_up["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
+        decided = {}
+        if self.decisions is not None:
+            decided["genotype"] = (
+                f"decided by perturbation after epoch {config.epochs}, in {rounds(self.space)} rounds with "
+                f"{config.projection_epochs} epochs between two"
+            )
         return {
             "device": environment(config.device)["device"],
             "cells": cells,
@@ -674,6 +688,7 @@ class Search(Loop):
             **({"weights beside the softmaxed alphas": "; ".join(weighed)} if weighed else {}),
             "architecture gradient": form,
             **warm_up,
+            **decided,
             "step": capture.in_words(self.captured),
         }
 
@@ -681,20 +696,29 @@ class Search(Loop):
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
 
     def _genotype(self) -> Genotype | Cell:
-        if self.decisions and all_decided(self.decisions, self.cells.space):
-            return genotype_of(self.decisions, self.cells.space)
+        if self.decisions and all_decided(self.decisions, self.space):
+            return genotype_of(self.decisions, self.space)
         return self.cells.derive(self.network, "raw" if self.config.derive == "raw" else "softmax")
 
     @torch.no_grad()
-    def _probabilities(self) -> tuple[Tensor, ...]:
-        return self.network.probabilities()
+    def _probabilities(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """The softmaxed alphas, for each of ALPHAS; on an edge that DARTS-PT has decided, 1 at its operation,
+        if the edge stays, and else 0."""
+        present = self.network.present(self.network.alphas())
+        found = {name: alphas.to(dtype).softmax(dim=-1) for name, alphas in present.items()}
+        if self.decisions is not None:
+            kept, added = self.decisions
+            found = {
+                name: torch.where(kept[name] == 0, added[name].to(dtype), p) for name, p in found.items()
+            }
+        return tuple(found.values())
 
     def _diagnose(self, genotype: Genotype | Cell, epoch: int) -> None:
-        values = {}
-        for alphas in self.network.ALPHAS:
+        values: dict[tuple[str, str], float] = {}
+        for alphas, p in zip(self.network.ALPHAS, self._probabilities(torch.float64), strict=True):
             name = alphas.removeprefix("alphas_")
             gene = getattr(genotype, name)
-            found = diagnosis(gene, self.network.present_alphas(alphas), self.cells.names)
+            found = diagnosis(gene, p, self.cells.names)
             self.folder.log(f"{name} cell: {in_short(gene)}")
             self.folder.log(f"    {found.in_words()}")
             if found.collapsed:
@@ -714,13 +738,13 @@ class Search(Loop):
             self.steps_done, {f"{name}_cell/{what}": value for (name, what), value in values.items()}
         )
 
-    def _costs(self, genotype: Genotype) -> dict[str, float]:
+    def _costs(self, genotype: Any) -> dict[str, float]:
         """Multiply-adds of the genotype's network and expected ones, by their names in metrics.jsonl."""
-        if self.cost is None:
+        if self.cost is None or self.search_step.cost is None:
             return {}
         with torch.no_grad():
             expected = float(self.search_step.cost.expected(*self.network.probabilities()))
-        own = self.cost.of(genotype, self.cells.space)
+        own = self.cost.of(genotype, self.space)
         self.folder.log(
             f"multiply-adds at this size: {own / 1e6:.2f} M of the genotype, {expected / 1e6:.2f} M expected "
             "under the softmaxed alphas"
@@ -734,13 +758,14 @@ class Search(Loop):
             for edge, row in zip(self.cells.names.edges, rows.tolist(), strict=True):
                 for candidate, value in zip(self.cells.names.candidates, row, strict=True):
                     values[f"{name}/{edge}/{candidate}"] = value
-        if self.config.partial_channels > 1:
+        if isinstance(self.network, Supernet):
             for name, of_edges in zip(self.network.BETAS, self.network.edge_weights(), strict=True):
-                for edge, value in zip(self.cells.names.edges, of_edges.tolist(), strict=True):
-                    values[f"{name}/{edge}"] = value
+                if of_edges is not None:
+                    for edge, value in zip(self.cells.names.edges, of_edges.tolist(), strict=True):
+                        values[f"{name}/{edge}"] = value
         self.folder.scalars(step, values)
 
-    def _draw(self, genotype: Genotype | Cell, epoch: int) -> None:
+    def _draw(self, genotype: Any, epoch: int) -> None:
         for name, p in zip(self.network.ALPHAS, self._probabilities(), strict=True):
             title = f"{name}, epoch {epoch}"
             self.draw(

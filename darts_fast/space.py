@@ -66,6 +66,15 @@ class Space(NamedTuple):
     def edges(self) -> tuple[tuple[int, int], ...]:
         return edges(self.nodes)
 
+    def incoming(self, node: int) -> list[int]:
+        """The edges that enter a node."""
+        return [edge for edge, (_, target) in enumerate(self.edges) if target == node]
+
+    @property
+    def concat(self) -> range:
+        """The states that are the cell's output: its nodes."""
+        return range(INPUTS, INPUTS + self.nodes)
+
     @property
     def candidates(self) -> tuple[str, ...]:
         """Of any edge: column k of the alphas belongs to the k-th."""

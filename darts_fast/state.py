@@ -3,7 +3,7 @@ that of a run that was just made."""
 
 import math
 import reprlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def check_number(found: Any, kind: type[int] | type[float], least: float, most: 
 
 
 @torch.no_grad()
-def copy_state(own: Tensor | dict, found: Tensor | dict) -> None:
+def copy_state(own: Tensor | Mapping, found: Tensor | Mapping) -> None:
     """Copies the tensors of `found`, which `check_state` has let pass, into those of `own`."""
     if isinstance(own, Tensor):
         own.copy_(found)  # type: ignore[arg-type]  # a tensor, too: `check_state` has seen it

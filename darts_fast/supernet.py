@@ -1,6 +1,7 @@
 """The supernet: stem, a stack of mixed cells, classifier, and the alphas that weigh the candidates."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Supernet(FlatNetwork):
             everywhere = all(map(all, present))
             absent = None if everywhere else torch.where(torch.tensor(present), 0.0, -torch.inf)
             self.register_buffer(self._absent(name), absent, persistent=False)
-        self._fused_cells = FusedMixedCells(self.cells) if fused else None
+        self._fused_cells = FusedMixedCells(self._mixed_cells()) if fused else None
         self._flatten()
 
     def alphas(self) -> dict[str, nn.Parameter]:
@@ -97,7 +98,7 @@ class Supernet(FlatNetwork):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Supernet":
         super()._apply(fn, recurse)
         if self.fused:
-            self._fused_cells = FusedMixedCells(self.cells)  # of the new tensors
+            self._fused_cells = FusedMixedCells(self._mixed_cells())  # of the new tensors
         return self
 
     def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
@@ -113,13 +114,14 @@ class Supernet(FlatNetwork):
         """`cells`: the weights of all cells in a row, where these are computed by the kernels."""
         p, weights = self.mixture(), self.edge_weights()
         if cells is not None:
+            assert self._fused_cells is not None
             # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and
             # float32 gradients crossed kinks that the reference's do not (tests/test_float32.py).
             stem = fused_stem(self.stem, images)
             output = self._fused_cells(stem, cells, p, weights, activations or stem.dtype)
         else:
             stem = before_previous = output = self.stem(images)
-            for cell in self.cells:
+            for cell in self._mixed_cells():
                 kind = int(cell.reduction)
                 following = cell(before_previous, output, p[kind], weights[kind])
                 before_previous, output = output, following
@@ -134,7 +136,11 @@ class Supernet(FlatNetwork):
         each; None: by 1."""
         if self.partial_channels == 1:
             return None, None
-        return edge_weights(self.betas_normal, self.space), edge_weights(self.betas_reduce, self.space)
+        normal, reduce = (edge_weights(getattr(self, name), self.space) for name in self.BETAS)
+        return normal, reduce
+
+    def _mixed_cells(self) -> list[MixedCell]:
+        return [cast(MixedCell, cell) for cell in self.cells]
 
     @staticmethod
     def _absent(name: str) -> str:
@@ -144,26 +150,26 @@ class Supernet(FlatNetwork):
         """The kernels have no derivatives in evaluation mode."""
         return self.fused and (self.training or not torch.is_grad_enabled())
 
-    def _joined(self, weights: dict[str, Tensor]) -> Tensor:
+    def _joined(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The weights of the cells, of all weights by name, in a row."""
         return torch.cat([w.flatten() for name, w in weights.items() if name.startswith(CELLS)])
 
     def logits(
         self,
         images: Tensor,
-        weights: dict[str, Tensor],
-        alphas: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        alphas: Mapping[str, Tensor],
         activations: torch.dtype | None = None,
     ) -> Tensor:
         if not self._on_kernels():
             return super().logits(images, weights, alphas, activations)
         if "weights" in weights:
-            weights = split(weights["weights"], self._pieces)
-            cells = weights.pop(CELLS)
+            others = split(weights["weights"], self._pieces)
+            cells = others.pop(CELLS)
         else:
             cells = self._joined(weights)
-            weights = {name: w for name, w in weights.items() if not name.startswith(CELLS)}
-        with self._given({**weights, **alphas}):
+            others = {name: w for name, w in weights.items() if not name.startswith(CELLS)}
+        with self._given({**others, **alphas}):
             return self._forward(images, activations, cells)
 
     def _track_running_statistics(self, track: bool) -> None:

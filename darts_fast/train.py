@@ -211,12 +211,13 @@ class TrainStep:
         self.optimizer = torch.optim.SGD(
             [flat], lr, config.momentum, weight_decay=config.weight_decay, fused=fused
         )
-        flat.grad = torch.zeros_like(flat)
+        flat.grad = self.gradient = torch.zeros_like(flat)
         # The optimizer would make it in its first step.
         self.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
         # What is differentiated by, and where the gradients go: with kernels the weights of all cells, which
         # are neighbours, are one of them.
-        self.leaves, self.cells = self.parameters, None
+        self.leaves: list[Tensor] = [*self.parameters]
+        self.cells: Tensor | None = None
         if network.fused:
             names = [name for name, _ in network.named_parameters()]
             inside = [i for i, name in enumerate(names) if name.startswith("cells.")]
@@ -224,10 +225,8 @@ class TrainStep:
             start, end = (sum(p.numel() for p in self.parameters[:i]) for i in (inside[0], inside[-1] + 1))
             self.cells = flat.detach()[start:end].requires_grad_()
             self.leaves = [*before, self.cells, *behind]
-        self.gradients = [
-            g.view_as(leaf)
-            for g, leaf in zip(flat.grad.split([t.numel() for t in self.leaves]), self.leaves, strict=True)
-        ]
+        parts = self.gradient.split([t.numel() for t in self.leaves])
+        self.gradients = [g.view_as(leaf) for g, leaf in zip(parts, self.leaves, strict=True)]
         self.average_share = torch.zeros((), dtype=flat.dtype, device=flat.device)
         self._averaged: list[list[Tensor]] = []  # the average's weights and statistics; those they follow
         if average is not None:
@@ -249,12 +248,12 @@ class TrainStep:
             # Zeros for what the genotype's cells leave unused.
             found = torch.autograd.grad(scaled, self.leaves, materialize_grads=True)
             torch._foreach_copy_(self.gradients, found)
-            averaged = self.average_gradients({"weights": self.weights.grad})["weights"]
-            if averaged is not self.weights.grad:
-                self.weights.grad.copy_(averaged)
+            averaged = self.average_gradients({"weights": self.gradient})["weights"]
+            if averaged is not self.gradient:
+                self.gradient.copy_(averaged)
         with phase("weight update"):
             if self.loss_scale is not None:
-                self.weights.grad.div_(self.loss_scale.value)
+                self.gradient.div_(self.loss_scale.value)
                 self.loss_scale.check(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
             self.optimizer.step()
@@ -314,6 +313,7 @@ class Training(Loop):
 
     function = "resume_training"
     remedy = "a smaller --lr or --grad_clip"
+    config: TrainConfig
     network: DerivedNetwork
 
     @staticmethod
@@ -333,6 +333,7 @@ class Training(Loop):
         else:
             self.judge, self.judge_order = "test", torch.arange(len(dataset.test_labels))
             self.judge_batches = self._batches(dataset.test_images, dataset.test_labels)
+        assert config.genotype is not None  # `train` has seen to it
         self.genotype = load_genotype(config.genotype)
         self.height, self.width = dataset.images.shape[2:]
         self.auxiliary = config.aux_weight > 0 and auxiliary_fits(self.height, self.width, config.stem)
@@ -353,7 +354,8 @@ class Training(Loop):
             average = self._network().to(self.device).requires_grad_(False).eval() if config.ema else None
         if average is not None:
             average.load_state_dict(self.network.state_dict())
-        self.network.drop_path_generator = seeded(self.device, *self.of_this_rank(config.seed, DROP_PATH))
+        self.drop_path = seeded(self.device, *self.of_this_rank(config.seed, DROP_PATH))
+        self.network.drop_path_generator = self.drop_path
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
         self.train_step = TrainStep(self.network, config, average, self.ranks.average)
@@ -369,7 +371,7 @@ class Training(Loop):
     def begin_epoch(self) -> None:
         order = permutation(self.train_images, self.config.seed, TRAIN_ORDER, self.epoch)
         self.order = self.batches.placed(self.train_part[order])
-        if self.config.drop_path_prob:
+        if isinstance(self.network.drop_path_prob, Tensor):
             self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
@@ -407,22 +409,24 @@ class Training(Loop):
             self._save_network(BEST, self.network, tested[self.judge])
         if self.final is this:
             self._save_network(FINAL, self.network, tested[self.judge])
-            if "ema" in tested:
+            if self.train_step.average is not None:
                 self._save_network(AVERAGE, self.train_step.average, tested["ema"])
 
     def result(self) -> TrainResult:
-        average = self.final.get("ema_top1")
+        best, final = self.best, self.final
+        assert best is not None and final is not None
+        average = final.get("ema_top1")
         of_average = "" if average is None else f"; moving average top-1 {average:.2%}"
         judge = MEASURED[self.judge].capitalize()
         self.folder.log(
-            f"{judge} top-1 {self.final['top1']:.2%}, top-5 {self.final['top5']:.2%} after the last epoch"
-            f"{of_average}; best top-1 {self.best['top1']:.2%}, in epoch {self.best['epoch']}; {self._size()}"
+            f"{judge} top-1 {final['top1']:.2%}, top-5 {final['top5']:.2%} after the last epoch{of_average}; "
+            f"best top-1 {best['top1']:.2%}, in epoch {best['epoch']}; {self._size()}"
         )
         return TrainResult(
-            self.final["top1"],
-            self.final["top5"],
-            self.best["top1"],
-            self.best["epoch"],
+            final["top1"],
+            final["top5"],
+            best["top1"],
+            best["epoch"],
             self.parameters,
             self.multiply_adds,
             self.folder.path,
@@ -437,8 +441,7 @@ class Training(Loop):
 
     def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
         seed = self.of_this_rank(self.config.seed, DROP_PATH)
-        drop_path = self.network.drop_path_generator, seed
-        return {**super().generators(), "drop_path": drop_path}
+        return {**super().generators(), "drop_path": (self.drop_path, seed)}
 
     def check_record(self, record: Any, name: str) -> None:
         average = ("ema_top1",) if self.config.ema else ()

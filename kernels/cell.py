@@ -19,7 +19,7 @@ sweep. The forward sweep is its constructor.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -203,7 +203,8 @@ class Sweeps:
             read = read * 2 if len(read) == 1 else read
             self._cells: list[LoweredCell] = []
             for cell in cells:
-                lowered = LoweredCell(self, cell, read[-2:], rows.get(cell.kind, 0), path)
+                row = 0 if cell.kind is None else rows[cell.kind]
+                lowered = LoweredCell(self, cell, read[-2:], row, path)
                 self._cells.append(lowered)
                 self._images.append(lowered.output)
                 read.append(lowered.output)
@@ -282,6 +283,12 @@ class Sweeps:
             self.k.fan_out_backward((Source(like),), ((),), out=out)
         return out[0]
 
+    @overload
+    def parameter(self, p: Parameter, of: Tensor) -> Tensor: ...
+
+    @overload
+    def parameter(self, p: Parameter | None, of: Tensor) -> Tensor | None: ...
+
     def parameter(self, p: Parameter | None, of: Tensor) -> Tensor | None:
         """That weight of all weights, or of all tangents."""
         return None if p is None else of[p.offset : p.offset + math.prod(p.shape)].view(p.shape)
@@ -291,8 +298,10 @@ class Sweeps:
         if self.training:
             values = y.numel() // y.shape[1]
             refuse_single_value(values)
+            assert of_batch is not None
             self.batch_statistics[norm.number], self.values[norm.number] = of_batch, values
         else:
+            assert self.constants is not None
             of_batch = self.constants[:, self._norms[norm.number]]
         return Image(y, of_batch, norm.affine, self.parameter(norm.affine, self.weights))
 
@@ -357,6 +366,8 @@ class Image:
     """A tensor of a cell, its tangent, and the parts that read it as a candidate or normalise it on load,
     each with its number there. They hand back the adjoint of what they read, see `types.Reader`."""
 
+    tangent: Tensor  # from the tangent sweep on
+
     def __init__(
         self,
         y: Tensor,
@@ -366,7 +377,6 @@ class Image:
     ):
         """`affine` is the place of gamma and beta, `gamma_beta` are they, [2, C]."""
         self.y, self.statistics, self.affine, self.gamma_beta = y, statistics, affine, gamma_beta
-        self.tangent: Tensor | None = None
         self.readers: list[tuple[Mix | Halves | Norms, int]] = []
 
     def source(self) -> Source:
@@ -390,7 +400,11 @@ class Image:
 
     def tangent_sums(self) -> tuple[Tensor, ...]:
         """Of each reader, [3, C]: the sums of the tangent that it needs, and that its writer takes."""
-        return tuple(part.tangent_sums[:, i] for part, i in self.readers)
+        found = []
+        for part, i in self.readers:
+            assert part.tangent_sums is not None
+            found.append(part.tangent_sums[:, i])
+        return tuple(found)
 
     def second(self) -> tuple[SecondReader, ...]:
         return tuple(
@@ -452,7 +466,7 @@ class Halves:
         statistics = s.numbers(len(parts), 3, shape[1]) if s.training else None
         s.k.sepconv_forward(self.sources, self.tasks, y=y, statistics=statistics)
         self.outputs = [
-            s.normalised(y[i], part.norm, statistics[i] if s.training else None)
+            s.normalised(y[i], part.norm, None if statistics is None else statistics[i])
             for i, (_, part) in enumerate(parts)
         ]
         self.gradients_at = s.place_gradients(flat)
@@ -566,7 +580,8 @@ class Factorized:
     def __init__(self, s: Sweeps, state: Image, part: FactorizedConvolution):
         self.s, self.part, self.x = s, part, state.y
         n, c, height, width = state.y.shape
-        self.weights = tuple(s.parameter(p, s.weights) for p in part.weights)
+        first, second = part.weights
+        self.weights = s.parameter(first, s.weights), s.parameter(second, s.weights)
         columns = -(-width // part.stride)
         self.middle = s.images(1, (n, c, height, columns))[0]
         y = s.images(1, (n, c, -(-height // part.stride), columns))[0]
@@ -641,11 +656,10 @@ class Mix:
         self.sums, self.tangent_sums = self.s.sums(self.sums_at, self.summed, c), None
         if any(source.statistics is not None for source in self.sources):
             self.tangent_sums = self.s.numbers(3, count, c)
-        by_image = self.p is not None and self.p.dim() == 2
         if self.summed:
             self.s.k.mix_backward(
                 self.sources[: self.summed],
-                self.p[: self.summed] if by_image else None,
+                self.p[: self.summed] if self.p is not None and self.p.dim() == 2 else None,
                 adjoint,
                 sums=self.sums,
                 weight_gradient=self.gradients[0] if self.gradients else None,
@@ -690,8 +704,10 @@ class Stage:
         operations = {(e, i): op for e, edge in edges.items() for i, op in enumerate(edge.operations)}
         self._pools({key: op for key, op in operations.items() if isinstance(op, Pool)})
         identities = [key for key, op in operations.items() if isinstance(op, Identity)]
-        self.identity = Image(state.y) if identities else None
-        self.candidates |= dict.fromkeys(identities, self.identity)
+        self.identity: Image | None = None
+        if identities:
+            self.identity = Image(state.y)
+            self.candidates |= dict.fromkeys(identities, self.identity)
         reduces = {key: op for key, op in operations.items() if isinstance(op, FactorizedReduce)}
         self.halves: list[Halves] = []
         if reduces:
@@ -724,7 +740,7 @@ class Stage:
             y, found = both[op.kind], self.pools[op.kind]
             image = Image(y)
             if op.norm:
-                image = s.normalised(y, op.norm, statistics[op.kind] if normalised else None)
+                image = s.normalised(y, op.norm, None if statistics is None else statistics[op.kind])
             # In training what has no parameters is alike on every edge; in evaluation each has statistics.
             alike = image.statistics is None or (s.training and image.affine is None)
             if not found or not alike:
@@ -768,7 +784,7 @@ class Stage:
 
     def _identity_is_plain(self) -> bool:
         """Whether its readers take it as it is, so that its adjoint is theirs."""
-        return all(reader.weights is None for reader in self.identity.first())
+        return self.identity is not None and all(reader.weights is None for reader in self.identity.first())
 
     def _adjoints_of_identity(self, second: bool) -> list[Tensor]:
         if self.identity is None:
@@ -885,7 +901,7 @@ class PartialStage:
 
     def backward(self, terms: Sequence[Tensor], second: bool) -> list[Tensor]:
         """The adjoints of the parts, or the second ones; `terms` are other adjoints of the shuffled state."""
-        read = [(term,) for term in terms]
+        read: list[tuple[Tensor, ...]] = [(term,) for term in terms]
         if self.pieces:
             read.append((self.stage.backward([], second), self.passing.backward(second)))
         found = [self.s.like(part.y) for part in self.parts]
@@ -904,6 +920,8 @@ class PartialStage:
 
 class LoweredCell:
     """A cell in its sweeps."""
+
+    output: Image
 
     def __init__(self, s: Sweeps, cell: Cell, inputs: Sequence[Image], row: int, path: int):
         """`inputs` are the outputs of the two cells before; `row` is the cell's in the gradients of p, `path`
@@ -926,8 +944,10 @@ class LoweredCell:
                 self.nodes.append(self._node(state - 2, slot, (n, c, height, width), bool(read)))
                 states.append([mix.output for mix in self.nodes[-1]])
             if self.partial:
-                self.stages[state] = PartialStage(s, cell, state, states[state], read, slot)
-                self.passed |= dict.fromkeys(read, self.stages[state].passed)
+                stage = PartialStage(s, cell, state, states[state], read, slot)
+                self.stages[state] = stage
+                if stage.passed is not None:
+                    self.passed |= dict.fromkeys(read, stage.passed)
             elif read:
                 self.stages[state] = Stage(s, states[state][0], cell.stride(state), read)
             for e, edge in read.items():
@@ -953,7 +973,7 @@ class LoweredCell:
                 Mix(s, mixed, None, like[:, :first], True, p, (), gradients),
                 Mix(s, passed, None, like[:, first:], True, of_passed[0], (), of_passed[1]),
             ]
-        kept = ()
+        kept: Sequence[int] = ()
         if cell.kind is None:
             kept = [i for i, e in enumerate(numbers) if isinstance(cell.edges[e].operations[0], Identity)]
         return [Mix(s, mixed, slot, like, read, p, kept, gradients)]
@@ -1002,10 +1022,11 @@ class LoweredCell:
         for state in reversed(range(len(self.states))):
             slot = self._slot(adjoint, state)
             terms = [] if slot is None else [slot]
-            if self.partial:
-                found = self.stages[state].backward(terms, second)
-            elif state in self.stages:
-                found = [self.stages[state].backward(terms, second)]
+            stage = self.stages.get(state)
+            if isinstance(stage, PartialStage):
+                found = stage.backward(terms, second)
+            elif stage is not None:
+                found = [stage.backward(terms, second)]
             else:
                 found = [self.s.sum(terms, self.states[state][0].y)]
             if state < 2:
@@ -1039,7 +1060,8 @@ class LoweredCell:
             if state >= 2:
                 for mix in self.nodes[state - 2]:
                     mix.tangent(None if self.partial else slot)
-            if self.partial:
-                self.stages[state].tangent(slot)
-            elif state in self.stages:
-                self.stages[state].tangent()
+            stage = self.stages.get(state)
+            if isinstance(stage, PartialStage):
+                stage.tangent(slot)
+            elif stage is not None:
+                stage.tangent()

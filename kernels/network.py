@@ -10,10 +10,11 @@ So `torch.autograd.grad(weight_gradients, alphas, grad_outputs=v)` is the exact 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from darts_fast.kernels.backends import program
 from darts_fast.kernels.cell import Cell, Sweeps
@@ -150,9 +151,9 @@ class Pass:
         bound.at(s.weights).copy_(weights)
         for kind, of_kind in p.items():
             bound.at(s.p[kind]).view(of_kind.shape).copy_(of_kind)
-        for slot, value in ((s.constants, constants), (s.path_weights, path_weights)):
-            if value is not None:
-                bound.at(slot).copy_(value)
+        for given, value in ((s.constants, constants), (s.path_weights, path_weights)):
+            if given is not None and value is not None:
+                bound.at(given).copy_(value)
         bound.run()
         return [bound.at(y).detach() for y in s.outputs]  # tensors of their own: autograd hangs the graph on
 
@@ -197,6 +198,7 @@ class Pass:
 
     def second(self, adjoint: Tensor | None, of_x: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The second adjoints of x, if it is wanted, and of p, from that of the output (None: zero)."""
+        assert self.pending is not None  # the tangent sweep comes first
         plan, s, (_, leases) = self.plan, self.plan.sweeps, self.pending
         self.pending = None
         scratch = {"second scratch": plan.lease("exact", "second scratch")}
@@ -302,7 +304,7 @@ def _evaluated(
 class _DerivedCells(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, current: Pass, path_weights: Tensor | None, weights: Tensor, *inputs: Tensor
+        ctx: Any, current: Pass, path_weights: Tensor | None, weights: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.current = current
         ctx.set_materialize_grads(False)
@@ -310,7 +312,7 @@ class _DerivedCells(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
         _, of_inputs, of_weights, _ = ctx.current.backward(adjoints, gradients=True, exact=False)
         return None, None, of_weights, *of_inputs
 
@@ -322,7 +324,7 @@ class _Cells(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, current: Pass, kinds: tuple[int, ...], x: Tensor, weights: Tensor, *p: Tensor
+        ctx: Any, current: Pass, kinds: tuple[int, ...], x: Tensor, weights: Tensor, *p: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.current = current
         ctx.set_materialize_grads(False)
@@ -332,7 +334,7 @@ class _Cells(torch.autograd.Function):
         return output, token
 
     @staticmethod
-    def backward(ctx: FunctionCtx, adjoint: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, adjoint: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         current, of_weights = ctx.current, wanted(ctx.next_functions[1:2])
         if current.pending and current.pending[0] == torch._C._current_graph_task_id():
             if of_weights:
@@ -348,7 +350,7 @@ class _CellsBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, current: Pass, gradients: bool, exact: bool, token: Tensor, adjoint: Tensor
+        ctx: Any, current: Pass, gradients: bool, exact: bool, token: Tensor, adjoint: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.current = current
         ctx.set_materialize_grads(False)
@@ -359,7 +361,7 @@ class _CellsBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, x: Tensor | None, weights: Tensor | None, *p: Tensor | None
+        ctx: Any, x: Tensor | None, weights: Tensor | None, *p: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if any(of_kind is not None for of_kind in p):
             refuse_second_derivative("the gradients of its alphas")

@@ -8,7 +8,7 @@ statistics, sums and p are float64 for float64 activations, else float32 (`accum
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,9 @@ class SecondReader(NamedTuple):
     tangent_sums: Tensor | None  # [3, entries, C]: of yd, yd h, yd G
     adjoint: Tensor  # Gd, as `first.adjoint`
     sums: Tensor | None  # [2, entries, C]: of Gd, Gd h
+
+
+AnyReader = TypeVar("AnyReader", Reader, SecondReader)
 
 
 @dataclass

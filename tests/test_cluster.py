@@ -16,8 +16,8 @@ import pytest
 from test_protocol import REPORT, TINY, data  # noqa: F401  a fixture
 
 from darts_fast import InputError, RunError, plot
-from darts_fast.protocol import Run, protocol, resume_protocol
-from darts_fast.runs import Stopped
+from darts_fast.protocol import protocol, resume_protocol
+from darts_fast.runs import Run, Stopped
 from darts_fast.train import Training
 
 pytestmark = [

@@ -9,6 +9,8 @@ from darts_fast import load_genotype
 from darts_fast.diagnosis import KINDS, diagnosis
 from darts_fast.space import CANDIDATES
 
+EQUAL = torch.full((14, 8), 1 / 8)
+
 
 def counts(**found):
     return {kind: found.get(kind, 0) for kind in KINDS}
@@ -33,7 +35,7 @@ COLLAPSED = (
     ],
 )
 def test_operations_of_published_genotypes(name, normal, reduce, collapsed):
-    genotype, equal = load_genotype(name), torch.zeros(14, 8)
+    genotype, equal = load_genotype(name), EQUAL
     found = [diagnosis(gene, equal) for gene in (genotype.normal, genotype.reduce)]
     assert [f.operations for f in found] == [counts(**normal), counts(**reduce)]
     assert tuple(f.collapsed for f in found) == collapsed
@@ -41,17 +43,17 @@ def test_operations_of_published_genotypes(name, normal, reduce, collapsed):
 
 def test_entropy_and_none():
     gene = load_genotype("DARTS_V2").normal
-    equal = diagnosis(gene, torch.zeros(14, 8))
+    equal = diagnosis(gene, EQUAL)
     assert equal.entropy == pytest.approx(math.log(8)) and equal.none == pytest.approx(1 / 8)
-    alphas = torch.full((14, 8), -torch.inf)
-    alphas[:, 3] = 0
-    certain = diagnosis(gene, alphas)
+    p = torch.zeros(14, 8)
+    p[:13, 3] = 1  # the last edge has been decided to go
+    certain = diagnosis(gene, p)
     assert certain.entropy == 0 and certain.none == 0
     # Two edges that differ: 3/4 and 1/4 of `none` and the skip on one, all equal on the others
-    alphas = torch.zeros(14, 8)
-    alphas[0] = -torch.inf
-    alphas[0, 0], alphas[0, 3] = math.log(3), 0
-    mixed = diagnosis(gene, alphas)
+    p = EQUAL.clone()
+    p[0] = 0
+    p[0, 0], p[0, 3] = 0.75, 0.25
+    mixed = diagnosis(gene, p)
     of_first = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert mixed.entropy == pytest.approx((of_first + 13 * math.log(8)) / 14)
     assert mixed.none == pytest.approx((0.75 + 13 / 8) / 14)
@@ -62,7 +64,7 @@ def test_half_of_the_operations_are_skips():
         names = ["skip_connect"] * skips + ["sep_conv_3x3"] * (8 - skips)
         return [[(names[2 * node], 0), (names[2 * node + 1], 1)] for node in range(4)]
 
-    assert [diagnosis(cell(n), torch.zeros(14, 8)).collapsed for n in (3, 4, 8)] == [False, True, True]
+    assert [diagnosis(cell(n), EQUAL).collapsed for n in (3, 4, 8)] == [False, True, True]
 
 
 def test_skips_come_first_and_every_candidate_but_none_has_a_kind():

@@ -332,7 +332,6 @@ def whole_runs(kind, folder):
             begin(config, arguments, Path("stopped"))
         except Stopped as stop:
             code = stop.exit_code
-        distributed_module.dist.destroy_process_group()  # the exception left it
         loop.take_step = plain
         if rank == 0:
             torch.save(checkpoint(Path("stopped/run")), "middle.pt")
@@ -491,7 +490,6 @@ def faults(folder):
                 search(dataclasses.replace(TINY, name=None), of_run, Path(name))
             except (InputError, RunError) as error:
                 said[name] = f"{type(error).__name__}: {error}"
-        distributed_module.dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(said))
 
 

@@ -1,6 +1,8 @@
 """DARTS-PT: edges decided one at a time by the accuracy that is lost without an operation."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -117,6 +119,13 @@ def test_a_search_stopped_in_a_decision_ends_in_the_same_genotype(data, tmp_path
     config = SearchConfig(**SETTINGS)
     whole = search(dataclasses.replace(config, name="whole"), data)
     assert whole.epoch == 1 + 16 * 2 and whole.genotype == whole.final_genotype
+    decided = "genotype: decided by perturbation after epoch 1, in 17 rounds with 2 epochs between two\n"
+    assert decided in (whole.path / "whole.log").read_text()
+    rows = [json.loads(line) for line in (whole.path / "metrics.jsonl").read_text().splitlines()]
+    entropies = [row["normal_entropy"] for row in rows if "normal_entropy" in row]
+    # An edge decided in each of the first 14 rounds, the others all but equal
+    of_edges = [math.log(2) * max(0, 13 - epoch // 2) / 14 for epoch in range(len(entropies))]
+    assert entropies == pytest.approx(of_edges, abs=1e-2) and entropies[-1] == 0
     decide = Search._decide
 
     def stopping(self, number):

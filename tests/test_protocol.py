@@ -3,22 +3,22 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import same
 
-from darts_fast import InputError, ProtocolConfig, RunError, load_genotype
+from darts_fast import InputError, ProtocolConfig, RunError, SearchConfig, load_genotype
 from darts_fast import protocol as module
-from darts_fast.protocol import protocol, random_cell, resume_protocol
-from darts_fast.runs import METRICS, Stopped, run_program
-from darts_fast.search import Search
+from darts_fast.protocol import compute, protocol, random_cell, resume_protocol
+from darts_fast.runs import METRICS, Locked, Run, Stopped, lock, run_program
+from darts_fast.search import Search, SearchResult
 from darts_fast.train import Training
 
 CELLS = "init_channels=2 layers=3 batch_size=16"
@@ -170,22 +170,41 @@ SMALL = [
 ]
 
 
+# The program, which kills itself before a step, counted from 0, of one of its runs.
+KILLED = """
+import os, signal, sys
+from darts_fast import protocol
+from darts_fast.search import Search
+from darts_fast.train import Training
+
+run, number = sys.argv.pop(1), int(sys.argv.pop(1))
+for loop in (Search, Training):
+    def take_step(self, lr, plain=loop.take_step):
+        if str(self.folder.path).endswith(run) and self.steps_done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, lr)
+    loop.take_step = take_step
+protocol.main()
+"""
+
+
 # A kill that the program cannot catch is the point; Windows has no such signal.
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_and_resumed_gives_the_same_report(monkeypatch, capsys, in_tmp):
-    """Within a search and a training."""
+    """In the middle of a search, of a brief training and of a training."""
     code, out, _ = call(monkeypatch, capsys, *SMALL, "--name", "whole")
     assert code == 0 and "protocols/whole/report.md: the searches' best cell: test top-1 " in out
     whole, cut = in_tmp / "protocols" / "whole", in_tmp / "protocols" / "cut"
     arguments = [*SMALL, "--name", "cut"]
-    for run in ("searches/found-1", "trainings/random-seed-2"):
-        command = [sys.executable, "-m", "darts_fast.protocol", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (cut / run / "checkpoint.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
+    drawn = random.Random(0)
+    for runs, steps in (
+        (["searches/found-1"], 2 * 3),
+        (["brief/found-1", "brief/random-1"], 3 * 3),
+        ([f"trainings/{name}-seed-{seed}" for name in ("found", "random") for seed in (2, 3)], 3 * 6),
+    ):
+        run, number = drawn.choice(runs), drawn.randrange(1, steps)
+        command = [sys.executable, "-c", KILLED, run, str(number), *arguments]
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
         hours = json.loads((cut / "hours.json").read_text())
         assert list(hours)[-1] == run and hours[run]["since"] is not None
         arguments = ["--resume", "protocols/cut"]
@@ -199,6 +218,27 @@ def test_killed_and_resumed_gives_the_same_report(monkeypatch, capsys, in_tmp):
     assert call(monkeypatch, capsys, *arguments)[0] == 0  # of an ended one: the report again
     assert (cut / "report.md").stat().st_mtime_ns > before
     assert (cut / "report.md").read_bytes() == (whole / "report.md").read_bytes()
+
+
+def test_a_run_that_another_process_still_computes_is_left_alone(tmp_path, monkeypatch):
+    """A worker that Ray has lost touch with may be alive, before its first checkpoint."""
+    run = Run("searches/one", tmp_path / "one", SearchConfig())
+    begun = SearchResult(random_cell(TINY, 0), 0.5, 1, random_cell(TINY, 1), run.folder)
+    monkeypatch.setattr(module, "search", lambda *_: begun)
+    monkeypatch.setattr(module, "resume_search", lambda *_: begun._replace(epoch=2))
+    run.folder.mkdir()
+    log = run.folder / "one.log"
+    with log.open("ab") as file:
+        lock(file, run.folder)
+        with pytest.raises(Locked, match="another process is writing"):
+            compute(run, None)
+        assert log.exists()
+    assert compute(run, None)["epoch"] == 1 and not run.folder.exists()
+    run.folder.mkdir()
+    with log.open("ab") as file:  # it writes a checkpoint before it ends
+        lock(file, run.folder)
+        monkeypatch.setattr(module, "lock", lambda *_: (run.folder / "checkpoint.pt").touch())
+        assert compute(run, None)["epoch"] == 2 and log.exists()
 
 
 def failing(monkeypatch, loop, wanted):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_same_run
 
-from darts_fast.runs import run_program
+from darts_fast.runs import run_program, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--epochs 2 --init_channels 2 --layers 3 --batch_size 256 --order 1".split()
@@ -39,6 +39,23 @@ def call(monkeypatch, capsys, *arguments, program="run"):
     code = run_program(f"{program}.py", load_program(program).main)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_two_processes_may_replace_one_file(tmp_path, monkeypatch):
+    """One begins while the other's temporary file is half written: the last one's content is there, whole."""
+    path, plain = tmp_path / "table.md", os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", plain)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            write_atomically(path, b"other", shared=True)
+        assert path.read_bytes() == b"other"
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(path, b"own", shared=True)
+    assert path.read_bytes() == b"own" and list(tmp_path.iterdir()) == [path]
 
 
 BAD = {

@@ -6,6 +6,7 @@ wider.
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from darts_fast.kernels.types import Call, launches
 
 def program(calls: Sequence[Call]) -> Callable[[], None]:
     """Returns a function that runs the calls one after the other, without recording them for autograd."""
-    found = list(launches(sys.modules[__name__], calls))
+    found: list[Any] = list(launches(sys.modules[__name__], calls))  # `AtenLaunch`es
 
     @torch.no_grad()
     def run() -> None:

@@ -1,7 +1,7 @@
 """Loads, batch norm and its sums, and the adjoint p B(G) of what a reader reads."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ def normalise_tangent(tangent: Tensor, source: Source, sums: Tensor | None) -> T
     yd = wide(tangent)
     if source.statistics is None:
         return yd
+    assert sums is not None
     mean, _, r = source.statistics
     yd_mean, t, _ = sums / (yd.numel() / yd.shape[1])
     return evaluate(source.x, [_with_h([(yd, r)], -r * yd_mean, -r * t, mean, r)])
@@ -85,6 +86,7 @@ def first_terms(reader: Reader) -> Terms:
     p = g.new_ones(()) if reader.weights is None else reader.weights[reader.index]
     if reader.statistics is None:
         return Terms([(g, p[..., None].expand(*p.shape, g.shape[1]))])
+    assert reader.sums is not None
     mean, _, r = reader.statistics
     g_mean, s = reader.sums[:, reader.index] / (g.numel() / g.shape[1])
     scale = r if reader.gamma is None else r * reader.gamma
@@ -100,6 +102,7 @@ def second_terms(reader: SecondReader) -> Terms:
     p = gd.new_ones(()) if first.weights is None else first.weights[index]
     if first.statistics is None:
         return Terms([(gd, p.expand(gd.shape[1]))])
+    assert first.sums is not None and reader.tangent_sums is not None and reader.sums is not None
     mean, _, r = first.statistics
     m = gd.numel() / gd.shape[1]
     g_mean, s = first.sums[:, index] / m
@@ -127,8 +130,9 @@ def evaluate(y: Tensor, parts: Sequence[Terms]) -> Tensor:
     others = [term for part in parts for term in part.others]
     constants = [part.constant for part in parts if part.constant is not None]
     if constants:
-        others.insert(0, (wide(y), sum(part.y_factor for part in parts if part.y_factor is not None)))
-    constant = sum(constants) if constants else others[0][1].new_zeros(y.shape[1])
+        y_factor: Any = sum(part.y_factor for part in parts if part.y_factor is not None)
+        others.insert(0, (wide(y), y_factor))
+    constant: Any = sum(constants) if constants else others[0][1].new_zeros(y.shape[1])
     total = per_channel(constant)
     (x, factor), *others = others
     total = torch.addcmul(total, x, per_channel(factor))

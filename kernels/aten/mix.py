@@ -77,6 +77,7 @@ def mix_tangent(
         total = hd * p if total is None else total.addcmul_(hd, p)
         if candidate.statistics is None:
             products[k] = sums_with(hd, Source(adjoint))[1]
+    assert total is not None  # there is a candidate
     for out in outs:
         out.copy_(total)
 
@@ -98,6 +99,7 @@ def mix_second(
         sums[:, k] = sums_with(gd, candidate)
         g_hd = products[k]
         if candidate.statistics is not None:
+            assert tangent_sums is not None
             (g, g_h), (yd, yd_h, yd_g) = first_sums[:, k], tangent_sums[:, k]
             g_hd = candidate.statistics[2] * (yd_g - (g * yd + g_h * yd_h) / m)
         weight_gradient[k] = (sums[1, k] + g_hd).sum()

@@ -4,6 +4,7 @@ A task computes [h = batch norm of x] -> a = relu(h) -> z = D * a (depthwise) ->
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from darts_fast.kernels.aten.batch_norm import (
     write_tangent_sums,
 )
 from darts_fast.kernels.aten.launch import as_launch
-from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights
+from darts_fast.kernels.types import AnyReader, Reader, SecondReader, Source, Task, Weights
 
 
 @as_launch
@@ -29,7 +30,7 @@ def sepconv_forward(
     sources: Sequence[Source], tasks: Sequence[Task], *, y: Tensor, statistics: Tensor | None
 ) -> None:
     inputs = [rectify(source) for source in sources]
-    for task, (output, channels) in zip(tasks, _destinations(tasks, y), strict=True):
+    for task, (output, channels) in zip(tasks, _destinations(tasks, len(y)), strict=True):
         d, p = task.weights
         result = pointwise(depthwise(inputs[task.source], d, task), p)
         y[output, :, channels].copy_(result)
@@ -48,10 +49,10 @@ def sepconv_backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> None:
-    destinations = _destinations(tasks, readers)
+    destinations = _destinations(tasks, len(readers))
     for number, source in enumerate(sources):
         a, total = rectify(source), None
-        planes = a.contiguous() if gradients is not None else None
+        planes = a.contiguous() if gradients is not None else a
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
@@ -84,7 +85,7 @@ def sepconv_tangent(
     y: Tensor,
     sums: Sequence[Tensor],
 ) -> None:
-    destinations = _destinations(tasks, y)
+    destinations = _destinations(tasks, len(y))
     for number, (source, xd) in enumerate(zip(sources, source_tangents, strict=True)):
         a = rectify(source)
         ad = masked(normalise_tangent(xd, source, None if source_sums is None else source_sums[:, number]), a)
@@ -112,7 +113,7 @@ def sepconv_second(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> None:
-    destinations = _destinations(tasks, readers)
+    destinations = _destinations(tasks, len(readers))
     for number, source in enumerate(sources):
         a, total = rectify(source), None
         for index, task in enumerate(tasks):
@@ -130,15 +131,15 @@ def sepconv_second(
         _write_adjoint(total, a, source, number, terms[number], adjoint, sums)
 
 
-def _destinations(tasks: Sequence[Task], outputs: Sequence) -> list[tuple[int, slice]]:
+def _destinations(tasks: Sequence[Task], outputs: int) -> list[tuple[int, slice]]:
     """Returns the output that each task writes, and the channels of it: neighbouring tasks may share one."""
-    joined, k = len(tasks) // len(outputs), tasks[0].weights.pointwise.shape[0]
+    joined, k = len(tasks) // outputs, tasks[0].weights.pointwise.shape[0]
     return [(i // joined, slice(i % joined * k, (i % joined + 1) * k)) for i in range(len(tasks))]
 
 
-def _of_channels(reader: Reader | SecondReader, channels: slice) -> Reader | SecondReader:
+def _of_channels(reader: AnyReader, channels: slice) -> AnyReader:
     """Returns the reader for these channels alone."""
-    parts = {
+    parts: dict[str, Any] = {
         name: value[:, channels] if value.dim() == 4 else value[..., channels]
         for name, value in reader._asdict().items()
         if isinstance(value, Tensor) and name != "weights"
@@ -149,7 +150,7 @@ def _of_channels(reader: Reader | SecondReader, channels: slice) -> Reader | Sec
 
 
 def _write_adjoint(
-    total: Tensor,
+    total: Tensor | None,
     a: Tensor,
     source: Source,
     number: int,
@@ -158,6 +159,7 @@ def _write_adjoint(
     sums: Tensor | None,
 ) -> None:
     """Writes [h > 0] total + terms for the source of this number, and its sums; `total` is overwritten."""
+    assert total is not None  # every source is read by a task
     aten.threshold_backward.grad_input(total, a, 0, grad_input=total)
     for term in terms:
         total.add_(term)
@@ -206,8 +208,9 @@ def depthwise_adjoint(
         z = F.conv_transpose2d(z, weight, None, task.stride, weight.shape[-1] // 2, rest, z.shape[1])
         return z if total is None else total.add_(z)
     if task.stride > 1:
-        spaced = total
-        if weight is not None or total is None:
+        if weight is None and total is not None:
+            spaced = total
+        else:
             spaced = torch.zeros_like(like, memory_format=torch.channels_last)
         spaced[:, :, task.offset :: task.stride, task.offset :: task.stride] += z
         if weight is None:

@@ -9,6 +9,7 @@ Activations [N, C, H, W] are in channels-last memory: C++ sees [n, h, w, c].
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -60,21 +61,22 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
     Raises:
         TypeError: a tensor is not on the CPU.
     """
-    found = list(launches(sys.modules[__name__], calls))
+    found: list[Any] = list(launches(sys.modules[__name__], calls))
     for launch in found:
         for tensor in launch.tensors:
             if not tensor.is_cpu:
                 raise TypeError(f"the native kernels compute on the CPU, not on {tensor.device}")
     library = loaded()
-    # What C++ runs in a row, as a table and its launches; or one launch of ATen.
+    # What C++ runs in a row, as a table and its launches, which keep their tables and tensors; or one launch
+    # of ATen.
     parts: list[tuple[Table, list[Launch]] | AtenLaunch] = []
     for of_aten, group in groupby(found, lambda launch: isinstance(launch, AtenLaunch)):
         if of_aten:
             parts += group
             continue
-        run = list(group)
-        records = [Record(address_of(library, launch.name), launch.call.address) for launch in run]
-        parts.append((Table(records), run))
+        in_a_row = list(group)
+        records = [Record(address_of(library, launch.name), launch.call.address) for launch in in_a_row]
+        parts.append((Table(records), in_a_row))
 
     @torch.no_grad()
     def run() -> None:
@@ -83,13 +85,12 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
             if isinstance(part, AtenLaunch):
                 part.run()
                 continue
-            records, of_part = part
+            table, of_part = part
             if not profiled:
-                library.darts_sweep(records.address, records.count, count)
+                library.darts_sweep(table.address, table.count, count)
                 continue
             for i, launch in enumerate(of_part):
-                with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", launch.tensors):
-                    library.darts_sweep(records.address + i * size_of(Record), 1, count)
+                with torch._C._profiler._RecordFunctionFast(f"native::{launch.name}", [*launch.tensors]):
+                    library.darts_sweep(table.address + i * size_of(Record), 1, count)
 
-    run.launches = found  # which keep their tables and tensors
     return run

@@ -35,8 +35,9 @@ def mix_backward(
     sums: Tensor,
     weight_gradient: Tensor | None,
 ) -> list[Launch]:
-    writes = {"sums": sums, "weight_gradient": weight_gradient}
-    return [_mix("mix_backward", candidates, weights, adjoint=adjoint, **writes)]
+    return [
+        _mix("mix_backward", candidates, weights, adjoint=adjoint, sums=sums, weight_gradient=weight_gradient)
+    ]
 
 
 def mix_tangent(
@@ -49,10 +50,20 @@ def mix_tangent(
     outs: Sequence[Tensor],
     products: Tensor,
 ) -> list[Launch]:
-    if all(candidate.statistics is not None for candidate in candidates):
-        adjoint = products = None  # they are for the others
-    sums = {"tangent_sums": tangent_sums, "products": products}
-    return [_mix("mix_tangent", candidates, weights, tangents, adjoint, outs, **sums)]
+    # Adjoint and products are for the candidates without statistics.
+    some = any(candidate.statistics is None for candidate in candidates)
+    return [
+        _mix(
+            "mix_tangent",
+            candidates,
+            weights,
+            tangents,
+            adjoint if some else None,
+            outs,
+            tangent_sums=tangent_sums,
+            products=products if some else None,
+        )
+    ]
 
 
 def mix_second(
@@ -65,9 +76,18 @@ def mix_second(
     sums: Tensor,
     weight_gradient: Tensor,
 ) -> list[Launch]:
-    reads = {"first_sums": first_sums, "tangent_sums": tangent_sums, "products": products}
-    writes = {"sums": sums, "weight_gradient": weight_gradient}
-    return [_mix("mix_second", candidates, adjoint=adjoint, **reads, **writes)]
+    return [
+        _mix(
+            "mix_second",
+            candidates,
+            adjoint=adjoint,
+            sums=sums,
+            first_sums=first_sums,
+            tangent_sums=tangent_sums,
+            products=products,
+            weight_gradient=weight_gradient,
+        )
+    ]
 
 
 # Batch norm: a mix of one candidate, whose weight is 1
@@ -119,7 +139,7 @@ def _mix(
                 statistics=rows(candidate.statistics),
                 affine=rows(candidate.affine),
                 weight=weight(weights, k),
-                tangent=image(tangents and tangents[k]),
+                tangent=image(tangents[k] if tangents else None),
             )
             for k, candidate in enumerate(candidates)
         ]

@@ -1,6 +1,7 @@
 """Separable halves, 1x1 convolutions and the pairs of a factorized reduce, see `types.Backend`."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -35,8 +36,10 @@ def sepconv_backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> list[Launch]:
-    writes = {"adjoint": adjoint, "sums": sums, "gradients": gradients}
-    return _sepconv("sepconv_backward", sources, tasks, readers=readers, terms=terms, **writes)
+    reads: dict[str, Any] = {"readers": readers, "terms": terms}
+    return _sepconv(
+        "sepconv_backward", sources, tasks, **reads, adjoint=adjoint, sums=sums, gradients=gradients
+    )
 
 
 def sepconv_tangent(
@@ -64,7 +67,7 @@ def sepconv_second(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> list[Launch]:
-    reads = {"weight_tangents": weight_tangents, "readers": readers, "terms": terms}
+    reads: dict[str, Any] = {"weight_tangents": weight_tangents, "readers": readers, "terms": terms}
     return _sepconv("sepconv_second", sources, tasks, **reads, adjoint=adjoint, sums=sums)
 
 
@@ -85,10 +88,9 @@ def _sepconv(
     tangent_sums: Sequence[Tensor] | None = None,
 ) -> list[Launch]:
     """What a function does not take is None."""
-    if tangent_sums is None:
-        read = [read_of(of_one) for of_one in readers or ()]
-    else:
-        read = readers = [read_in_tangent(of_one) for of_one in readers]
+    if tangent_sums is not None:
+        readers = [read_in_tangent(cast(Reader, of_one)) for of_one in readers or ()]
+    read = readers if tangent_sums is not None else [read_of(of_one) for of_one in readers or ()]
     of_sources, of_terms = [], [Table([pixels(t) for t in its]) for its in terms or [()] * len(sources)]
     for i, source in enumerate(sources):
         n, c, height, width = source.x.shape
@@ -97,7 +99,7 @@ def _sepconv(
                 x=image(source.x),
                 statistics=rows(source.statistics),
                 affine=rows(source.affine),
-                tangent=image(source_tangents and source_tangents[i]),
+                tangent=image(source_tangents[i] if source_tangents else None),
                 tangent_sums=rows(None if source_sums is None else source_sums[:, i]),
                 terms=of_terms[i].address,
                 n_terms=of_terms[i].count,
@@ -110,9 +112,11 @@ def _sepconv(
             )
         )
     of_tasks = []
-    joined = len(tasks) // len(y if readers is None else readers)
+    outputs = y if readers is None else readers
+    assert outputs is not None
+    joined = len(tasks) // len(outputs)
     for i, task in enumerate(tasks):
-        (d, p), tangents = task.weights, weight_tangents[i] if weight_tangents else Weights(None, None)
+        (d, p), (dd, pd) = task.weights, weight_tangents[i] if weight_tangents else (None, None)
         k, output, part = p.shape[0], i // joined, i % joined
         channels = slice(part * k, (part + 1) * k)
         row = None if gradients is None else gradients[i]
@@ -126,11 +130,15 @@ def _sepconv(
                 k=k,
                 d=numbers(d),
                 p=numbers(p),
-                d_tangent=numbers(tangents.depthwise),
-                p_tangent=numbers(tangents.pointwise),
+                d_tangent=numbers(dd),
+                p_tangent=numbers(pd),
                 y=pixels(None if y is None else y[output][:, channels]),
                 statistics=rows(None if statistics is None else statistics[output][:, channels]),
-                reader=reader(readers and readers[output], channels, tangent_sums and tangent_sums[output]),
+                reader=reader(
+                    readers[output] if readers else None,
+                    channels,
+                    tangent_sums[output] if tangent_sums else None,
+                ),
                 p_gradient=numbers(row),
                 d_gradient=numbers(None if row is None or d is None else row[p.numel() :]),
             )

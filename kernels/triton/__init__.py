@@ -9,6 +9,7 @@ a fixed order.
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ def program(calls: Sequence[Call]) -> Callable[[], None]:
 
     @torch.no_grad()
     def run() -> None:
+        launch: Any  # Triton's, or ATen's
         for launch in launches(sys.modules[__name__], calls):
             launch.run()
 

@@ -83,7 +83,9 @@ class Network:
     """The cells of a network as data, and what `Sweeps` has to know of them."""
 
     def __init__(self, channels: int, layers: int, nodes: int, affine: bool):
-        self.parameters, self.norms, self.cells, self.affine = 0, [], [], affine
+        self.parameters, self.affine = 0, affine
+        self.norms: list[int] = []
+        self.cells: list[Cell] = []
         before = [3 * channels, 3 * channels]  # the channels of the last two cells' outputs
         halved = False
         for layer in range(layers):
@@ -113,6 +115,10 @@ class Network:
 
     def _reduce(self, c: int, k: int) -> FactorizedReduce:
         return FactorizedReduce((self._weight(k // 2, c, 1, 1), self._weight(k // 2, c, 1, 1)), self._norm(k))
+
+    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
+        """Those of a cell of so many channels."""
+        raise NotImplementedError
 
     def _weight(self, *shape: int) -> Parameter:
         start, self.parameters = self.parameters, self.parameters + math.prod(shape)
@@ -227,7 +233,7 @@ def report(planned: Launch, arch: int, _: str = "") -> Report:
         usage = _cuobjdump("--dump-resource-usage", file.name)
         code = _cuobjdump("--dump-sass", file.name)
     registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+        int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
     )
     # LDG.E loads 32 bits, LDG.E.64 and .128 more, .U8 and .U16 less; LDGSTS loads to shared memory.
     widths = [_bits(suffixes) for suffixes in re.findall(r"\bLDG(?:STS)?\.E([\w.]*)", code)] or [0]

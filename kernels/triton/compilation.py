@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -149,7 +149,7 @@ def compile_ahead(
     count: int,
     then: Callable[[Launch, int, str], T],
     launchers: bool = False,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """What `then` gives for each launch and architecture, in order. It is called, in one of `count` threads,
     when a process has brought the kernel into Triton's cache, or with the reason why not, which whoever
     launches it is told, too; else with "". With `launchers`, which need the driver's library, what launches

@@ -617,18 +617,22 @@ def _fan_out(
         for source, of_one in zip(sources, readers, strict=True)
     ]
     means, rs, norms = norms_of(read)
-    tangents = [
-        of_one[0].tangent if seconds and norm else out for of_one, norm in zip(readers, norms, strict=True)
-    ]
-    all_firsts, all_readers, all_seconds = (
-        [reader for of_one in group or () for reader in of_one] for group in (firsts, readers, seconds)
+    tangents = (
+        [of_one[0].tangent if norm else out for of_one, norm in zip(seconds, norms, strict=True)]
+        if seconds
+        else [out] * len(norms)
     )
+    all_firsts = [reader for of_one in firsts for reader in of_one]
+    all_seconds = [reader for of_one in seconds or () for reader in of_one]
+    all_readers: Sequence[Reader | SecondReader] = all_seconds if seconds else all_firsts
     normed = [norm for of_one, norm in zip(readers, norms, strict=True) for _ in of_one]
     adjoints = [reader.adjoint for reader in all_readers]
     first_adjoints = [reader.adjoint for reader in all_firsts]
 
-    def where_normed(values: list[Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(v if norm else out for v, norm in zip(values, normed, strict=True)) or (out,)
+    def where_normed(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return tuple(
+            v if norm and v is not None else out for v, norm in zip(values, normed, strict=True)
+        ) or (out,)
 
     weighed = tuple(0 if reader.weights is None else reader.weights.dim() for reader in all_firsts)
     sizes, grid = _sizes("fan_out_kernel", out[0], 2 * (len(read) + len(adjoints)))

@@ -313,9 +313,11 @@ def _of_readers(
     """Returns the arguments and the constants that come from the readers; `join` tasks have one reader."""
     firsts = [part for reader in firsts for part in parts_of(reader, join)]
     count = len(firsts)
-    seconds = [part for reader in seconds for part in parts_of(reader, join)] if seconds else [None] * count
+    of_tasks: list[SecondReader | None] = [None] * count
+    if seconds:
+        of_tasks = [part for reader in seconds for part in parts_of(reader, join)]
     adjoints = tuple(reader.adjoint for reader in firsts)
-    second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, seconds, strict=True))
+    second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, of_tasks, strict=True))
     rows = tuple(map(row_stride, adjoints))
     if rows != tuple(map(row_stride, second_adjoints)):
         raise ValueError("an adjoint and its derivative must have the same strides")
@@ -342,9 +344,11 @@ def _of_readers(
         "p_own_rs": rs,
         "p_own_gammas": means if gammas[0] is None else tuple(gammas),
         "p_first_sums": sums_of([r.sums for r in firsts]),
-        "p_own_d": images_of([g if s is None else s.tangent for g, s in zip(adjoints, seconds, strict=True)]),
-        "p_own_d_sums": sums_of([s and s.tangent_sums for s in seconds]),
-        "p_second_sums": sums_of([s and s.sums for s in seconds]),
+        "p_own_d": images_of(
+            [g if s is None else s.tangent for g, s in zip(adjoints, of_tasks, strict=True)]
+        ),
+        "p_own_d_sums": sums_of([s and s.tangent_sums for s in of_tasks]),
+        "p_second_sums": sums_of([s and s.sums for s in of_tasks]),
     }
     read = [norm or has_p for norm, has_p in zip(norms, weighed, strict=True)]
     constants = {

@@ -1,7 +1,7 @@
 """What the kernels of separable halves share: the arguments of a call, and the pointwise product."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from darts_fast.kernels.triton.launch import ACCUMULATORS, affines_of, norms_of, row_stride
 from darts_fast.kernels.triton.launch_table import Case, dot_channel_block
-from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, accumulator
+from darts_fast.kernels.types import AnyReader, Source, Task, Weights, accumulator
 
 # The interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same and exact.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -146,11 +146,12 @@ def of_terms(terms: Sequence[Sequence[Tensor]] | None, stand_in: Tensor) -> tupl
     return tuple(term for _, term in flat) or (stand_in,), constants
 
 
-def parts_of(reader: Reader | SecondReader, count: int) -> list:
+def parts_of(reader: AnyReader, count: int) -> list[AnyReader]:
     """Returns the readers of each of `count` equal parts of the channels."""
     if count == 1:
         return [reader]
-    by_field = []
+    by_field: list[Sequence[Any]] = []
+    value: Any
     for name, value in zip(reader._fields, reader, strict=True):
         if name == "first":
             by_field.append(parts_of(value, count))
