@@ -42,7 +42,9 @@ def execute(tmp_path_factory):
     def call(function, *arguments):
         process.stdin.write(json.dumps([function, *arguments]) + "\n")
         process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        assert line, "the process that executes has ended"
+        answer = json.loads(line)
         if "error" in answer:
             pytest.fail(answer["error"])
         return answer["result"]
