@@ -146,6 +146,8 @@ class CallByCall:
         return run
 
     def compare(self, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        neither = found.isnan() & expected.isnan()  # wrote it: nobody reads the place
+        found, expected = found.masked_fill(neither, 0), expected.masked_fill(neither, 0)
         error = relative_error(found, expected) if expected.any() else float(found.double().norm())
         self.worst[what] = max(self.worst.get(what, 0.0), error)
         assert error <= self.bound, (what, error)
