@@ -244,16 +244,35 @@ def test_floats_are_rounded_once(opcode):
     same(found, kind, [one(*x) for x in zip(*(to_float(x, kind).tolist() for x in inputs), strict=True)])
 
 
-@pytest.mark.parametrize("a, b, c", [(1 + 2**-12, 1 + 2**-12, 2**-60), (1 + 2**-12, 1 - 2**-12, -(2**-60))])
-def test_fma_that_float64_rounds_twice(a, b, c):
-    """The product is halfway between two of float32, or next to it, and c decides."""
-    a, b = a * (1 + 2**-11), b
-    inputs = [np.full(32, x, np.float32).view(np.uint32) for x in (a, b, c)]
-    (found,) = compute("fma.rn.f32 {0}, {1}, {2}, {3}", inputs, [np.uint32])
-    wanted = rounded(
-        sum((Fraction(float(np.float32(a))) * Fraction(float(np.float32(b))), Fraction(c))), "f32"
-    )
-    assert to_float(found, "f32")[0] == wanted
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "kind, a, b, c",
+    [
+        # a b is halfway between two numbers, and c decides, though it is too small for a wider type to hold the
+        # sum.
+        ("f32", 1 + 2**-12, 1 + 2**-12, 2**-80),
+        ("f32", 1 + 2**-12, 1 + 3 * 2**-12, 2**-80),
+        ("f64", 1 + 2**-26, 1 + 2**-27, 2**-120),
+        ("f64", 1 + 2**-26, 1 + 3 * 2**-27, 2**-120),
+        ("bf16", 1 + 2**-4, 1 + 2**-4, 2**-60),
+        ("bf16", 1 + 2**-4, 1 + 3 * 2**-4, 2**-60),
+        # Denormals: c is one, and a b a little less than half of the least.
+        ("f32", 2.0**-75 * (1 + 2**-23), 2.0**-75 * (1 - 2**-23), 2.0**-127 + 2.0**-149),
+        ("f32", 2.0**-75 * (1 + 2**-23), 2.0**-75 * (1 - 2**-23), -(2.0**-127)),
+        ("f64", 2.0**-540 * (1 + 2**-52), 2.0**-535 * (1 - 2**-52), 2.0**-1074),
+    ],
+)
+def test_fma_that_is_not_rounded_twice(kind, a, b, c, sign):
+    bits = {"f32": np.uint32, "f64": np.uint64, "bf16": np.uint16}[kind]
+    numbers = [np.full(32, x, np.float64 if kind == "f64" else np.float32) for x in (a, b, sign * c)]
+    if kind == "bf16":
+        inputs = [(x.view(np.uint32) >> 16).astype(bits) for x in numbers]
+    else:
+        inputs = [x.view(bits) for x in numbers]
+    exactly = [Fraction(float(to_float(x, kind)[0])) for x in inputs]
+    assert exactly == [Fraction(a), Fraction(b), Fraction(sign * c)]
+    (found,) = compute(f"fma.rn.{kind} {{0}}, {{1}}, {{2}}, {{3}}", inputs, [bits])
+    assert to_float(found, kind)[0] == rounded(exactly[0] * exactly[1] + exactly[2], kind)
 
 
 @pytest.mark.parametrize("opcode", ["div.full.f32", "div.rn.f64"])
