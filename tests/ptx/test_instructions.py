@@ -248,8 +248,7 @@ def test_floats_are_rounded_once(opcode):
 @pytest.mark.parametrize(
     "kind, a, b, c",
     [
-        # a b is halfway between two numbers, and c decides, though it is too small for a wider type to hold the
-        # sum.
+        # a b is halfway between two numbers, and c decides, though no wider type holds the sum.
         ("f32", 1 + 2**-12, 1 + 2**-12, 2**-80),
         ("f32", 1 + 2**-12, 1 + 3 * 2**-12, 2**-80),
         ("f64", 1 + 2**-26, 1 + 2**-27, 2**-120),
