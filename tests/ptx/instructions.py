@@ -27,6 +27,7 @@ TYPES = {
     **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
     **{f"f{n}": np.dtype(f"f{n // 8}") for n in (16, 32, 64)},
     "bf16": np.dtype(U16),
+    "bf16x2": np.dtype(U32),
     "pred": np.dtype(bool),
 }
 SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"]
@@ -133,6 +134,16 @@ def pack(narrow: Function) -> Function:
     return function
 
 
+def in_halves(function: Function) -> Function:
+    """Of numbers of 2 bytes, two in a register."""
+
+    def pairs(*x: np.ndarray) -> np.ndarray:
+        parts = np.broadcast_arrays(*(y.reshape(-1).view(U16).reshape(-1, 2) for y in x))
+        return np.ascontiguousarray(function(*parts)).view(U32).reshape(-1)
+
+    return pairs
+
+
 # Name, what makes a Pure of a function and a type, function, types.
 FAMILIES: list[tuple[str, Callable[[Function, str], Pure], Function | None, str]] = [
     ("add", on_bits(2), np.add, "s16 s32 s64"),
@@ -155,6 +166,7 @@ FAMILIES: list[tuple[str, Callable[[Function, str], Pure], Function | None, str]
     ("fma.rn", ternary, arithmetic.fma_f32, "f32"),
     ("fma.rn", ternary, arithmetic.fma_f64, "f64"),
     ("fma.rn", on_bits(3), arithmetic.fma_bf16, "bf16"),
+    ("fma.rn", on_bits(3), in_halves(arithmetic.fma_bf16), "bf16x2"),  # of Triton 3.6
     ("add", on_bits(2), lambda a, b: arithmetic.to_f16(a.view(F16) + b.view(F16)), "f16"),
     ("min", binary, np.minimum, "s32 u32 s64"),
     ("max", binary, np.maximum, "s32 u32 s64"),
@@ -266,6 +278,8 @@ class Builder:
         if opcode in PURE:
             return self._pure(instruction, PURE[opcode])
         name = opcode.split(".")[0]
+        if name == "setp" and opcode.endswith(".f16x2"):
+            return self._compare_halves(instruction)
         make = {
             "mov": self._move,
             "ld": self._load,
@@ -325,6 +339,23 @@ class Builder:
                     g.merge(d, value, g.mask)
 
         return step
+
+    def _compare_halves(self, instruction: Instruction) -> Step:
+        """setp of two float16 in each register, which has two results (of Triton 3.6)."""
+        single = PURE.get(instruction.opcode.removesuffix("x2"))
+        targets, *operands = instruction.operands
+        if single is None or not isinstance(targets, tuple) or len(operands) != 2:
+            raise Unknown(str(instruction))
+        slots = [self.slot(name, "pred") for name in targets]
+        sources, guard = [self.slot(operand, "b32") for operand in operands], self.guard(instruction)
+
+        def compare_halves(g: "Group") -> None:
+            a, b = (g.full(g.registers[s]).view(U16).reshape(-1, 2) for s in sources)
+            active, found = g.active(guard), single.function(a, b)
+            for i, d in enumerate(slots):
+                g.merge(d, np.ascontiguousarray(found[:, i]), active)
+
+        return compare_halves
 
     def _move(self, instruction: Instruction) -> Step:
         kind = instruction.opcode.removeprefix("mov.")

@@ -237,9 +237,9 @@ class Group:
         return target
 
     def _split(self, following: np.ndarray) -> list["Group"]:
-        """The groups of the blocks that go to each of some segments."""
+        """The groups of the blocks that go to each of some segments and have not returned."""
         parts = []
-        for segment in np.unique(following):
+        for segment in np.unique(following[following < len(self.machine.code.segments)]):
             part = self._part(following == segment)
             part.segment = int(segment)
             parts.append(part)
@@ -273,8 +273,7 @@ class Group:
             raise self.fault("barrier", barrier, thread, None, detail)
         parts = self._split(by_block[:, 0])
         for part in parts:
-            if part.segment < len(self.machine.code.segments):
-                part._pass_barrier()
+            part._pass_barrier()
         return parts
 
     def _pass_barrier(self) -> None:

@@ -147,4 +147,6 @@ def _operand(text: str):
     if text[0] == "[":
         base, _, offset = text[1:-1].partition("+")
         return "[", base.strip(), int(offset or 0)
+    if "|" in text:  # two results
+        return tuple(text.split("|"))
     return text

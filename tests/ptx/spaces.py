@@ -157,20 +157,22 @@ class Global(Space):
 
     def locate(self, g, what, addresses, threads, size):
         self._check_alignment(g, what, addresses, threads, size)
-        tag = int(addresses[0]) >> TAG
-        real = addresses & ADDRESS
-        if int(addresses.min()) >> TAG != tag or int(addresses.max()) >> TAG != tag:
-            tag = addresses >> TAG
-        # A number that is no pointer may have any upper bits.
-        tags = np.clip(tag, 0, len(self.starts) - 1)
-        outside = (real < self.starts[tags]) | (real + size > self.ends[tags]) | (tag != tags)
-        if outside.any():
-            i = int(np.flatnonzero(outside)[0])
-            t = int(np.broadcast_to(tags, real.shape)[i])
-            detail = (
-                f"{size} bytes outside of {self.names[t]} ({self.starts[t]:#x} to {self.ends[t]:#x}): {what}"
-            )
-            raise g.fault("out of bounds", what, threads[i], real[i], detail)
+        low, high = int(addresses.min()), int(addresses.max())
+        tags, real = low >> TAG, addresses & ADDRESS
+        if not (
+            0 < tags < len(self.starts)
+            and self.starts[tags] <= low & ADDRESS
+            and high + size <= self.ends[tags] + (tags << TAG)
+        ):
+            tags = addresses >> TAG
+            tags[(tags < 0) | (tags >= len(self.starts))] = 0  # of a number that is no pointer
+            outside = (real < self.starts[tags]) | (real + size > self.ends[tags])
+            if outside.any():
+                i = int(np.flatnonzero(outside)[0])
+                t = int(tags[i])
+                of = f"{self.names[t]} ({self.starts[t]:#x} to {self.ends[t]:#x})"
+                detail = f"{size} bytes outside of {of}: {what}"
+                raise g.fault("out of bounds", what, threads[i], real[i], detail)
         first = None
         if self.shadowed[tags].any():
             first = np.where(self.shadowed[tags], real + self.shift[tags], 0) // self.grain

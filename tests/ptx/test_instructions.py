@@ -168,9 +168,9 @@ def rounded(x: Fraction, kind: str) -> Fraction | float:
 
 def to_float(bits: np.ndarray, kind: str) -> np.ndarray:
     """The numbers of some bits, as float64."""
-    if kind == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(TYPES[kind]).astype(np.float64)
+    numbers = (bits.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else bits.view(TYPES[kind])
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return numbers.astype(np.float64)
 
 
 def floats(kind: str, seed: int) -> np.ndarray:
@@ -184,14 +184,13 @@ def floats(kind: str, seed: int) -> np.ndarray:
     special += [n | 1 << (8 * t.itemsize - 1) for n in special]
     anything = np.frombuffer(random.bytes(200 * t.itemsize), t)
     near = one + random.integers(-(2 ** (digits - 1)), 2 ** (digits - 1), 290, np.int64)
-    near |= np.int64(random.integers(0, 2)) << 0
     return random.permutation(
         np.concatenate([np.array(special, np.uint64), anything, near.view(np.uint64)])
     ).astype(t)
 
 
 def same(found: np.ndarray, kind: str, wanted: list) -> None:
-    """NaN is any NaN; zeros may differ in sign only where the wanted one says nothing of it."""
+    """NaN is any NaN, and 0 is -0."""
     numbers = to_float(found, kind)
     for i, (number, w) in enumerate(zip(numbers, wanted, strict=True)):
         if w is NAN:
@@ -245,16 +244,34 @@ def test_floats_are_rounded_once(opcode):
     same(found, kind, [one(*x) for x in zip(*(to_float(x, kind).tolist() for x in inputs), strict=True)])
 
 
-@pytest.mark.parametrize("a, b, c", [(1 + 2**-12, 1 + 2**-12, 2**-60), (1 + 2**-12, 1 - 2**-12, -(2**-60))])
-def test_fma_that_float64_rounds_twice(a, b, c):
-    """The product is halfway between two of float32, or next to it, and c decides."""
-    a, b = a * (1 + 2**-11), b
-    inputs = [np.full(32, x, np.float32).view(np.uint32) for x in (a, b, c)]
-    (found,) = compute("fma.rn.f32 {0}, {1}, {2}, {3}", inputs, [np.uint32])
-    wanted = rounded(
-        sum((Fraction(float(np.float32(a))) * Fraction(float(np.float32(b))), Fraction(c))), "f32"
-    )
-    assert to_float(found, "f32")[0] == wanted
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "kind, a, b, c",
+    [
+        # a b is halfway between two numbers, and c decides, though no wider type holds the sum.
+        ("f32", 1 + 2**-12, 1 + 2**-12, 2**-80),
+        ("f32", 1 + 2**-12, 1 + 3 * 2**-12, 2**-80),
+        ("f64", 1 + 2**-26, 1 + 2**-27, 2**-120),
+        ("f64", 1 + 2**-26, 1 + 3 * 2**-27, 2**-120),
+        ("bf16", 1 + 2**-4, 1 + 2**-4, 2**-60),
+        ("bf16", 1 + 2**-4, 1 + 3 * 2**-4, 2**-60),
+        # Denormals: c is one, and a b a little less than half of the least.
+        ("f32", 2.0**-75 * (1 + 2**-23), 2.0**-75 * (1 - 2**-23), 2.0**-127 + 2.0**-149),
+        ("f32", 2.0**-75 * (1 + 2**-23), 2.0**-75 * (1 - 2**-23), -(2.0**-127)),
+        ("f64", 2.0**-540 * (1 + 2**-52), 2.0**-535 * (1 - 2**-52), 2.0**-1074),
+    ],
+)
+def test_fma_that_is_not_rounded_twice(kind, a, b, c, sign):
+    bits = {"f32": np.uint32, "f64": np.uint64, "bf16": np.uint16}[kind]
+    numbers = [np.full(32, x, np.float64 if kind == "f64" else np.float32) for x in (a, b, sign * c)]
+    if kind == "bf16":
+        inputs = [(x.view(np.uint32) >> 16).astype(bits) for x in numbers]
+    else:
+        inputs = [x.view(bits) for x in numbers]
+    exactly = [Fraction(float(to_float(x, kind)[0])) for x in inputs]
+    assert exactly == [Fraction(a), Fraction(b), Fraction(sign * c)]
+    (found,) = compute(f"fma.rn.{kind} {{0}}, {{1}}, {{2}}, {{3}}", inputs, [bits])
+    assert to_float(found, kind)[0] == rounded(exactly[0] * exactly[1] + exactly[2], kind)
 
 
 @pytest.mark.parametrize("opcode", ["div.full.f32", "div.rn.f64"])
@@ -316,6 +333,24 @@ def test_comparisons(name, kind):
     assert found.tolist() == [COMPARISONS[name](*pair) for pair in pairs]
 
 
+@pytest.mark.parametrize("name", ["gt", "geu"])
+def test_comparisons_of_halves(name):
+    a, b = (floats("f16", seed) for seed in (10, 11))
+    b[::3] = a[::3]
+    found = compute(
+        f"setp.{name}.f16x2 {{0}}|{{1}}, {{2}}, {{3}}", [a.view(np.uint32), b.view(np.uint32)], [bool, bool]
+    )
+    pairs = zip(to_float(a, "f16").tolist(), to_float(b, "f16").tolist(), strict=True)
+    assert np.stack(found, axis=1).reshape(-1).tolist() == [COMPARISONS[name](*pair) for pair in pairs]
+
+
+def test_fma_of_halves():
+    inputs = [floats("bf16", seed) for seed in (10, 11, 12)]
+    (found,) = compute("fma.rn.bf16x2 {0}, {1}, {2}, {3}", [x.view(np.uint32) for x in inputs], [np.uint32])
+    (wanted,) = compute("fma.rn.bf16 {0}, {1}, {2}, {3}", inputs, [np.uint16])
+    assert (found.view(np.uint16) == wanted).all()
+
+
 # Conversions
 
 
@@ -344,7 +379,10 @@ def around_halfway():
         ALL.view(np.float16).astype(np.float32).view(np.uint32)
     )  # neighbours differ by 2^13 units of float32
     f16 = [f16 + np.uint32(d) for d in (1, 0xFFF, 0x1000, 0x1001)]
-    halves = (ALL.view(np.float16).astype(np.float32) + np.float32(2.0**-25)).view(np.uint32)  # of denormals
+    with np.errstate(invalid="ignore"):
+        halves = (ALL.view(np.float16).astype(np.float32) + np.float32(2.0**-25)).view(
+            np.uint32
+        )  # of denormals
     return np.concatenate([*bf16, *f16, halves, halves + 1, halves - 1])
 
 
@@ -377,7 +415,7 @@ def test_every_instruction_that_computes_is_tested():
     tested = set(INTEGERS)
     tested |= {f"{name}.{kind}" for name in FLOATS for kind in FORMATS}
     tested |= {f"setp.{name}.{kind}" for name in COMPARISONS for kind in ("f16", "f32", "f64")}
-    tested |= {"div.full.f32", "div.rn.f64", "sqrt.rn.f64", "sqrt.approx.ftz.f32"}
+    tested |= {"fma.rn.bf16x2", "div.full.f32", "div.rn.f64", "sqrt.rn.f64", "sqrt.approx.ftz.f32"}
     for kind in ("bf16", "f16"):
         tested |= {f"cvt.f32.{kind}", f"cvt.rn.{kind}.f32", f"cvt.rn.{kind}x2.f32"}
     tested |= {f"cvt.rn.{t}.{s}" for t in ("f32", "f64") for s in ("s32", "s64")}
