@@ -1,5 +1,6 @@
 """The C++ kernels; everything else about the package is in pyproject.toml."""
 
+import copy
 import hashlib
 import platform
 import sys
@@ -29,9 +30,15 @@ FLAGS = [
 
 
 class BuildLevels(build_ext):
-    """Plain libraries, which know nothing of Python: no module's name, no module's symbols."""
+    """Plain libraries, which know nothing of Python: no module's name, no module's symbols. They are compiled
+    side by side."""
 
     build_temp: str
+    parallel: bool | int | None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True  # as many as there are processors
 
     def build_extension(self, ext: Extension) -> None:
         # On Linux, GCC's OpenMP is that of PyTorch, with which library.py loads the libraries; they are not
@@ -39,12 +46,9 @@ class BuildLevels(build_ext):
         if sys.platform != "linux" or "clang" in " ".join(self.compiler.compiler_so):
             ext.extra_link_args = ["-fopenmp"]
         # Each library compiles the same sources, so each has a folder of its own for its objects.
-        shared = self.build_temp
-        self.build_temp = str(Path(shared) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(own, ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

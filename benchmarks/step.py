@@ -52,8 +52,8 @@ from race import (  # noqa: E402
 )
 from race_tables import COLUMNS, evaluations, fits, growth, phase_table, plot, table  # noqa: E402
 
-from darts_fast.loop import freed_memory_kept, nothing_old_collected  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
+from darts_fast.process import freed_memory_kept, nothing_old_collected  # noqa: E402
 from darts_fast.profiling import copy_rate  # noqa: E402
 from darts_fast.tables import markdown_table  # noqa: E402
 

@@ -1,7 +1,8 @@
 """What three architecture gradients find: searches in the space of NAS-Bench-201, looked up in its table.
 
-    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--images 10000 --side 16
-        --epochs 25 --init_channels 8 --layers 1 --batch_size 64] [--out DIR] [--table FILE]
+    python benchmarks/study.py --data_path DIR [--minutes M] [--seeds 0 1 2 3] [--arms ARM ...]
+        [--images 10000 --side 16 --epochs 25 --init_channels 8 --layers 1 --batch_size 64] [--out DIR]
+        [--table FILE]
 
 First order, second order by finite differences, and second order by the exact product, on the same images:
 the first of CIFAR-10's training images, averaged down to `--side` pixels, half of which train the weights and
@@ -11,9 +12,15 @@ current folder. `--minutes` (and Ctrl-C) stops them, saved; the same command goe
 bits as if it had never stopped, and skips those that have ended. Processes whose seeds differ may run side by
 side in the same folders, on one thread each (`OMP_NUM_THREADS=1`).
 
+`--arms "first order + beta decay"` searches by another arm in place of these three: one of them with a method
+against collapse (docs/search_quality.md), one of GUARDS. Partial channels are not among these, because they
+are for the cells of DARTS; nor are the criteria that end a search early, because they change no step: the
+epochs of an arm say what they would have chosen.
+
 Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in
 the results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard
-deviation, and what random cells are worth; and accuracy.svg: the accuracy in the table over the epochs.
+deviation, what random cells are worth, and the arms compared seed by seed; and accuracy.svg: the accuracy in
+the table over the epochs. Both are of all arms among the results.
 """
 
 import argparse
@@ -30,11 +37,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from nasbench201 import LEGEND, Epoch, Table, read_epochs, read_table, references, table_path, yardsticks
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -52,6 +60,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "exact product": {"order": 2, "hvp": "exact"},
 }
 COLOURS = dict(zip(ARMS, ("#606060", "#B5381B", "#0067A5"), strict=True))
+GUARDS: dict[str, dict[str, Any]] = {
+    "beta decay": {"beta_decay": 50.0},
+    "auxiliary skip": {"auxiliary_skip": 1.0},
+    "random perturbation": {"perturb": "random"},
+    "adversarial perturbation": {"perturb": "adversarial"},
+}
+STYLES = dict(zip(GUARDS, ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True))
+AND = " + "
+# Each with its settings: the three, then each of them with each method
+EVERY_ARM = ARMS | {
+    f"{arm}{AND}{guard}": ARMS[arm] | settings for arm in ARMS for guard, settings in GUARDS.items()
+}
+# Arms whose cells are compared seed by seed: the first is hoped to be the better one.
+COMPARED = [("exact product", "finite differences"), ("exact product", "first order")]
+COMPARED += [(arm, arm.partition(AND)[0]) for arm in EVERY_ARM if AND in arm]
+CONFIDENCE = 0.95
 # In the paper's 50 epochs of 390 steps at 3e-4 Adam can move an alpha by 5.85; so it can in 25 epochs of 79
 # steps at this rate.
 ALPHA_LR = 3e-3
@@ -68,7 +92,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.arm.replace(' ', '-')}-{self.seed}"
+        return f"{self.arm.replace(AND, '+').replace(' ', '-')}-{self.seed}"
 
 
 def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -85,7 +109,7 @@ def settings(run: Run, args: argparse.Namespace) -> SearchConfig:
     sizes = {name: getattr(args, name) for name in SIZES if name != "images"}
     return SearchConfig(
         dataset="tensors", space="nasbench201", name=f"study-{run.name}", seed=run.seed, device="cpu",
-        alpha_lr=ALPHA_LR, **sizes, **ARMS[run.arm],
+        alpha_lr=ALPHA_LR, **sizes, **EVERY_ARM[run.arm],
     )  # fmt: skip
 
 
@@ -144,17 +168,49 @@ def take(run: Run, args: argparse.Namespace, data: tuple[Tensor, Tensor]) -> Non
         write_atomically(args.out / run.name / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
 
 
+def interval(differences: list[float]) -> str:
+    """The interval of CONFIDENCE for the mean that two or more differences are drawn about, in words: by the
+    t distribution, as if they were normal."""
+    n, mean = len(differences), fmean(differences)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(n)
+    return f"{mean - half:+.2f} to {mean + half:+.2f}"
+
+
+def comparisons(table: Table, runs: dict[Run, list[Epoch]]) -> list[tuple[object, ...]]:
+    """A row for each of COMPARED, by the cells of the last epoch, over the seeds that both arms have."""
+    cells = {run: epochs[-1].cell for run, epochs in runs.items()}
+    rows: list[tuple[object, ...]] = []
+    for arms in COMPARED:
+        seeds = sorted({run.seed for run in cells if {Run(arm, run.seed) for arm in arms} <= cells.keys()})
+        if not seeds:
+            continue
+        ones, others = ([cells[Run(arm, seed)] for seed in seeds] for arm in arms)
+        differences = [table.accuracy(a) - table.accuracy(b) for a, b in zip(ones, others, strict=True)]
+        rows.append(
+            (
+                " against ".join(arms),
+                len(seeds),
+                f"{fmean(differences):+.2f}",
+                interval(differences) if len(seeds) > 1 else "",
+                " against ".join(f"{fmean(map(table.regret, of_arm)):.2f}" for of_arm in (ones, others)),
+            )
+        )
+    return rows
+
+
 def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace) -> str:
-    """Every search, and the arms' means, in markdown."""
+    """Every search, the arms' means, and their differences, in markdown."""
     rows: list[tuple[object, ...]] = []
     summary: list[tuple[object, ...]] = []
-    for arm in ARMS:
+    for arm in EVERY_ARM:
         of_arm = {run.seed: epochs for run, epochs in runs.items() if run.arm == arm}
-        last, best = [], []
+        last, best, regrets, skips = [], [], [], []
         for seed, epochs in of_arm.items():
             cell, chosen = epochs[-1].cell, max(epochs, key=lambda epoch: epoch.top1).cell
             last.append(table.accuracy(cell))
             best.append(table.accuracy(chosen))
+            regrets.append(table.regret(cell))
+            skips.append(cell.operations.count("skip_connect"))
             rows.append(
                 (
                     arm,
@@ -162,52 +218,70 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
                     cell.key,
                     f"{last[-1]:.2f}",
                     f"{table.percentile(cell):.1f}",
-                    f"{table.regret(cell):.2f}",
+                    f"{regrets[-1]:.2f}",
                     f"{best[-1]:.2f}",
+                    skips[-1],
                 )
             )
         if of_arm:
-            summary.append((arm, len(of_arm), mean_and_deviation(last), mean_and_deviation(best)))
-    summary += [(what, "", value, "") for what, value in yardsticks(table).items()]
+            means = mean_and_deviation(last), mean_and_deviation(best)
+            summary.append((arm, len(of_arm), *means, f"{fmean(regrets):.2f}", f"{fmean(skips):.1f}"))
+    summary += [(what, "", value, "", "", "") for what, value in yardsticks(table).items()]
+    compared, of_comparisons = comparisons(table, runs), []
+    if compared:
+        of_comparisons = [
+            "Arms compared over the n seeds that both have, by the last epoch: the mean of the differences",
+            "between two searches of one seed, its 95 % confidence interval (t distribution, n - 1 degrees",
+            "of freedom), and both mean regrets.",
+            "",
+            *markdown_table(("", "n", "difference, points", "95 %", "regret"), compared),
+            "",
+        ]
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in ("side", *SIZES)) + f", alpha_lr {ALPHA_LR}"
+    head = "arm", "seed", "cell of the last epoch", "accuracy", "percentile", "regret", "best epoch", "skips"
     return "\n".join(
         [
             f"Searches on CIFAR-10 ({sizes})",
             "by `python benchmarks/study.py`. Accuracies are those that",
             "NAS-Bench-201 measured on CIFAR-10's validation set, in percent: of the cell of the last epoch,",
             "and of the epoch in which the supernet was best on the search's validation half. Mean ±",
-            "standard deviation over the seeds.",
+            "standard deviation over the seeds. Regret, by how much the best cell is better, and the number",
+            "of skip connections on the six edges are of the last epoch's cell.",
             "",
             LEGEND,
             "",
-            *markdown_table(("", "seeds", "last epoch", "best epoch"), summary),
+            *markdown_table(("", "seeds", "last epoch", "best epoch", "regret", "skips"), summary),
             "",
-            *markdown_table(
-                ("arm", "seed", "cell of the last epoch", "accuracy", "percentile", "regret", "best epoch"),
-                rows,
-            ),
+            *of_comparisons,
+            *markdown_table(head, rows),
             "",
         ]
     )
 
 
 def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
-    """Accuracy in the table over the epochs: a thin line a search, a thick one an arm's mean."""
+    """Accuracy in the table over the epochs: a thin line a search, a thick one an arm's mean; broken with a
+    method against collapse."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "darts_fast"  # the same file for the same curves
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for arm, colour in COLOURS.items():
+    for arm in EVERY_ARM:
+        plain, _, guard = arm.partition(AND)
+        colour, style = COLOURS[plain], STYLES.get(guard, "-")
         of_arm = [epochs for run, epochs in runs.items() if run.arm == arm]
         curves = [[table.accuracy(epoch.cell) for epoch in epochs] for epochs in of_arm]
         for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.6, alpha=0.5)
+            axes.plot(
+                range(1, len(curve) + 1), curve, color=colour, linestyle=style, linewidth=0.6, alpha=0.5
+            )
         if curves:
             means = [fmean(values) for values in zip(*curves, strict=True)]
             label = f"{arm}, mean of {len(curves)}"
-            axes.plot(range(1, len(means) + 1), means, color=colour, linewidth=2, label=label)
+            numbers = range(1, len(means) + 1)
+            axes.plot(numbers, means, color=colour, linestyle=style, linewidth=2, label=label)
     references(axes, table)
     axes.set(xlabel="epoch", ylabel="accuracy of the cell, %")
     axes.legend(frameon=False)
@@ -220,7 +294,7 @@ def summarise(table: Table, args: argparse.Namespace) -> None:
     """Writes table.md and accuracy.svg of all searches among the results."""
     numbers = [path.name.rpartition("-")[2] for path in args.out.glob("*-*")]
     seeds = sorted({int(number) for number in numbers if number.isdecimal()})
-    kept = [run for arm in ARMS for seed in seeds if ended(run := Run(arm, seed), args)]
+    kept = [run for arm in EVERY_ARM for seed in seeds if ended(run := Run(arm, seed), args)]
     runs = {run: read_epochs(args.out / run.name) for run in kept}
     with writing(args.out):
         write_atomically(args.out / "table.md", report(table, runs, args).encode(), shared=True)
@@ -258,6 +332,10 @@ def main() -> None:
     parser.add_argument("--data_path", default="data", help="folder of cifar-10-batches-py")
     parser.add_argument("--minutes", type=float, help="stop after so many, saved; default: at the end")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="a search of each arm")
+    parser.add_argument(
+        "--arms", nargs="+", choices=EVERY_ARM, default=list(ARMS), metavar="ARM",
+        help=f"{', '.join(ARMS)}; or one of these and {', '.join(GUARDS)}, as in 'first order + beta decay'",
+    )  # fmt: skip
     parser.add_argument("--side", type=int, choices=SIDES, default=16)
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -267,8 +345,10 @@ def main() -> None:
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes must be above 0, not {args.minutes}")
     table = read_table(args.table or table_path("cifar10"))
-    runs = [Run(arm, seed) for seed in args.seeds for arm in ARMS]
+    runs = [Run(arm, seed) for seed in args.seeds for arm in args.arms]
     missing = [run for run in runs if not ended(run, args)]
+    if not missing:
+        return summarise(table, args)
     data = images_of(args)
     seconds = math.inf if args.minutes is None else 60 * args.minutes
     until = time.monotonic() + seconds
@@ -284,8 +364,6 @@ def main() -> None:
         if time.monotonic() < until:  # a person's
             raise
         say("stopped and saved; the same command goes on")
-    if not missing:
-        summarise(table, args)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ class SearchConfig(Config):
     )
     space: str = option(
         "darts",
-        "candidates of each edge: darts, the spaces s1, s2 and s3 of RobustDARTS, or a JSON file with nodes, "
+        "candidates of each edge: darts, the spaces s1 to s4 of RobustDARTS, or a JSON file with nodes, "
         "normal and reduce; or nasbench201, cells and network (see docs/search_quality.md)",
     )
     partial_channels: int = option(

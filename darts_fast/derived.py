@@ -17,7 +17,7 @@ from darts_fast.files import Unreadable, read_safetensors, read_tensors
 from darts_fast.fused import FusedDerivedCells
 from darts_fast.genotype import Gene, Genotype
 from darts_fast.notation import load_genotype, parse
-from darts_fast.reference import FactorizedReduce, operation, relu_conv_bn
+from darts_fast.reference import CellNoise, FactorizedReduce, operation, relu_conv_bn
 from darts_fast.space import INPUTS, STEM_MULTIPLIER, reduction_layers
 from darts_fast.state import check_keys, check_number, check_state
 
@@ -92,6 +92,7 @@ def multiply_adds(module: "DerivedNetwork", height: int, width: int) -> int:
 
     module = copy.deepcopy(module).to("meta").eval()
     module.fused = False  # only PyTorch's own convolutions are counted
+    module.noise_generator = None  # of another device
     with FlopCounterMode(display=False) as counter:
         module(torch.empty(1, module.arguments["image_channels"], height, width, device="meta"))
     return counter.get_total_flops() // 2
@@ -219,7 +220,8 @@ class DerivedNetwork(nn.Module):
 
     In training mode `drop_path_prob` is the probability with which each path of each image is dropped (a
     number; or a tensor, which may change under a captured step), and `drop_path_generator` (of the device;
-    None: PyTorch's own) draws which.
+    None: PyTorch's own) draws which. In both modes `noise_generator` (the same) is what the operation `noise`
+    draws from, anew in every call.
     """
 
     _droppable: Tensor  # numbers of the edges that drop path drops, of all cells': int64
@@ -245,6 +247,7 @@ class DerivedNetwork(nn.Module):
         }  # fmt: skip
         self.drop_path_prob: float | Tensor = 0.0
         self.drop_path_generator: torch.Generator | None = None
+        self.noise_generator: torch.Generator | None = None
         self._fused_cells: FusedDerivedCells | None = None  # made when they are needed
         if stem == "cifar":
             width = STEM_MULTIPLIER * channels
@@ -281,6 +284,7 @@ class DerivedNetwork(nn.Module):
         self.classifier = nn.Linear(previous, classes)
         edges = [edge for cell in self.derived_cells() for edge in cell.edges]
         self._edges = len(edges)
+        self.cell_noise = CellNoise(self.cells)
         # Those that drop path drops: never an identity (FractalNet's rule, kept by the official code).
         droppable = [i for i, edge in enumerate(edges) if not isinstance(edge, nn.Identity)]
         numbers = torch.tensor(droppable, dtype=torch.int64, device="cpu")  # also where all else is meta
@@ -312,14 +316,16 @@ class DerivedNetwork(nn.Module):
         path_weights = None
         if self.training and (isinstance(self.drop_path_prob, Tensor) or self.drop_path_prob > 0):
             path_weights = self._path_weights(inputs[0])
+        noise = self.cell_noise.draw(inputs[-1], self.noise_generator)
         if on_kernels:
             if cells is None:
                 cells = torch.cat([p.flatten() for p in self.cells.parameters()])
             dtype = activations or wide
             inputs = [x.to(dtype) for x in inputs]
-            found = self.cells_on_kernels()(inputs, cells, dtype, path_weights, wanted)
+            found = self.cells_on_kernels()(inputs, cells, dtype, path_weights, wanted, noise)
         else:
-            found = self._computed_cells(inputs, path_weights, wanted)
+            with self.cell_noise.placed(noise, inputs[-1]):
+                found = self._computed_cells(inputs, path_weights, wanted)
         logits = self.classifier(found[-1].mean(dim=(2, 3), dtype=wide))
         return (logits, self.auxiliary_head(found[0].to(wide))) if with_auxiliary else logits
 

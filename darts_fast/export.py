@@ -31,7 +31,7 @@ from darts_fast.derived import (
 )
 from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line, say
-from darts_fast.loop import within_quota
+from darts_fast.process import within_quota
 from darts_fast.runs import (
     environment,
     processor,
@@ -151,6 +151,10 @@ def export(
                 f"the format {name} needs what is not installed here: pip install {' '.join(missing)}"
             )
     trained = Trained.read(path, which)
+    if trained.module.cell_noise:
+        raise InputError(
+            f"{path} cannot be exported: its cells have the operation noise, so no two calls give the same"
+        )
     out = Path(FOLDER, trained.config.name) if out is None else Path(out)
     deployed = Deployed(trained.module, trained.content["mean"], trained.content["std"], dtype, output)
     partial = out.with_name(f"{out.name}.partial")  # what is killed leaves this one

@@ -18,9 +18,10 @@ class FlatNetwork(nn.Module):
     copies make it anew.
 
     `kept` and `added` are empty unless something other than the softmax weighs the candidates, see `mixture`.
+    `noise_generator` (of the device; None: PyTorch's own) is what `noise` draws from.
 
     A subclass names its alphas, calls `_flatten()` when it has made its parameters, and has a
-    `forward(images, activations)` that returns logits.
+    `forward(images, activations, noise)` that returns logits.
     """
 
     ALPHAS: tuple[str, ...]  # names of the parameters that weigh the candidates
@@ -30,6 +31,7 @@ class FlatNetwork(nn.Module):
         # By the names of the alphas, shaped as they, see `mixture`
         self.kept: Mapping[str, Tensor] = {}
         self.added: Mapping[str, Tensor] = {}
+        self.noise_generator: torch.Generator | None = None
 
     def _flatten(self) -> None:
         """Moves the weights into one new tensor."""
@@ -102,6 +104,11 @@ class FlatNetwork(nn.Module):
             found.append(p)
         return tuple(found)
 
+    def noise(self, images: Tensor) -> Tensor | None:
+        """What the `noise` candidates give for a batch of images, drawn anew; None: there are no such
+        candidates. All passes of a batch that are compared with each other are given the same."""
+        return None
+
     @contextmanager
     def weighed(self, kept: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> Iterator[None]:
         """Within, these stand in the place of `kept` and `added`."""
@@ -117,17 +124,19 @@ class FlatNetwork(nn.Module):
         weights: Mapping[str, Tensor],
         alphas: Mapping[str, Tensor],
         activations: torch.dtype | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Logits [N, classes] of the network with the given weights and alphas: a function of its arguments
         (but that batch norm updates its running statistics); the parameters are neither used nor touched.
 
         Args:
             weights: {"weights": a tensor such as `flat_weights`}; or by name, as `weights()`.
+            noise: what `noise` gave for the batch; None: it is drawn.
         """
         if "weights" in weights:
             weights = self.split(weights["weights"])
         with self._given({**weights, **alphas}):
-            return self(images, activations)
+            return self(images, activations, noise)
 
     @contextmanager
     def _given(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -150,9 +159,10 @@ class FlatNetwork(nn.Module):
         weights: Mapping[str, Tensor],
         alphas: Mapping[str, Tensor],
         activations: torch.dtype | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy (mean over the batch) of `logits`."""
-        return F.cross_entropy(self.logits(images, weights, alphas, activations), labels)
+        return F.cross_entropy(self.logits(images, weights, alphas, activations, noise), labels)
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:

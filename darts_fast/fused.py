@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from darts_fast import kernels
+from darts_fast import kernels, reference
 from darts_fast.kernels import aten, cell
 from darts_fast.kernels.aten.batch_norm import statistics_of
 from darts_fast.kernels.aten.launch import AtenLaunch
@@ -26,6 +26,7 @@ from darts_fast.kernels.cell import (
     FactorizedConvolution,
     Half,
     Identity,
+    Noise,
     Norm,
     Operation,
     Parameter,
@@ -172,6 +173,8 @@ class FusedCells(ABC):
     def _operation(self, module: Any) -> Operation:
         if isinstance(module, nn.Identity):
             return Identity()
+        if isinstance(module, reference.Noise):
+            return Noise()
         if isinstance(module, FactorizedReduce):
             pointwise = self._parameter(module.conv_1.weight), self._parameter(module.conv_2.weight)
             return cell.FactorizedReduce(pointwise, self._norm(module.bn))
@@ -269,6 +272,7 @@ class FusedMixedCells(FusedCells):
         probabilities: Sequence[Tensor],
         edge_weights: Sequence[Tensor | None],
         dtype: torch.dtype,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The last cell's output, [N, nodes * C, H', W'] in `dtype`, channels-last, valid as its graph is.
 
@@ -280,13 +284,14 @@ class FusedMixedCells(FusedCells):
             probabilities: the softmaxed alphas of normal and of reduction cells, [edges, candidates] each.
             edge_weights: with partial channels, what their edges are weighed by, [edges] each; else None.
             dtype: of the activations.
+            noise: what `reference.CellNoise` drew for the batch.
         """
         self.check_statistics()
         p = {kind: self._weights(kind, probabilities[kind], edge_weights[kind]) for kind in (0, 1)}
         plan = self.plan([x.shape], dtype, x.device, 2 if self.training else 0)
         if not self.training:
-            return kernels.cells(plan, x, weights, p, self._constants())[0]
-        output, statistics = kernels.cells(plan, x, weights, p)
+            return kernels.cells(plan, x, weights, p, self._constants(), noise)[0]
+        output, statistics = kernels.cells(plan, x, weights, p, noise=noise)
         if self.tracking and statistics is not None:
             self._update_statistics(statistics())
         return output
@@ -332,6 +337,7 @@ class FusedDerivedCells(FusedCells):
         dtype: torch.dtype,
         path_weights: Tensor | None,
         outputs: Sequence[int],
+        noise: Tensor | None = None,
     ) -> list[Tensor]:
         """The outputs of the cells of these numbers, [N, C', H', W'] in `dtype`, channels-last, valid as
         their graph is. In training differentiable once, in evaluation not at all.
@@ -341,6 +347,7 @@ class FusedDerivedCells(FusedCells):
             weights: those of all cells in a row, in the order of the modules' parameters.
             dtype: of the activations.
             path_weights: with drop path, [edges of all modules, N], see `kernels.derived_cells`.
+            noise: what `reference.CellNoise` drew for the batch.
         """
         shapes, drop_path = [x.shape for x in inputs], path_weights is not None
         device, derivatives = weights.device, int(self.training)
@@ -349,8 +356,10 @@ class FusedDerivedCells(FusedCells):
             self._order = self._order.to(device)
             path_weights = path_weights[self._order]
         if not self.training:
-            return kernels.derived_cells(plan, inputs, weights, self._constants(), path_weights)[0]
-        found, statistics = kernels.derived_cells(plan, inputs, weights, path_weights=path_weights)
+            return kernels.derived_cells(plan, inputs, weights, self._constants(), path_weights, noise)[0]
+        found, statistics = kernels.derived_cells(
+            plan, inputs, weights, path_weights=path_weights, noise=noise
+        )
         if self.tracking and statistics is not None:
             self._update_statistics(statistics())
         return found
@@ -366,7 +375,9 @@ class FusedDerivedCells(FusedCells):
         def key(number: int) -> tuple[int, bool]:
             """A node's normalised operations come first: sums are taken of these alone."""
             (operation,) = edges[number].operations
-            plain = isinstance(operation, Identity) or (isinstance(operation, Pool) and not operation.norm)
+            plain = isinstance(operation, (Identity, Noise)) or (
+                isinstance(operation, Pool) and not operation.norm
+            )
             return edges[number].node, plain
 
         order = sorted(range(len(edges)), key=key)

@@ -3,12 +3,9 @@
 The position in the epoch is state: a loop that is stopped or killed anywhere goes on to the same bits.
 """
 
-import ctypes
 import dataclasses
-import gc
 import math
 import reprlib
-import sys
 import time
 import zlib
 from abc import ABC, abstractmethod
@@ -28,8 +25,9 @@ from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, r
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import InputError, RunError, first_line
-from darts_fast.fused import allowed_threads, compile_kernels, counted, missing_on
+from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
+from darts_fast.process import freed_memory_kept, nothing_old_collected, within_quota
 from darts_fast.profiling import FOLDER, WARM_UP, Profiler
 from darts_fast.report import write_report
 from darts_fast.runs import (
@@ -54,7 +52,7 @@ MOVABLE = (
     "profile",
 )  # settings that a resumed run may change
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+EVALUATION_NOISE = 0  # seeds what networks with the operation `noise` draw in an evaluation
 
 Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
@@ -797,7 +795,7 @@ class Loop(ABC):
 
 @torch.no_grad()
 def evaluated(
-    network: nn.Module,
+    network: Any,  # a module with a `noise_generator`
     batches: Batches,
     order: Tensor,
     batch_size: int,
@@ -807,20 +805,25 @@ def evaluated(
 ) -> Means:
     """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
     (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
-    takes a part of each batch, which may be empty."""
+    takes a part of each batch, which may be empty. What the network draws (`noise_generator`) is the same in
+    every evaluation, and nothing of the training's."""
     ranks = ranks or Ranks()
-    before = network.training
+    before, drawn_from = network.training, network.noise_generator
     network.train(training)
+    network.noise_generator = seeded(batches.device, EVALUATION_NOISE, ranks.rank)
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    for indices in batches.placed(order).split(batch_size):
-        part = ranks.part(indices)
-        if len(part):
-            images, labels = batches.cut(part, augment=False)
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, *hits(logits, labels)])
-        done += len(indices)
-        after_batch(done)
+    try:
+        for indices in batches.placed(order).split(batch_size):
+            part = ranks.part(indices)
+            if len(part):
+                images, labels = batches.cut(part, augment=False)
+                logits = network(images)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                sums += torch.stack([loss, *hits(logits, labels)])
+            done += len(indices)
+            after_batch(done)
+    finally:
+        network.noise_generator = drawn_from
     network.train(before)
     loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
     return loss, top1, top5
@@ -864,55 +867,6 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def within_quota() -> Iterator[str | None]:
-    """Within, PyTorch has no more threads than a container's quota is worth: they would take turns. Yields a
-    sentence on it where that makes a difference."""
-    before, allowed = torch.get_num_threads(), allowed_threads()
-    torch.set_num_threads(allowed)
-    try:
-        yield (
-            f"{allowed} threads in place of PyTorch's {before}: the quota of this container is worth no more"
-            if allowed < before
-            else None
-        )
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def nothing_old_collected() -> Iterator[None]:
-    """Within, Python's garbage collector leaves alone what is there at the start: to walk the 400,000 objects
-    of torch's modules took 0.15 s every seventh step."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within, glibc keeps what the process frees, for its next allocations. By itself it gives tensors of 32
-    MB and more back to the system at once, and a new one is a page fault for each 4 KB: at 64 channels, 35 MB
-    of weights, that was 23 % of a step (one thread of an AMD EPYC). Other systems are left as they are."""
-    c = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if c is None or not hasattr(c, "mallopt"):
-        yield
-        return
-    # Before 2.35 glibc may refuse more than 32 MB, the most that its own rule comes to.
-    if not c.mallopt(M_MMAP_THRESHOLD, 2**30):
-        c.mallopt(M_MMAP_THRESHOLD, 2**25)
-    c.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        c.mallopt(M_MMAP_THRESHOLD, 2**25)
-        c.mallopt(M_TRIM_THRESHOLD, 2**26)
-        c.malloc_trim(0)
 
 
 @contextmanager

@@ -175,9 +175,11 @@ class SearchNetwork(FlatNetwork):
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(len(EDGES), len(CANDIDATES)))
         self._flatten()
 
-    def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, activations: torch.dtype | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes]. `activations` must
-        be None: everything is of the weights' type."""
+        be None: everything is of the weights' type; and so must `noise`, which no candidate is."""
         (p,) = self.mixture()
         x = self.stem(images)
         for module in self.body:

@@ -25,6 +25,7 @@ COLOURS = {
     "sep_conv": "#0067A5",
     "dil_conv": "#00784F",
     "conv": "#A2337E",
+    "noise": "#6B4FA0",
 }
 # Operations of a cell; published ones have ten at most. Graphviz draws any 40 in a second or two, a chain of
 # 50 in 13 seconds, of 75 in minutes.
@@ -239,7 +240,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def alpha_heat_map(alphas: np.ndarray, title: str, names: Names = DARTS.names) -> bytes:
     """A PNG of the softmaxed alphas [edges, candidates]: a row an edge, a column a candidate, its weight in
-    the cell; blank where the edge does not have it.
+    the cell; blank where it is 0: the edge does not have the candidate, or has been decided.
 
     Coloured by the distance from 1 / candidates of the edge, where each of them starts.
     """
@@ -249,8 +250,8 @@ def alpha_heat_map(alphas: np.ndarray, title: str, names: Names = DARTS.names) -
     figure = Figure(figsize=(7.5, 6.5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     alphas = np.where(alphas == 0, np.nan, alphas)
-    moved = alphas - 1 / np.isfinite(alphas).sum(axis=1, keepdims=True)
-    reach = np.nanmax(np.abs(moved))
+    moved = alphas - 1 / np.isfinite(alphas).sum(axis=1, keepdims=True).clip(min=1)
+    reach = np.nanmax(np.abs(moved)) or 1.0
     image = axes.imshow(moved, cmap="RdBu_r", aspect="auto", vmin=-reach, vmax=reach)
     axes.set_xticks(range(len(names.candidates)), names.candidates, rotation=30, ha="right")
     axes.set_yticks(range(len(names.edges)), names.edges)

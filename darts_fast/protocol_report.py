@@ -193,6 +193,60 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
 
 
+Rows = list[tuple[object, ...]]
+
+
+def _result_rows(config: ProtocolConfig, groups: Groups) -> Rows:
+    """A row a group: what came out."""
+    rows: Rows = []
+    for name, group in groups.items():
+        count = len(group.candidates)
+        noun = (
+            f"{count} search{'' if count == 1 else 'es'}" if name == "found" else _count(count, "random cell")
+        )
+        ended = [outcome for outcome in group.trainings if "failed" not in outcome]
+        rows.append(
+            (
+                f"**the best of {noun}**",
+                f"**{_spread(group)}**" if ended else "none",
+                f"{len(ended)} of {config.trainings}",
+                f"{ended[0]['parameters'] / 1e6:.3g} M" if ended else "",
+                f"{ended[0]['multiply_adds'] / 1e6:.3g} M" if ended else "",
+            )
+        )
+    return rows
+
+
+def _candidate_rows(config: ProtocolConfig, groups: Groups) -> Rows:
+    """A row a candidate: its search, its brief training, whether it was chosen."""
+    rows: Rows = []
+    for name, group in groups.items():
+        for i, c in enumerate(group.candidates):
+            searched = c.search or {}
+            of_search = (
+                f"{_percent(searched['top1'])}, epoch {searched['epoch']}" if "top1" in searched else ""
+            )
+            seed = config.seed + i if c.search else ""
+            note = f"failed: {c.failed}" if c.failed else "**chosen**" if i == group.chosen else ""
+            rows.append((f"{name}-{i + 1}", seed, of_search, _percent((c.brief or {}).get("top1")), note))
+    return rows
+
+
+def _training_rows(config: ProtocolConfig, groups: Groups) -> Rows:
+    """A row a seed, a column a group; then mean and deviation."""
+    rows: Rows = []
+    for j in range(config.trainings):
+        outcomes = [group.trainings[j] if group.trainings else {} for group in groups.values()]
+        cells = [f"failed: {o['failed']}" if "failed" in o else _percent(o.get("top1")) for o in outcomes]
+        rows.append((config.seed + j, *cells))
+    for noun, values in (
+        ("mean", [group.mean for group in groups.values()]),
+        ("standard deviation", [group.deviation for group in groups.values()]),
+    ):
+        rows.append((f"**{noun}**", *(f"**{_percent(v)}**" if v is not None else "" for v in values)))
+    return rows
+
+
 def _markdown(
     config: ProtocolConfig,
     environment: dict[str, str],
@@ -206,23 +260,20 @@ def _markdown(
         for phase, c in phases.items()
     }
     kept, held_out = map(len, split(images[0], phases["brief"].train_portion))
-    tested = []
-    for name, group in groups.items():
-        count = len(group.candidates)
-        noun = _count(count, "random cell")
-        if name == "found":
-            noun = f"{count} search{'' if count == 1 else 'es'}"
-        ended = [outcome for outcome in group.trainings if "failed" not in outcome]
-        tested.append(
-            (
-                f"**the best of {noun}**",
-                f"**{_spread(group)}**" if ended else "none",
-                f"{len(ended)} of {config.trainings}",
-                f"{ended[0]['parameters'] / 1e6:.3g} M" if ended else "",
-                f"{ended[0]['multiply_adds'] / 1e6:.3g} M" if ended else "",
-            )
-        )
-    lines = [
+    difference, error = compared(groups)
+    in_short, cells = [], []
+    if difference is not None and error is not None:
+        in_short = [
+            "",
+            f"The first mean less the second is {100 * difference:+.2f} points, with a standard error of "
+            f"{100 * error:.2f}; a difference of less than two standard errors may well be chance.",
+        ]
+    titles = {name: f"{name}-{g.chosen + 1}" for name, g in groups.items() if g.chosen is not None}
+    for name, title in titles.items():
+        cells += [f"{title}:", "", "```", str(groups[name].genotype), "```", ""]
+        if name in pictures:
+            cells += [f"![{title}]({pictures[name]})", ""]
+    return [
         f"# The protocol of DARTS on {config.dataset}",
         "",
         "The cells of several searches are trained briefly; the best on validation images is chosen and "
@@ -230,34 +281,10 @@ def _markdown(
         "last epoch; ± is the sample standard deviation over the seeds.",
         "",
         *markdown_table(
-            ("test top-1", "mean ± deviation", "trainings", "parameters", "multiply-adds"), tested
+            ("test top-1", "mean ± deviation", "trainings", "parameters", "multiply-adds"),
+            _result_rows(config, groups),
         ),
-    ]
-    difference, error = compared(groups)
-    if difference is not None and error is not None:
-        lines += [
-            "",
-            f"The first mean less the second is {100 * difference:+.2f} points, with a standard error of "
-            f"{100 * error:.2f}; a difference of less than two standard errors may well be chance.",
-        ]
-    candidates = []
-    for name, group in groups.items():
-        for i, c in enumerate(group.candidates):
-            searched = c.search or {}
-            of_search = (
-                f"{_percent(searched['top1'])}, epoch {searched['epoch']}" if "top1" in searched else ""
-            )
-            note = f"failed: {c.failed}" if c.failed else "**chosen**" if i == group.chosen else ""
-            candidates.append(
-                (
-                    f"{name}-{i + 1}",
-                    config.seed + i if c.search else "",
-                    of_search,
-                    _percent((c.brief or {}).get("top1")),
-                    note,
-                )
-            )
-    lines += [
+        *in_short,
         "",
         "## The choice",
         "",
@@ -273,51 +300,29 @@ def _markdown(
                 "brief training's validation top-1",
                 "",
             ),
-            candidates,
+            _candidate_rows(config, groups),
         ),
-    ]
-    trainings: list[tuple[object, ...]] = []
-    for j in range(config.trainings):
-        outcomes = [group.trainings[j] if group.trainings else {} for group in groups.values()]
-        cells = [f"failed: {o['failed']}" if "failed" in o else _percent(o.get("top1")) for o in outcomes]
-        trainings.append((config.seed + j, *cells))
-    for noun, values in (
-        ("mean", [group.mean for group in groups.values()]),
-        ("standard deviation", [group.deviation for group in groups.values()]),
-    ):
-        trainings.append((f"**{noun}**", *(f"**{_percent(v)}**" if v is not None else "" for v in values)))
-    lines += [
         "",
         "## The trainings of the chosen cells",
         "",
         f"{sizes['train']}, on all {images[0]} training images; tested on {images[1]}.",
         "",
         *markdown_table(
-            (
-                "seed",
-                *("" if g.chosen is None else f"test top-1 of {n}-{g.chosen + 1}" for n, g in groups.items()),
-            ),
-            trainings,
+            ("seed", *(f"test top-1 of {titles[name]}" if name in titles else "" for name in groups)),
+            _training_rows(config, groups),
         ),
         "",
         "![Accuracy by epoch](curves.png)",
         "",
         "## The chosen cells",
         "",
-    ]
-    for name, group in groups.items():
-        if group.chosen is not None:
-            lines += [f"{name}-{group.chosen + 1}:", "", "```", str(group.genotype), "```", ""]
-            if name in pictures:
-                lines += [f"![{name}-{group.chosen + 1}]({pictures[name]})", ""]
-    lines += [
+        *cells,
         "## Settings",
         "",
         *markdown_table(("setting", "value"), (_settings(config) | environment).items()),
         "",
         "All settings of a run are in the config.json of its folder; the hours of each are in hours.json.",
     ]
-    return lines
 
 
 def _panels(path: Path, config: ProtocolConfig, groups: Groups) -> list[plot.Panel]:

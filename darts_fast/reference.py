@@ -5,6 +5,10 @@ Written to be read beside the paper (arXiv 1806.09055, sections 2.1, 2.2 and 3.1
 floating dtype.
 """
 
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +59,78 @@ class Zero(nn.Module):
         return x[:, :, :: self.stride, :: self.stride] * 0.0
 
 
+class Noise(nn.Module):
+    """The candidate `noise` (RobustDARTS, arXiv 1909.09656, section 3): of what it reads the shape alone is
+    used, and each number is drawn from N(0, 1).
+
+    `drawn` [N, channels, H/stride, W/stride] is what the network drew for the batch, see `CellNoise`; without
+    it every call draws anew.
+    """
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        self.drawn: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x[:, :, :: self.stride, :: self.stride]) if self.drawn is None else self.drawn
+
+
+class CellNoise:
+    """What the `noise` operations of a network's cells draw for a batch: one tensor, which all passes of the
+    batch are given, so that a loss is a function of weights and alphas.
+
+    In it the operations follow one another in the order of the cells and of their edges, each with the
+    numbers of its output as [N, H, W, C].
+
+    Args:
+        cells: with `reduction` each.
+    """
+
+    def __init__(self, cells: Iterable[nn.Module]):
+        self._of_cells = [
+            (cell.reduction, [module for module in cell.modules() if isinstance(module, Noise)])
+            for cell in cells
+        ]
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(operations for _, operations in self._of_cells)
+
+    def draw(self, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """For x [N, C, H, W], of the size of what the first cell reads: [numbers] of its dtype and device.
+        None: the cells have no noise. `generator`: of the device; None: PyTorch's own."""
+        if not self:
+            return None
+        numbers = sum(math.prod(shape) for _, shape in self._shapes(x))
+        return torch.randn(numbers, generator=generator, dtype=x.dtype, device=x.device)
+
+    @contextmanager
+    def placed(self, noise: Tensor | None, x: Tensor) -> Iterator[None]:
+        """Within, the operations give what `draw` drew for such an x."""
+        if noise is None:
+            yield
+            return
+        found = list(self._shapes(x))
+        parts = noise.split([math.prod(shape) for _, shape in found])
+        for (operation, shape), part in zip(found, parts, strict=True):
+            operation.drawn = part.view(shape).permute(0, 3, 1, 2).contiguous()
+        try:
+            yield
+        finally:
+            for operation, _ in found:
+                operation.drawn = None
+
+    def _shapes(self, x: Tensor) -> Iterator[tuple[Noise, tuple[int, int, int, int]]]:
+        """The operations and the shapes [N, H, W, C] of what they draw: those of their cell's nodes."""
+        n, _, height, width = x.shape
+        for reduction, operations in self._of_cells:
+            if reduction:
+                height, width = height // 2, width // 2
+            for operation in operations:
+                yield operation, (n, height, width, operation.channels)
+
+
 def separable_half(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     """ReLU -> depthwise -> pointwise -> batch norm; `same` padding."""
     padding = dilation * (kernel - 1) // 2
@@ -75,6 +151,8 @@ def operation(name: str, channels: int, stride: int, affine: bool, pool_batch_no
     same = kernel // 2
     if kind == "none":
         return Zero(stride)
+    if kind == "noise":
+        return Noise(channels, stride)
     if kind == "skip":
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if kind in ("max_pool", "avg_pool"):

@@ -134,7 +134,7 @@ def _tables(profile: Profile, rate: float) -> list[tuple[str, list[str], list[li
     return [("Phases", header, phases), (kind, columns, operations)]
 
 
-def _facts(profile: Profile, rate: float, settings: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(profile: Profile, rate: float) -> list[tuple[str, str]]:
     n = max(1, profile.steps)
     busy = "the device computes" if profile.device == "cuda" else "in operations"
     peak = max((size for _, size in profile.memory), default=0)
@@ -160,7 +160,7 @@ NOTE = (
 
 def markdown(profile: Profile, text: str, rate: float, settings: dict[str, Any]) -> str:
     lines = ["# Profile", "", f"**{text}**", ""]
-    lines += [f"- {name}: {value}" for name, value in _facts(profile, rate, settings)]
+    lines += [f"- {name}: {value}" for name, value in _facts(profile, rate)]
     for title, header, rows in _tables(profile, rate):
         lines += ["", f"## {title}", "", *markdown_table(header, rows, numbers=True)]
     lines += ["", NOTE, "", "## Settings", ""]
@@ -204,7 +204,7 @@ p.note { color: var(--soft); font-size: .9rem; } summary { cursor: pointer; }
 def page(profile: Profile, text: str, rate: float, settings: dict[str, Any]) -> str:
     """report.html: one file that asks for no other."""
     e = html.escape
-    facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(v)}</dd></div>" for k, v in _facts(profile, rate, settings))
+    facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(v)}</dd></div>" for k, v in _facts(profile, rate))
     parts = [
         f'<p class="verdict">{e(text)}</p><dl>{facts}</dl>',
         f"<h2>Time of a step on {profile.device}</h2>",

@@ -34,9 +34,9 @@ from darts_fast.state import check_keys, check_number, copy_state
 from darts_fast.supernet import Supernet
 
 # Streams of random numbers, told apart by the second number of a seed.
-SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION = range(6)
+SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION, NOISE = range(7)
 
-Batch = tuple[Tensor, Tensor]  # images, labels
+Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, noise
 
 MIDDLE = curvature.WINDOW // 2  # of the earlier window: the epoch that `stop_at_eigenvalue` goes back to
 
@@ -145,7 +145,7 @@ class SearchStep:
         for name, alpha in self.alphas.items():
             alpha.grad = self.alpha_gradients[name]
 
-    def __call__(self, train: Batch, validation: Batch, lr: float) -> Tensor:
+    def __call__(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], lr: float) -> Tensor:
         """`lr` is the learning rate of the weights and the paper's xi. Returns what `take` returns."""
         self.lr.fill_(lr)
         return self.take(*train, *validation)
@@ -158,13 +158,19 @@ class SearchStep:
         validation_labels: Tensor,
     ) -> Tensor:
         """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
-        self._architecture_step((train_images, train_labels), (validation_images, validation_labels))
-        return self.take_weights(train_images, train_labels)
+        train = self._batch(train_images, train_labels)
+        self._architecture_step(train, self._batch(validation_images, validation_labels))
+        with phase("weight update"):
+            return self._weight_step(*train)
 
     def take_weights(self, train_images: Tensor, train_labels: Tensor) -> Tensor:
         """The weight step alone, as in the epochs of `alpha_warmup`; returns what `take` returns."""
         with phase("weight update"):
-            return self._weight_step(train_images, train_labels)
+            return self._weight_step(*self._batch(train_images, train_labels))
+
+    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
+        """With the noise that all passes of the batch see in this step."""
+        return images, labels, self.network.noise(images)
 
     def tensors(self) -> list[Tensor]:
         """All that `take` changes, but gradients."""
@@ -193,13 +199,12 @@ class SearchStep:
         """Copies what `state_dict` gave in its place."""
         copy_state(self.state_dict(), state)
 
-    def loss(self, images: Tensor, labels: Tensor) -> architect.Loss:
+    def loss(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Loss:
         """Of a batch, as a function of weights and alphas, for the architecture step."""
         # Differences of 2-byte losses along a step of 0.01 are rounding (docs/differences.md).
         differences = self.config.order == 2 and self.config.hvp == "finite-difference"
-        return partial(
-            self.network.loss, images, labels, activations=None if differences else self.activations
-        )
+        activations = None if differences else self.activations
+        return partial(self.network.loss, images, labels, activations=activations, noise=noise)
 
     @property
     def scale(self) -> Tensor | None:
@@ -246,11 +251,11 @@ class SearchStep:
             self.loss_scale.check(self.alpha_optimizer)
         self.alpha_optimizer.step()
 
-    def _weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _weight_step(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
         alphas, network = architect.detached(self.alphas), self.network
-        with network.weighed(network.kept, self._perturbed(images, labels)):
-            logits = network.logits(images, self.weights, alphas, self.activations)
+        with network.weighed(network.kept, self._perturbed(images, labels, noise)):
+            logits = network.logits(images, self.weights, alphas, self.activations, noise)
         loss = F.cross_entropy(logits, labels)
         found = architect.gradients(architect.times(loss, self.scale), self.weights)
         self.weight_gradient.copy_(self.average(architect.divided(found, self.scale))["weights"])
@@ -260,7 +265,7 @@ class SearchStep:
         self.weight_optimizer.step()
         return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
 
-    def _perturbed(self, images: Tensor, labels: Tensor) -> architect.Tensors:
+    def _perturbed(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Tensors:
         """What the weight step adds to the probabilities, see `Supernet.mixture`."""
         network, epsilon, generator = self.network, self.epsilon, self.generator
         if self.config.perturb is None:
@@ -274,7 +279,7 @@ class SearchStep:
         def loss(delta: architect.Tensors) -> Tensor:
             with network.weighed(network.kept, with_added(delta)):
                 weights, alphas = architect.detached(self.weights), architect.detached(self.alphas)
-                found = network.loss(images, labels, weights, alphas, self.activations)
+                found = network.loss(images, labels, weights, alphas, self.activations, noise)
             return architect.times(found, self.scale)
 
         # Of the softmaxed alphas: what is added beside them is not perturbed, nor is a decided edge.
@@ -310,10 +315,11 @@ class Search(Loop):
         check_for_network(dataset)
         check_split(config, dataset)
         self.cells = cells_of(config.space)
-        if config.auxiliary_skip and "skip_connect" not in self.cells.names.candidates:
-            raise InputError(
-                "auxiliary_skip is for spaces with skip_connect: leave it out, or give another --space"
-            )
+        for name in ("auxiliary_skip", "stop_at_skips"):
+            if getattr(config, name) and "skip_connect" not in self.cells.names.candidates:
+                raise InputError(
+                    f"{name} is for spaces with skip_connect: leave it out, or give another --space"
+                )
         config = dataclasses.replace(config.resolved(dataset.name), space=self.cells.written_out)
         order = permutation(len(dataset.labels), config.seed, SPLIT)
         split = int(config.train_portion * len(order))
@@ -327,6 +333,8 @@ class Search(Loop):
             torch.default_generator.manual_seed(config.seed)
             self.network = self.cells.network(config, dataset).to(self.device)
         self.perturbation = seeded(self.device, config.seed, PERTURBATION)
+        self.noise_seed = self.of_this_rank(config.seed, NOISE)
+        self.noise = self.network.noise_generator = seeded(self.device, *self.noise_seed)
         self.cost = self.cells.cost(config, dataset)
         self.search_step = SearchStep(self.network, config, self.perturbation, self.cost, self.ranks.average)
         nothing = nothing_decided(
@@ -432,6 +440,7 @@ class Search(Loop):
             network = self.cells.network(reference, self.dataset).to(self.device)
         network.load_state_dict(self.network.state_dict())
         network.kept, network.added = self.network.kept, self.network.added
+        network.noise_generator = seeded(self.device, self.config.seed, NOISE)
         indices = self.validation_half[: self.config.batch_size]
         batch = self.batches.cut(self.batches.placed(indices), augment=False)
         loss = partial(network.loss, *batch, {"weights": network.flat_weights.detach()})
@@ -597,6 +606,8 @@ class Search(Loop):
         found = super().generators()
         if self.config.perturb:
             found["perturbation"] = self.perturbation, (self.config.seed, PERTURBATION)
+        if "noise" in self.cells.names.candidates:
+            found["noise"] = self.noise, self.noise_seed
         return found
 
     def common_generators(self) -> tuple[str, ...]:

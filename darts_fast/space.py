@@ -15,7 +15,7 @@ class Primitive(NamedTuple):
     dilation: int = 0
 
 
-# Every operation of the official code.
+# Every operation of the official code; and noise, which RobustDARTS adds (arXiv 1909.09656, section 3).
 PRIMITIVES: dict[str, Primitive] = {
     "none": Primitive("none"),
     "max_pool_3x3": Primitive("max_pool", 3),
@@ -27,12 +27,15 @@ PRIMITIVES: dict[str, Primitive] = {
     "dil_conv_5x5": Primitive("dil_conv", 5, 2),
     "sep_conv_7x7": Primitive("sep_conv", 7, 1),
     "conv_7x1_1x7": Primitive("conv", 7, 1),
+    "noise": Primitive("noise"),
 }
 
 # The eight candidates of every mixed op, in the order of the official code: column k of the alphas
-# belongs to the k-th name. The other primitives occur in NASNet and AmoebaNet only.
+# belongs to the k-th name. The other two of the official code occur in NASNet and AmoebaNet only.
 CANDIDATES: dict[str, Primitive] = {
-    name: primitive for name, primitive in PRIMITIVES.items() if name not in ("sep_conv_7x7", "conv_7x1_1x7")
+    name: primitive
+    for name, primitive in PRIMITIVES.items()
+    if name not in ("sep_conv_7x7", "conv_7x1_1x7", "noise")
 }
 
 
@@ -88,7 +91,8 @@ class Space(NamedTuple):
             f"{inputs[source] if source < INPUTS else source - INPUTS} to {node}"
             for source, node in self.edges
         ]
-        kinds = {name: kind for name, (kind, *_) in PRIMITIVES.items() if kind not in ("none", "conv")}
+        left_out = {"none", "conv"} | ({"noise"} - set(self.candidates))
+        kinds = {name: kind for name, (kind, *_) in PRIMITIVES.items() if kind not in left_out}
         skip_first = {"skip_connect": "skip", **kinds}
         return Names(tuple(edges), self.candidates, skip_first)
 

@@ -37,7 +37,13 @@ _S1 = Space(
         (_MAX, _AVERAGE), (_MAX, _AVERAGE), (_SKIP, _DIL5), (_SKIP, _DIL5), (_SKIP, _DIL5),
     ),
 )  # fmt: skip
-SPACES = {"darts": DARTS, "s1": _S1, "s2": _same(_SKIP, _SEP), "s3": _same("none", _SKIP, _SEP)}
+SPACES = {
+    "darts": DARTS,
+    "s1": _S1,
+    "s2": _same(_SKIP, _SEP),
+    "s3": _same("none", _SKIP, _SEP),
+    "s4": _same(_SEP, "noise"),
+}
 
 
 def read_space(text: str) -> Space:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from darts_fast.flat import FlatNetwork, split
 from darts_fast.fused import FusedMixedCells, fused_stem
-from darts_fast.reference import MixedCell, edge_weights
+from darts_fast.reference import CellNoise, MixedCell, edge_weights
 from darts_fast.space import DARTS, STEM_MULTIPLIER, Space, reduction_layers
 
 CELLS = "cells."  # what the names of the cells' weights begin with
@@ -75,6 +75,7 @@ class Supernet(FlatNetwork):
             absent = None if everywhere else torch.where(torch.tensor(present), 0.0, -torch.inf)
             self.register_buffer(self._absent(name), absent, persistent=False)
         self._fused_cells = FusedMixedCells(self._mixed_cells()) if fused else None
+        self._cell_noise = CellNoise(self._mixed_cells())
         self._flatten()
 
     def alphas(self) -> dict[str, nn.Parameter]:
@@ -101,30 +102,40 @@ class Supernet(FlatNetwork):
             self._fused_cells = FusedMixedCells(self._mixed_cells())  # of the new tensors
         return self
 
-    def forward(self, images: Tensor, activations: torch.dtype | None = None) -> Tensor:
+    def noise(self, images: Tensor) -> Tensor | None:
+        return self._cell_noise.draw(images, self.noise_generator)
+
+    def forward(
+        self, images: Tensor, activations: torch.dtype | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Images [N, image_channels, H, W], H and W divisible by 4 -> logits [N, classes].
 
         `activations` is the type of what the cells compute, where it is not that of the weights (on kernels
-        only); statistics, stem, classifier and logits are of the weights' in any case.
+        only); statistics, stem, classifier and logits are of the weights' in any case. `noise` is what the
+        method of this name gave for the batch; None: it is drawn.
         """
         cells = self._joined(self.weights()) if self._on_kernels() else None
-        return self._forward(images, activations, cells)
+        return self._forward(images, activations, cells, noise)
 
-    def _forward(self, images: Tensor, activations: torch.dtype | None, cells: Tensor | None) -> Tensor:
+    def _forward(
+        self, images: Tensor, activations: torch.dtype | None, cells: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
         """`cells`: the weights of all cells in a row, where these are computed by the kernels."""
         p, weights = self.mixture(), self.edge_weights()
+        noise = self.noise(images) if noise is None else noise
         if cells is not None:
             assert self._fused_cells is not None
             # The stem runs in the images' own layout: channels-last, ATen's batch norm rounds more, and
             # float32 gradients crossed kinks that the reference's do not (tests/test_float32.py).
             stem = fused_stem(self.stem, images)
-            output = self._fused_cells(stem, cells, p, weights, activations or stem.dtype)
+            output = self._fused_cells(stem, cells, p, weights, activations or stem.dtype, noise)
         else:
             stem = before_previous = output = self.stem(images)
-            for cell in self._mixed_cells():
-                kind = int(cell.reduction)
-                following = cell(before_previous, output, p[kind], weights[kind])
-                before_previous, output = output, following
+            with self._cell_noise.placed(noise, images):
+                for cell in self._mixed_cells():
+                    kind = int(cell.reduction)
+                    following = cell(before_previous, output, p[kind], weights[kind])
+                    before_previous, output = output, following
         return self.classifier(output.mean(dim=(2, 3), dtype=stem.dtype))
 
     def present(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,9 +171,10 @@ class Supernet(FlatNetwork):
         weights: Mapping[str, Tensor],
         alphas: Mapping[str, Tensor],
         activations: torch.dtype | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         if not self._on_kernels():
-            return super().logits(images, weights, alphas, activations)
+            return super().logits(images, weights, alphas, activations, noise)
         if "weights" in weights:
             others = split(weights["weights"], self._pieces)
             cells = others.pop(CELLS)
@@ -170,7 +182,7 @@ class Supernet(FlatNetwork):
             cells = self._joined(weights)
             others = {name: w for name, w in weights.items() if not name.startswith(CELLS)}
         with self._given({**others, **alphas}):
-            return self._forward(images, activations, cells)
+            return self._forward(images, activations, cells, noise)
 
     def _track_running_statistics(self, track: bool) -> None:
         super()._track_running_statistics(track)

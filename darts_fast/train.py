@@ -45,7 +45,7 @@ from darts_fast.runs import environment, read_config
 from darts_fast.state import check_keys, check_number, copy_state
 
 # Streams of random numbers, told apart by the second number of a seed.
-TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT = range(4)
+TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT, NOISE = range(5)
 
 BEST, FINAL, AVERAGE = "best.pt", "final.pt", "ema.pt"
 
@@ -356,6 +356,8 @@ class Training(Loop):
             average.load_state_dict(self.network.state_dict())
         self.drop_path = seeded(self.device, *self.of_this_rank(config.seed, DROP_PATH))
         self.network.drop_path_generator = self.drop_path
+        self.noise_seed = self.of_this_rank(config.seed, NOISE)
+        self.noise = self.network.noise_generator = seeded(self.device, *self.noise_seed)
         self.parameters = parameter_count(self.network)
         self.multiply_adds = multiply_adds(self.network, self.height, self.width)
         self.train_step = TrainStep(self.network, config, average, self.ranks.average)
@@ -441,7 +443,8 @@ class Training(Loop):
 
     def generators(self) -> dict[str, tuple[torch.Generator, tuple[int, ...]]]:
         seed = self.of_this_rank(self.config.seed, DROP_PATH)
-        return {**super().generators(), "drop_path": (self.drop_path, seed)}
+        noise = {"noise": (self.noise, self.noise_seed)} if self.network.cell_noise else {}
+        return {**super().generators(), "drop_path": (self.drop_path, seed), **noise}
 
     def check_record(self, record: Any, name: str) -> None:
         average = ("ema_top1",) if self.config.ema else ()

@@ -97,7 +97,12 @@ class Identity(NamedTuple):
     """The skip connection of stride 1, which drop path never drops."""
 
 
-Operation = Convolution | FactorizedReduce | FactorizedConvolution | Pool | Identity
+class Noise(NamedTuple):
+    """Numbers that are drawn before the sweeps and given to them. They depend on nothing: they have a
+    tangent of zero, and nobody takes their adjoint."""
+
+
+Operation = Convolution | FactorizedReduce | FactorizedConvolution | Pool | Identity | Noise
 
 
 class Edge(NamedTuple):
@@ -193,6 +198,7 @@ class Sweeps:
             edges, n = sum(len(cell.edges) for cell in cells), shapes[0][0]
             self.path_weights = self.numbers(edges, -(-n // 16) * 16)[:, :n] if drop_path else None
             self.constants = None if self.training else self.numbers(3, sum(norms))
+            self.noise: list[Tensor] = []  # of each cell that has some, [operations, N, C, H, W]
             self._norms = [slice(sum(norms[:i]), sum(norms[: i + 1])) for i in range(len(norms))]
             cells_of = {kind: sum(cell.kind == kind for cell in cells) for kind in lengths}
             self.p_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
@@ -933,6 +939,7 @@ class LoweredCell:
         states = [[image] for norms in self.norms for image in norms.outputs]
         n, c, height, width = self._node_shape(states[0][0])
         self.output = Image(s.images(1, (n, len(cell.concat) * c, height, width))[0])
+        self.noise = self._noise((n, c // cell.partial_channels, height, width))
         self.stages: dict[int, Stage | PartialStage] = {}
         self.nodes: list[list[Mix]] = []
         self.candidates: dict[int, list[Image]] = {}  # by edge
@@ -951,9 +958,23 @@ class LoweredCell:
             elif read:
                 self.stages[state] = Stage(s, states[state][0], cell.stride(state), read)
             for e, edge in read.items():
-                found = self.stages[state].candidates
+                found = self.noise | self.stages[state].candidates
                 self.candidates[e] = [found[e, i] for i in range(len(edge.operations))]
         self.states = states
+
+    def _noise(self, shape: tuple[int, int, int, int]) -> dict[tuple[int, int], Image]:
+        """By edge and number of the operation."""
+        keys = [
+            (e, i)
+            for e, edge in enumerate(self.cell.edges)
+            for i, operation in enumerate(edge.operations)
+            if isinstance(operation, Noise)
+        ]
+        if not keys:
+            return {}
+        drawn = self.s.images(len(keys), shape)
+        self.s.noise.append(drawn)
+        return {key: Image(y) for key, y in zip(keys, drawn, strict=True)}
 
     def _node(
         self, node: int, slot: Tensor | None, shape: tuple[int, int, int, int], read: bool
@@ -1055,6 +1076,11 @@ class LoweredCell:
             halves.tangent()
             norms.tangent()
         self.output.tangent = self.s.like(self.output.y)
+        if self.noise:  # one tangent for all, which the nodes read as any other
+            drawn = next(iter(self.noise.values())).y
+            zeros = self.s.sum([], drawn)
+            for image in self.noise.values():
+                image.tangent = zeros
         for state in range(len(self.states)):
             slot = self._slot(self.output.tangent, state)
             if state >= 2:

@@ -46,7 +46,7 @@ class Plan:
         self.backend, self.blocks = backend, blocks
         self._bound: dict[tuple, Bound] = {}
         self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
-        extra = [t for t in (s.constants, s.path_weights) if t is not None]
+        extra = [*s.noise, *(t for t in (s.constants, s.path_weights) if t is not None)]
         given = [[*s.inputs, s.weights, *s.p.values(), *extra]]
         results = [[*s.outputs, *s.batch_statistics.values()]]
         names, calls = list(s.calls), list(s.calls.values())
@@ -126,10 +126,13 @@ class Bound:
 
 
 class Pass:
-    """One forward pass and what follows from it. Its blocks are given back when nothing refers to it."""
+    """One forward pass and what follows from it. Its blocks are given back when nothing refers to it.
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    `noise` is what the `Noise` operations give, see `cells`.
+    """
+
+    def __init__(self, plan: Plan, noise: Tensor | None = None):
+        self.plan, self.noise = plan, noise
         self.leases = {"forward kept": plan.lease("first order", "forward kept")}
         # Between the tangent sweep and the second one: the autograd pass they are in, and the leases of both.
         self.pending: tuple[int, dict[str, Lease]] | None = None
@@ -154,6 +157,10 @@ class Pass:
         for given, value in ((s.constants, constants), (s.path_weights, path_weights)):
             if given is not None and value is not None:
                 bound.at(given).copy_(value)
+        if self.noise is not None:
+            parts = self.noise.split([slot.numel() for slot in s.noise])
+            for slot, part in zip(s.noise, parts, strict=True):
+                bound.at(slot).movedim(2, -1).view(-1).copy_(part)
         bound.run()
         return [bound.at(y).detach() for y in s.outputs]  # tensors of their own: autograd hangs the graph on
 
@@ -230,7 +237,12 @@ def _fill(slot: Tensor, value: Tensor | None) -> None:
 
 
 def cells(
-    plan: Plan, x: Tensor, weights: Tensor, p: dict[int, Tensor], constants: Tensor | None = None
+    plan: Plan,
+    x: Tensor,
+    weights: Tensor,
+    p: dict[int, Tensor],
+    constants: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Callable[[], Tensor] | None]:
     """The output of the last cell of a search.
 
@@ -244,6 +256,8 @@ def cells(
         p: by kind of cell, the probabilities of its candidates, of the weights' type; in any shape.
         constants: in evaluation, what the batch norms normalise by: [3, channels of all batch norms]. Then
             nothing is differentiated.
+        noise: what the cells' `Noise` operations give, in a row: in the order of the cells and of their
+            edges, each as [N, H, W, C].
 
     Returns:
         [N, nodes * C, H, W], channels-last, valid as long as its graph; and in training a function that gives
@@ -252,7 +266,7 @@ def cells(
     Raises:
         RuntimeError: when another derivative is asked for.
     """
-    current = Pass(plan)
+    current = Pass(plan, noise)
     if not plan.sweeps.training:
         return _evaluated(current, [x], weights, p, constants, None)[0], None
     x, weights = with_node(x), with_node(weights)
@@ -266,6 +280,7 @@ def derived_cells(
     weights: Tensor,
     constants: Tensor | None = None,
     path_weights: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[list[Tensor], Callable[[], Tensor] | None]:
     """The outputs that the plan names, of cells of a genotype.
 
@@ -274,14 +289,14 @@ def derived_cells(
     Args:
         plan: with `derivatives` 1, or 0 in evaluation.
         inputs: one or two [N, C, H, W] in the plan's dtype: what the first cell reads.
-        weights, constants, and what is returned: as in `cells`.
+        weights, constants, noise, and what is returned: as in `cells`.
         path_weights: with drop path, [edges of all cells, N]: what each operation of each image is multiplied
             by. That of an identity is 1.
 
     Raises:
         RuntimeError: when another derivative is asked for.
     """
-    current = Pass(plan)
+    current = Pass(plan, noise)
     if not plan.sweeps.training:
         return _evaluated(current, inputs, weights, {}, constants, path_weights), None
     outputs = _DerivedCells.apply(current, path_weights, weights, *inputs)

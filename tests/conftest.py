@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import io
+import json
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,15 @@ def pytest_addoption(parser):
 
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# For tests of what is around a step (epochs, checkpoints, reports): two nodes, so five edges a cell, and four
+# candidates an edge; a step in plain PyTorch takes a fifth of the time.
+SMALL_SPACE = json.dumps(
+    {
+        "nodes": 2,
+        **dict.fromkeys(("normal", "reduce"), ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"]),
+    }
+)
 
 
 class Golden:
@@ -94,6 +104,37 @@ def in_tmp(tmp_path, monkeypatch):
     """Runs the test in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def fast_interpreter(monkeypatch):
+    """Triton's interpreter without half of its time, in which it patches the language anew for every call of
+    a device function."""
+    import triton
+    from triton.runtime import interpreter
+
+    patch, scopes = interpreter._patch_lang, []
+
+    def patch_once(function):
+        if scopes and function.__globals__.get("tl") is triton.language:  # a device function of ours
+            return scopes[0]
+        scope = patch(function)
+        if scope is not None and not scopes:  # Triton 3.5 patches for good
+            restore = scope.restore
+            scope.restore = lambda: (scopes.clear(), restore())
+            scopes.append(scope)
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+@pytest.fixture
+def no_overflow_checks(fast_interpreter, monkeypatch):
+    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The float64
+    cases of tests/test_triton.py have them."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
 
 
 @pytest.fixture

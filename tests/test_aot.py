@@ -1,5 +1,6 @@
 """A part of the kernels, compiled without a GPU: no spills, vector loads, tensor cores."""
 
+import functools
 import json
 import os
 import re
@@ -98,15 +99,25 @@ def test_the_launcher_compiles_the_same_and_the_last_program_sees_the_others_sum
     assert loads and all(name.startswith("ld.global.cg") for name in loads), loads
 
 
-@on_linux
-@pytest.mark.parametrize("table", ["supernet_launches", "derived_launches"])
-def test_a_smaller_last_batch_compiles_nothing(table, monkeypatch):
+def made_table(network, dtype):
+    """The keys of the table's launches of a network: "supernet" or "derived"."""
     from darts_fast.kernels.triton import aot
     from darts_fast.kernels.triton.compilation import key
 
-    whole = {key(planned) for planned in getattr(aot, table)(torch.bfloat16)}
+    return {key(planned) for planned in getattr(aot, f"{network}_launches")(dtype)}
+
+
+table = functools.cache(made_table)  # takes seconds
+
+
+@on_linux
+@pytest.mark.parametrize("network", ["supernet", "derived"])
+def test_a_smaller_last_batch_compiles_nothing(network, monkeypatch):
+    from darts_fast.kernels.triton import aot
+
+    whole = table(network, torch.bfloat16)
     monkeypatch.setattr(aot, "BATCH", 39)  # of 64, of which nothing but the images' sizes is a factor
-    assert {key(planned) for planned in getattr(aot, table)(torch.bfloat16)} == whole
+    assert made_table(network, torch.bfloat16) == whole
 
 
 def run_at_the_papers_setting(network, dtype):
@@ -126,7 +137,6 @@ def run_at_the_papers_setting(network, dtype):
 @pytest.mark.parametrize("network", ["supernet", "derived"])
 def test_the_table_has_every_launch_of_a_step_and_of_an_evaluation(network, dtype):
     from darts_fast.kernels import triton
-    from darts_fast.kernels.triton import aot
     from darts_fast.kernels.triton.compilation import key
 
     run = run_at_the_papers_setting(network, dtype)
@@ -134,6 +144,6 @@ def test_the_table_has_every_launch_of_a_step_and_of_an_evaluation(network, dtyp
         run.rehearse()
     made = list(launches(triton, calls))
     assert len(made) > 500
-    types = {torch.float32, getattr(torch, dtype)}  # an evaluation is in float32
-    table = [planned for one in types for planned in getattr(aot, f"{network}_launches")(one)]
-    assert not set(map(key, made)) - set(map(key, table))
+    # An evaluation is in float32.
+    found = table(network, torch.float32) | table(network, getattr(torch, dtype))
+    assert not set(map(key, made)) - found

@@ -40,8 +40,9 @@ def test_three_steps_follow_the_official_trajectory(golden_search, trajectory):
     official = {k.removeprefix("weights/"): v for k, v in expected.items() if k.startswith("weights/")}
     final = {**golden_search.group("init", torch.float64), **official}
     alphas = final.pop("alphas_normal"), final.pop("alphas_reduce")
+    found = network.weights()
     for name, weight in load_official_search(final, *alphas).weights().items():
-        assert relative_error(network.weights()[name], weight) < 1e-7, name
+        assert relative_error(found[name], weight) < 1e-7, name
     assert flatten(derive(*network.alphas().values())) == golden_search.text("trajectory_fd/genotype")
 
 
@@ -110,9 +111,9 @@ def steps_by_hand(golden):
 
 def test_three_steps_by_hand_give_the_same_alphas_and_weights(golden_search, trajectory):
     _, network = trajectory
-    by_hand = steps_by_hand(golden_search)
+    by_hand, found = steps_by_hand(golden_search), network.state_dict()
     for name, tensor in {**by_hand.alphas(), **by_hand.weights()}.items():
-        assert relative_error(network.state_dict()[name], tensor) < 1e-9, name
+        assert relative_error(found[name], tensor) < 1e-9, name
 
 
 def flatten(genotype):

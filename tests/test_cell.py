@@ -13,6 +13,7 @@ from darts_fast.kernels.cell import (
     FactorizedReduce,
     Half,
     Identity,
+    Noise,
     Norm,
     Parameter,
     Pool,
@@ -61,8 +62,9 @@ class Book:
         return Pool(kind, self.norm(c))
 
 
-def plain(cell, inputs, weights, p):
-    """The cell's output: equations 1 and 2 of the paper over its candidates."""
+def plain(cell, inputs, weights, p, noise):
+    """The cell's output: equations 1 and 2 of the paper over its candidates. The list `noise` holds numbers
+    that are left; what the cell takes is taken out of it."""
 
     def weight(parameter):
         return weights[parameter.offset :][: torch.Size(parameter.shape).numel()].view(parameter.shape)
@@ -73,6 +75,10 @@ def plain(cell, inputs, weights, p):
     def compute(operation, x, stride):
         if isinstance(operation, Identity):
             return x
+        if isinstance(operation, Noise):
+            n, c, height, width = x[:, :, ::stride, ::stride].shape
+            taken, noise[:] = noise[: n * c * height * width], noise[n * c * height * width :]
+            return torch.stack(taken).view(n, height, width, c).permute(0, 3, 1, 2)
         if isinstance(operation, Pool):
             pool = F.avg_pool2d if operation.kind else F.max_pool2d
             options = {"count_include_pad": False} if operation.kind else {}
@@ -146,7 +152,11 @@ def convolutions(book, c, stride):
     return book.separable(c, 3, stride), book.separable(c, 3, stride, 2, 1)
 
 
-MIXED = everything, one_pool, without_pools, convolutions
+def with_noise(book, c, stride):
+    return book.separable(c, 3, stride, 1, 1), Noise()
+
+
+MIXED = everything, one_pool, without_pools, convolutions, with_noise
 
 
 def network(nodes, operations, reduction, partial=1):
@@ -191,7 +201,7 @@ def network(nodes, operations, reduction, partial=1):
 
 
 @pytest.mark.parametrize("reduction", [False, True], ids=["normal", "reduction"])
-@pytest.mark.parametrize("operations", [everything, without_pools, one_pool, convolutions])
+@pytest.mark.parametrize("operations", [everything, without_pools, one_pool, convolutions, with_noise])
 @pytest.mark.parametrize("nodes, partial", [(1, 1), (3, 1), (1, 4), (3, 2)])
 def test_all_sweeps_are_automatic_differentiation(nodes, partial, operations, reduction):
     torch.manual_seed(0)
@@ -203,14 +213,16 @@ def test_all_sweeps_are_automatic_differentiation(nodes, partial, operations, re
     weights = (0.5 * torch.randn(book.size, dtype=torch.float64)).requires_grad_()
     p = {kind: torch.rand(n, dtype=torch.float64, requires_grad=True) for kind, n in lengths.items()}
     v, found = torch.randn_like(weights), []
+    noise = torch.randn(sum(t.numel() for t in plan.sweeps.noise), dtype=torch.float64)
     direction = None
     for fused in (False, True):
         if fused:
-            y, _ = cells(plan, x, weights, p)
+            y, _ = cells(plan, x, weights, p, noise=noise)
         else:
-            outputs = [x, x]
+            outputs, left = [x, x], list(noise)
             for cell in data:
-                outputs.append(plain(cell, outputs[-2:], weights, p[cell.kind]))
+                outputs.append(plain(cell, outputs[-2:], weights, p[cell.kind], left))
+            assert not left
             y = outputs[-1]
         direction = torch.randn_like(y) if direction is None else direction
         loss = (y.tanh() * direction).sum()

@@ -6,6 +6,8 @@ reference's largest over eight copies of the weights moved by 6e-8 of themselves
 Copies are made only until the largest so far allows every error.
 """
 
+from statistics import median
+
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
@@ -17,6 +19,7 @@ from darts_fast.config import SearchConfig
 from darts_fast.kernels import aten, native
 from darts_fast.kernels.backends import using
 from darts_fast.search import SearchStep
+from darts_fast.space import CANDIDATES, Space
 from darts_fast.supernet import Supernet
 
 COPIES = 8
@@ -95,33 +98,33 @@ def test_a_genotypes_gradient_is_as_near_as_its_modules_rounding_allows():
     assert all(error <= allowed for error in found.values()), (found, allowed)
 
 
-def test_twenty_steps_drift_at_most_twice_as_far_as_the_references():
-    """How far the alphas are after them from where the reference in float64 brings them."""
-    torch.manual_seed(0)
-    state = Supernet(4, 5, 3).state_dict()
-    batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(40)]
-    generator = torch.Generator().manual_seed(0)
+def test_five_steps_end_where_the_references_do():
+    """The fused cells' in float64 at the same alphas; in float32 at most twice as far from them as the
+    reference's, in the layout in which it is further. Medians of three searches of two nodes, so short that
+    most meet no kink."""
+    space = Space(*[(tuple(CANDIDATES),) * 5] * 2, nodes=2)
+    drifts = {name: [] for name in ("allowed", *(backend.__name__ for backend in BACKENDS))}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state = Supernet(4, 5, 3, space=space).state_dict()
+        batches = [(torch.randn(3, 3, 12, 12), torch.randint(5, (3,))) for _ in range(10)]
 
-    def displacement(dtype, fused=False, moved=0.0):
-        network = Supernet(4, 5, 3, fused=fused)
-        network.load_state_dict(state)
-        with torch.no_grad():
-            for w in network.weights().values():
-                w *= 1 + moved * torch.randn(w.shape, generator=generator)
-        step = SearchStep(network.to(dtype), SearchConfig())
-        for train, validation in zip(batches[::2], batches[1::2], strict=True):
-            step((train[0].to(dtype), train[1]), (validation[0].to(dtype), validation[1]), 0.025)
-        return torch.cat([(a - state[name]).flatten() for name, a in network.alphas().items()]).detach()
+        def displacement(dtype, fused=False, layout=torch.contiguous_format, state=state, batches=batches):
+            network = Supernet(4, 5, 3, fused=fused, space=space)
+            network.load_state_dict(state)
+            step = SearchStep(network.to(dtype), SearchConfig())
+            given = [(images.to(dtype, memory_format=layout), labels) for images, labels in batches]
+            for pair in zip(given[::2], given[1::2], strict=True):
+                step(*pair, 0.025)
+            return torch.cat([(a - state[name]).flatten() for name, a in network.alphas().items()]).detach()
 
-    expected = displacement(torch.float64)
-    drifts = {}
-    for backend in BACKENDS:
-        with using(backend):
-            drifts[backend.__name__] = relative_error(displacement(torch.float32, fused=True), expected)
-    allowed = 0.0
-    for _ in range(COPIES):
-        error = relative_error(displacement(torch.float32, moved=6e-8), expected)
-        allowed = max(allowed, 2 * error)
-        if all(drift <= allowed for drift in drifts.values()):  # more copies would allow more still
-            break
-    assert all(drift <= allowed for drift in drifts.values()), (drifts, allowed)
+        exact = displacement(torch.float64)
+        assert relative_error(displacement(torch.float64, fused=True), exact) < 1e-9
+        own = [relative_error(displacement(torch.float32, layout=layout), exact) for layout in LAYOUTS]
+        drifts["allowed"].append(2 * max(own))
+        for backend in BACKENDS:
+            with using(backend):
+                found = displacement(torch.float32, fused=True)
+            drifts[backend.__name__].append(relative_error(found, exact))
+    medians = {name: median(values) for name, values in drifts.items()}
+    assert all(value <= medians["allowed"] for value in medians.values()), drifts

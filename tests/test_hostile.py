@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import checkpoint
+from conftest import SMALL_SPACE, checkpoint
 from test_run import call
 
 from darts_fast import (
@@ -74,7 +74,7 @@ def a_search(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
     data = images, torch.arange(50) % 4
-    config = SearchConfig(**SETTINGS, train_portion=0.6, order=1)
+    config = SearchConfig(**SETTINGS, train_portion=0.6, order=1, space=SMALL_SPACE)
     return stopped(Search, "run", tmp_path_factory.mktemp("search"), data, lambda: search(config, data))
 
 

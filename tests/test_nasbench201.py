@@ -199,12 +199,13 @@ def test_second_order_is_the_derivative_of_the_loss_one_step_ahead(smooth):
 
 
 def test_statistics_are_frozen_in_the_architecture_step(network):
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items() if "running" in name}
+    now = network.state_dict()  # the buffers themselves
+    before = {name: tensor.clone() for name, tensor in now.items() if "running" in name}
     with network.frozen_statistics():
         network(batch()[0])
-    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
     network(batch()[0])
-    assert all(not torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(not torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 # The search
@@ -289,6 +290,32 @@ def test_what_else_weighs_the_candidates(network, data):
         assert run.network.flat_weights.isfinite().all()
         weights.append(run.network.flat_weights.detach().clone())
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
+
+
+@pytest.mark.usefixtures("no_heat_maps")
+def test_a_search_with_a_penalty_a_warm_up_and_the_eigenvalue(data, in_tmp):
+    """The alphas are trained in the second epoch, to others than without the penalty; the eigenvalue is that
+    of the alphas' Hessian, by autograd."""
+    found = []
+    for number, penalty in enumerate((0.0, 50.0)):
+        settings = {**SETTINGS, "order": 1, "alpha_warmup": 1, "name": f"run{number}"}
+        found.append(search(SearchConfig(**settings, beta_decay=penalty, stop_at_eigenvalue=0.75), data))
+    states = [checkpoint(run.path)["network"] for run in found]
+    assert not torch.equal(*(state["alphas_normal"] for state in states))
+    rows = [json.loads(line) for line in (found[1].path / "metrics.jsonl").read_text().splitlines()]
+    last = [row["eigenvalue"] for row in rows if "eigenvalue" in row][-1]
+    run = Search(SearchConfig(**SETTINGS), from_tensors(*data))
+    run.network.load_state_dict(states[1])
+    images, labels = run.batches.cut(run.validation_half[:8], augment=False)
+    network = run.network.double()
+
+    def loss(alphas):
+        return network.loss(
+            images.double(), labels, {"weights": network.flat_weights.detach()}, {"alphas_normal": alphas}
+        )
+
+    hessian = torch.autograd.functional.hessian(loss, network.alphas_normal.detach()).view(30, 30)
+    assert last == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-3)
 
 
 def test_a_cell_of_none_alone_is_drawn_and_not_called_collapsed(data, in_tmp, monkeypatch):

@@ -89,6 +89,7 @@ def test_float32_is_as_near_as_the_references_rounding_allows(backend):
     assert all(error <= max(10 * allowed[name], 1e-6) for name, error in found.items()), (found, allowed)
 
 
+@pytest.mark.usefixtures("no_overflow_checks")
 def test_the_triton_kernels_compute_what_the_reference_does():
     """In float64, on the interpreter where there is no GPU."""
     reference, fused = pair(2, 4, space=SMALL)

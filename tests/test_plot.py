@@ -101,6 +101,16 @@ def test_heat_map_tells_strong_from_weak():
     assert plot.alpha_heat_map(alphas, "even") != png
 
 
+@pytest.mark.filterwarnings("error")
+def test_heat_map_of_decided_edges():
+    """An operation alone on each edge, and none on those that went: nothing is divided by zero."""
+    decided = np.zeros((14, 8))
+    decided[:8, 4] = 1
+    png = plot.alpha_heat_map(decided, "decided")
+    decided[0, 4], decided[0, 5] = 0, 1
+    assert plot.alpha_heat_map(decided, "decided") != png
+
+
 def test_curves_show_what_comes_late_and_name_each_line_once(monkeypatch):
     """The axis leaves out the first epochs, far below; equal names are one entry of the legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -9,7 +9,7 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_run, relative_error
+from conftest import SMALL_SPACE, assert_same_run, relative_error
 from official import official_network
 from test_search import SETTINGS, data  # noqa: F401 (a fixture)
 
@@ -18,6 +18,7 @@ from darts_fast.datasets import load
 from darts_fast.notation import NAMED
 from darts_fast.runs import Stopped
 from darts_fast.search import Search, SearchStep
+from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 from darts_fast.train import TrainStep
 
@@ -28,11 +29,12 @@ pytestmark = pytest.mark.usefixtures("no_heat_maps")
 
 
 def test_the_exact_product_is_as_near_as_under_autocast(golden_search):
-    """Median error of ten pairs of batches, on the official network and on real images."""
+    """Median error of five pairs of batches, on the official network and on real images. (Of ten pairs, the
+    fused product's was 0.27 and 0.51 in float16 and bfloat16, autocast's 0.50 and 0.79.)"""
     network = official_network(golden_search, torch.float32, fused=True)
     names = [f"exact, {dtype}, {kind}" for dtype in ("bfloat16", "float16") for kind in ("fused", "autocast")]
     forms = [form for form in hvp_forms.FORMS if form.name in names]
-    found = hvp_forms.table(network, hvp_forms.digits(8, 20), forms)
+    found = hvp_forms.table(network, hvp_forms.digits(8, 10), forms)
     for fused, autocast in zip(names[::2], names[1::2], strict=True):
         assert found[fused].error <= found[autocast].error, found
 
@@ -100,7 +102,8 @@ def test_types_by_device():
 
 def step_and_batches(loss_scale, **settings):
     torch.manual_seed(0)
-    step = SearchStep(Supernet(2, 5, 3, fused=True), SearchConfig(fused=True, **settings))
+    network = Supernet(2, 5, 3, fused=True, space=read_space(SMALL_SPACE))
+    step = SearchStep(network, SearchConfig(fused=True, **settings))
     if step.loss_scale is not None:
         step.loss_scale.value.fill_(loss_scale)
     return step, [(torch.randn(4, 3, 8, 8), torch.randint(5, (4,))) for _ in range(2)]
@@ -115,8 +118,9 @@ def test_what_overflows_changes_neither_weights_nor_alphas_and_halves_the_scale(
         for moments in state[optimizer].values():
             assert all(not tensor.any() for tensor in moments.values()), optimizer
     fresh, _ = step_and_batches(1.0, amp_dtype="float16")
+    expected = fresh.network.state_dict()
     for name, tensor in {**step.network.weights(), **step.alphas}.items():
-        assert torch.equal(tensor, fresh.network.state_dict()[name]), name
+        assert torch.equal(tensor, expected[name]), name
     step.loss_scale.value.fill_(2.0**8)
     step(*batches, 0.025)
     assert float(step.loss_scale.value) == 2.0**8

@@ -11,7 +11,7 @@ import torch
 from darts_fast.kernels import native
 from darts_fast.kernels.processors import processors, quota, threads
 from darts_fast.kernels.types import Call, images
-from darts_fast.loop import within_quota
+from darts_fast.process import within_quota
 
 V1 = {"cpu/c/cpu.cfs_quota_us": "150000\n", "cpu/c/cpu.cfs_period_us": "100000\n"}
 

@@ -1,5 +1,6 @@
 """benchmarks/nasbench201.py and study.py: the table of trained cells, and searches looked up in it."""
 
+import argparse
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 from test_nasbench201 import cell_of
 
@@ -216,6 +218,90 @@ def studied(made, in_tmp, monkeypatch, capsys, no_heat_maps):
 def results():
     files = sorted(path for path in Path("results").rglob("*") if path.is_file())
     return {str(path.relative_to("results")): path.read_bytes() for path in files}
+
+
+SKIPPING = {"111111": 6, "333333": 0, "131313": 3}
+
+
+def kept(arm, seed, keys):
+    """A search among the results, of these cells in its epochs."""
+    args = argparse.Namespace(**study.SIZES, side=16, out=Path("results"))
+    run = study.Run(arm, seed)
+    folder = run_folder(args.out / run.name, keys)
+    (folder / "config.json").write_text(json.dumps(study.described(run, args)))
+    return args
+
+
+def test_arms_are_compared_seed_by_seed(made, in_tmp):
+    """Over the seeds that both have, against SciPy's paired t test."""
+    table = read_table(made)
+    cells = {
+        "exact product": ["333333", "131313", "444444"],
+        "finite differences": ["111111", "222222"],
+        "finite differences + beta decay": ["000000"],
+    }
+    (in_tmp / "results").mkdir()
+    for arm, keys in cells.items():
+        for seed, key in enumerate(keys):
+            args = kept(arm, seed, ["000000", key])
+    study.summarise(table, args)
+    text = Path("results/table.md").read_text()
+    worth = {arm: [table.accuracies[key] for key in keys] for arm, keys in cells.items()}
+    exact, differences = worth["exact product"][:2], worth["finite differences"]
+    low, high = scipy.stats.ttest_rel(exact, differences).confidence_interval()
+    mean = statistics.mean(a - b for a, b in zip(exact, differences, strict=True))
+    regrets = [
+        statistics.mean(table.ranked[-1] - value for value in of_arm) for of_arm in (exact, differences)
+    ]
+    assert (
+        f"| exact product against finite differences | 2 | {mean:+.2f} | {low:+.2f} to {high:+.2f} | "
+        f"{regrets[0]:.2f} against {regrets[1]:.2f} |"
+    ) in text
+    alone = worth["finite differences + beta decay"][0] - differences[0]
+    assert (
+        f"| finite differences + beta decay against finite differences | 1 | {alone:+.2f} |  | "
+        f"{table.ranked[-1]:.2f} against {table.ranked[-1] - differences[0]:.2f} |"
+    ) in text
+    assert "against first order" not in text
+    # Regret and skip connections of the last epoch's cells, of every search and on average
+    of_exact = statistics.mean(table.ranked[-1] - value for value in worth["exact product"])
+    summary = next(line for line in text.splitlines() if line.startswith("| exact product | 3 |"))
+    assert summary.endswith(f"| {of_exact:.2f} | {(0 + 3 + 0) / 3:.1f} |")
+    for key, skips in SKIPPING.items():
+        row = next(line for line in text.splitlines() if f"| {key} |" in line)
+        assert row.endswith(f"| {skips} |")
+
+
+def test_an_arm_with_a_method_against_collapse(studied, monkeypatch):
+    """Beside the three, whose results of before stay as they are, also without settings that came later."""
+    assert studied("--seeds", "0", "--arms", "first order")[0] == 0
+    config = Path("results/first-order-0/config.json")
+    content = json.loads(config.read_text())
+    del content["beta_decay"], content["perturb"]
+    config.write_text(json.dumps(content))
+    before = results()
+    arms = ["first order + beta decay", "first order + auxiliary skip"]
+    code, out, err = studied("--seeds", "0", "--arms", "first order", *arms)
+    assert code == 0 and err == "" and "search 2 of 2: first order + auxiliary skip, seed 0" in out
+    found = results()
+    changed = {"table.md", "accuracy.svg"}
+    assert all(found[name] == before[name] for name in before.keys() - changed)
+    for arm in arms:
+        name = arm.replace(" + ", "+").replace(" ", "-") + "-0"
+        given = json.loads(found[f"{name}/config.json"])
+        expected = {"order": 1, **study.GUARDS[arm.partition(" + ")[2]]}
+        assert {key: given[key] for key in expected} == expected
+        assert f"| {arm} | 1 |" in found["table.md"].decode()
+        assert f"{arm}, mean of 1" in found["accuracy.svg"].decode()
+    code, _, err = studied("--seeds", "0", "--arms", "first order + partial channels")
+    assert code == 2 and err.count("\n") == 1 and "first order + beta decay" in err
+
+
+def test_the_results_that_are_kept_are_of_todays_settings():
+    """So they are not searched again. Every arm's settings go together."""
+    args = argparse.Namespace(**study.SIZES, side=16, out=study.RESULTS)
+    assert len({study.settings(study.Run(arm, 0), args) for arm in study.EVERY_ARM}) == 15
+    assert study.ended(study.Run("first order", 0), args)
 
 
 def test_a_study_stopped_and_resumed_is_the_same(studied, signal_at, made, monkeypatch):

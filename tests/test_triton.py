@@ -4,6 +4,8 @@ On a machine with a GPU the same cases run there, see tests/gpu.
 """
 
 import inspect
+import json
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -15,12 +17,12 @@ from test_kernels import poisoned  # noqa: F401  (a fixture)
 
 from darts_fast import architect
 from darts_fast.kernels.backends import using
+from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 
 # Triton is a dependency on Linux alone (setup.py).
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
-import triton as language  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from darts_fast.kernels import triton  # noqa: E402
@@ -33,9 +35,13 @@ from darts_fast.kernels.triton import (  # noqa: E402
 )
 
 # A kernel is interpreted or compiled from its decoration on: one process cannot have both.
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU; tests/gpu runs there"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="the interpreter is for machines without a GPU; tests/gpu runs there",
+    ),
+    pytest.mark.usefixtures("fast_interpreter"),
+]
 
 # What sweeps.CASES are too small for: at least three programs of float64 add to every sum, and the last of
 # them has a tile that is not full.
@@ -62,24 +68,6 @@ SEVERAL_BLOCKS_OF_CHANNELS = {
 
 
 @pytest.fixture(autouse=True)
-def patched_once(monkeypatch):
-    """The interpreter patches the language anew for every call of a device function: half of its time."""
-    patch, scopes = interpreter._patch_lang, []
-
-    def patch_once(function):
-        if scopes and function.__globals__.get("tl") is language.language:  # a device function of ours
-            return scopes[0]
-        scope = patch(function)
-        if scope is not None and not scopes:  # Triton 3.5 patches for good
-            restore = scope.restore
-            scope.restore = lambda: (scopes.clear(), restore())
-            scopes.append(scope)
-        return scope
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-
-
-@pytest.fixture(autouse=True)
 def counters_stay_zero():
     yield
     assert not launch._counters(torch.device("cpu")).any()
@@ -98,11 +86,17 @@ def launches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", sweeps.CASES)
-def test_function(name, dtype, monkeypatch):
-    if dtype != torch.float64:  # once is enough, and takes half of the time
-        monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
+def test_function(name):
+    sweeps.check(triton, torch.float64, sweeps.CASES[name])
+
+
+# Neighbours among the cases are mostly of one function, so that each function has both types.
+@pytest.mark.parametrize(
+    ("name", "dtype"), list(zip(sweeps.CASES, cycle([torch.bfloat16, torch.float32]), strict=False)), ids=str
+)
+@pytest.mark.usefixtures("no_overflow_checks")
+def test_function_in_other_types(name, dtype):
     sweeps.check(triton, dtype, sweeps.CASES[name])
 
 
@@ -184,16 +178,24 @@ def test_tensors_of_other_layouts_are_refused():
         triton.add([out, contiguous], out=out)
 
 
+# Three nodes, so that the first is read by two others. Each candidate is on an edge or two of both kinds of
+# cell, and a launch has several of them.
+PAIRS = [
+    ["max_pool_3x3", "sep_conv_3x3"], ["skip_connect", "dil_conv_5x5"], ["none", "sep_conv_5x5"],
+    ["avg_pool_3x3", "dil_conv_3x3"],
+]  # fmt: skip
+SPACE = json.dumps({"nodes": 3, "normal": PAIRS + PAIRS + PAIRS[:1], "reduce": PAIRS[1:] + PAIRS + PAIRS[:2]})
+
+
+@pytest.mark.usefixtures("no_overflow_checks")
 def test_hessian_vector_product_of_a_supernet(monkeypatch):
     """The fused supernet on the interpreter against the reference and generic automatic differentiation."""
     # Most of the interpreter's time goes to checks of integer overflow and to the selects of `pick`, which
     # the tests above have.
-    monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
     for module in (mix, sepconv_fwd, sepconv_bwd_pointwise, sepconv_bwd):
         monkeypatch.setattr(module, "pick", lambda values, i: values[int(i.handle.data.item())])
     torch.manual_seed(0)
-    reference = Supernet(2, 3, 3).double()
-    fused = Supernet(2, 3, 3, fused=True).double()
+    reference, fused = (Supernet(2, 3, 3, fused=f, space=read_space(SPACE)).double() for f in (False, True))
     fused.load_state_dict(reference.state_dict())
     images, labels = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
     v = {name: torch.randn_like(w) for name, w in reference.weights().items()}

@@ -8,8 +8,12 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 g++ -std=c++17 -O1 -g -pthread -fsanitize=thread tests/native_team.cpp -o "$folder/team"
 TSAN_OPTIONS=halt_on_error=1 "$folder/team"
-g++ -shared -fPIC -std=c++17 -O1 -g -fopenmp -march=native -fsanitize=address,undefined \
-    -fno-sanitize-recover=undefined kernels/native/*.cpp -o "$folder/_portable.so"
+flags="-fPIC -std=c++17 -O1 -g -fopenmp -march=native -fsanitize=address,undefined"
+flags="$flags -fno-sanitize-recover=undefined"
+for source in kernels/native/*.cpp; do
+    echo "$flags -c $source -o $folder/$(basename "$source" .cpp).o"
+done | xargs --max-procs "$(nproc)" --max-lines=1 g++
+g++ -shared $flags "$folder"/*.o -o "$folder/_portable.so"
 # Leaks are not looked for: Python's own would be reported.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 DARTS_NATIVE_FOLDER="$folder" \

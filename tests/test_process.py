@@ -11,7 +11,7 @@ PAGES = """
 import resource
 from contextlib import nullcontext
 import torch
-from darts_fast.loop import freed_memory_kept
+from darts_fast.process import freed_memory_kept
 
 def faults(within):
     with within:
