@@ -197,7 +197,7 @@ FAMILIES: list[tuple[str, Callable[[Function, str], Pure], Function | None, str]
     ("cvt.s32", converted_to("s32"), None, "s16"),
     ("cvt.u64", converted_to("u64"), None, "u32"),
     ("cvt.s64", converted_to("s64"), None, "s32"),
-    ("cvt.rn.f32", converted_to("f32"), None, "s32 s64"),
+    ("cvt.rn.f32", converted_to("f32"), None, "s32 u32 s64"),
     ("cvt.rn.f64", converted_to("f64"), None, "s32 s64"),
     ("cvt.f32", on_bits(1), lambda a: arithmetic.from_bf16(a).view(U32), "bf16"),
     ("cvt.f32", on_bits(1), lambda a: arithmetic.from_f16(a).view(U32), "f16"),
