@@ -29,9 +29,6 @@ class Launch(Protocol):
     parameters: tuple[bytes, ...]
 
 
-# Threads
-
-
 class Machine:
     """A launch that is being run."""
 
@@ -266,8 +263,8 @@ class Group:
         """The groups that go on when every thread waits or has returned."""
         by_block = self.segments.reshape(len(self.blocks), -1)
         waiting = self.waiting.reshape(len(self.blocks), -1)
-        # Each waits at the barrier before its segment; no barrier waits for another, or for one that
-        # returned.
+        # A thread waits at the barrier before its segment. PTX lets warps meet at different barriers of one
+        # number; Triton makes no such program, and here it is a fault.
         apart = waiting.any(axis=1)[:, None] & (by_block != by_block.min(axis=1)[:, None])
         if apart.any():
             block, _ = np.argwhere(apart)[0]
@@ -296,8 +293,8 @@ class Group:
 
 
 def run(program: Program, launch: Launch, memory: Memory, seed: int = 0) -> None:
-    """Executes every block of a launch. The blocks' order, and how they are interleaved, depend on `seed`; with
-    0 the groups are as large as they may be, which is fastest.
+    """Executes every block of a launch. The blocks' order, and how they are interleaved, depend on `seed`;
+    with 0 the groups are as large as they may be, which is fastest.
 
     Raises:
         Fault: see there.

@@ -589,6 +589,20 @@ def test_views_of_one_tensor_are_one_memory():
     assert x.data_ptr() != x[5:].data_ptr()
 
 
+def test_a_pointer_is_of_the_tensor_that_begins_there():
+    memory = Memory()
+    for address, size, name in (
+        (1000, 100, "all"),
+        (1000, 40, "first"),
+        (1040, 60, "second"),
+        (1050, 4, "part"),
+    ):
+        memory.add(address, size, name)
+    found = {address: memory.find(address) for address in (1000, 1040, 1044, 1051, 1099, 1100)}
+    names = {address: one and one.name for address, one in found.items()}
+    assert names == {1000: "all", 1040: "second", 1044: "second", 1051: "part", 1099: "second", 1100: None}
+
+
 def test_the_seed_decides_the_order_of_blocks():
     orders = set()
     for seed in (0, 1, 2, 0):
