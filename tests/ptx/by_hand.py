@@ -36,7 +36,7 @@ def run(
     body: str, *tensors: torch.Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, seed: int = 0
 ):
     """Runs `body`, the parameters p0, p1, ... of which are pointers to tensors. %r0 is the thread in its
-    block, %r1 the block; %rd0, %rd1, ... are the pointers."""
+    block, %r1 the block's x; %rd0, %rd1, ... are the pointers."""
     parameters = ", ".join(f".param .u64 .ptr .global .align 1 p{i}" for i in range(len(tensors)))
     pointers = "".join(f"ld.param.b64 %rd{i}, [p{i}];\n" for i in range(len(tensors)))
     text = (
@@ -47,7 +47,8 @@ def run(
     for i, tensor in enumerate(tensors):
         memory.add_tensor(tensor, f"tensor {i}")
     addresses = tuple(tensor.data_ptr().to_bytes(8, "little") for tensor in tensors)
-    launch = Launch((blocks, 1, 1), (threads, 1, 1), shared, addresses)
+    grid = (blocks, 1, 1) if isinstance(blocks, int) else blocks
+    launch = Launch(grid, (threads, 1, 1), shared, addresses)
     machine.run(parse(text), launch, memory, seed)
 
 

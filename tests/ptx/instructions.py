@@ -501,8 +501,10 @@ class Builder:
             index = g.index(guard)
             index = np.arange(g.size) if index is None else index
             read = g.full(g.registers[sizes])[index]  # bytes; the rest is zeros
-            if not np.isin(read, (0, 4 * count)).all():
-                raise Unknown(f"{instruction} of other sizes than 0 and {4 * count}")
+            other = np.flatnonzero((read != 0) & (read != 4 * count))
+            if other.size:
+                detail = f"of other sizes than 0 and {4 * count}: {instruction}"
+                raise g.fault("unknown instruction", instruction, g.threads[index[other[0]]], None, detail)
             rows, reading = np.zeros((len(index), count), U32), read > 0
             if reading.any():
                 part = g.taking_part(out_of(g), index[reading])

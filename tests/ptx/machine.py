@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ptx.code import Fault, Segment, compiled, unknown_instruction
-from ptx.instructions import SPECIAL, Unknown, shared_base
+from ptx.code import Fault, Segment, compiled
+from ptx.instructions import SPECIAL, shared_base
 from ptx.memory import Memory
 from ptx.parse import Instruction, Program
 from ptx.races import Order, Read
@@ -29,17 +29,14 @@ class Launch(Protocol):
     parameters: tuple[bytes, ...]
 
 
-# Threads
-
-
 class Machine:
     """A launch that is being run."""
 
     def __init__(self, program: Program, launch: Launch, memory: Memory):
         self.program, self.launch, self.code = program, launch, compiled(program)
         self.threads = int(np.prod(launch.block))
-        if self.threads % 32:
-            raise ValueError(f"a block of {self.threads} threads, which are not whole warps")
+        if self.threads % 32 or self.threads != (program.threads or self.threads):
+            raise ValueError(f"a block has {self.threads} threads, the program asks for {program.threads}")
         values = [int.from_bytes(value, "little") for value in launch.parameters]
         sizes = [parameter.size for parameter in program.parameters]
         if [len(value) for value in launch.parameters] != sizes:
@@ -153,7 +150,9 @@ class Group:
         return self.machine.fault(kind, what, thread, address, detail)
 
     def whole_warps(self, what: Instruction, guard: tuple[int, bool] | None) -> np.ndarray | None:
-        """The threads that run an instruction that all threads of a warp must run together."""
+        """The threads that run an instruction that all threads of a warp must run together. (A GPU would wait
+        for the others. Those farthest behind run first, so they could only come by a loop that these have
+        left.)"""
         active = self.active(guard)
         if active is None:
             return None
@@ -181,8 +180,10 @@ class Group:
 
     def _together(self, what: Instruction) -> None:
         if self.mask is not None:
-            unknown = Unknown(f"{what.opcode} of some of a block's threads")
-            raise unknown_instruction(self.machine.program, what, unknown)
+            thread = self.threads[np.flatnonzero(~self.mask)[0]]
+            raise self.fault(
+                "unknown instruction", what, thread, None, f"not by all of a block's threads: {what}"
+            )
 
     # Running
 
@@ -262,8 +263,8 @@ class Group:
         """The groups that go on when every thread waits or has returned."""
         by_block = self.segments.reshape(len(self.blocks), -1)
         waiting = self.waiting.reshape(len(self.blocks), -1)
-        # Each waits at the barrier before its segment; no barrier waits for another, or for one that
-        # returned.
+        # A thread waits at the barrier before its segment. PTX lets warps meet at different barriers of one
+        # number; Triton makes no such program, and here it is a fault.
         apart = waiting.any(axis=1)[:, None] & (by_block != by_block.min(axis=1)[:, None])
         if apart.any():
             block, _ = np.argwhere(apart)[0]
@@ -292,7 +293,8 @@ class Group:
 
 
 def run(program: Program, launch: Launch, memory: Memory, seed: int = 0) -> None:
-    """Executes every block of a launch. The blocks' order, and how they are interleaved, depend on `seed`.
+    """Executes every block of a launch. The blocks' order, and how they are interleaved, depend on `seed`;
+    with 0 the groups are as large as they may be, which is fastest.
 
     Raises:
         Fault: see there.
@@ -306,7 +308,7 @@ def run(program: Program, launch: Launch, memory: Memory, seed: int = 0) -> None
         running: list[Group] = []
         while running or left.size:
             if left.size and len(running) < RESIDENT:
-                count = int(random.integers(-(-most // 2), most + 1))
+                count = most if seed == 0 else int(random.integers(1, min(most, len(left)) + 1))
                 running.append(machine.begin(left[:count]))
                 left = left[count:]
             group = running.pop(int(random.integers(len(running))))

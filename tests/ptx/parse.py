@@ -45,12 +45,14 @@ class Program:
     parameters: tuple[Parameter, ...]
     registers: dict[str, int]  # bits of each declared prefix, "%rd": 64; of predicates 1
     shared: dict[str, int]  # alignment of the dynamic shared memory, by its name
+    threads: int | None  # that a block must have
 
 
 ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{")
 PARAMETER = re.compile(r"\.param\s+\.[a-z](\d+)\s*(\.ptr\s+\.global)?[^,]*?(\w+)\s*$")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[\]")
+THREADS = re.compile(r"\.reqntid\s+(\d+)\s*$")
 REGISTERS = re.compile(r"\.reg\s+\.([a-z]+)(\d*)\s+(%\w+)<\d+>")
 LOC = re.compile(
     r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:\s*,\s*function_name[^,]*,\s*inlined_at\s+(\d+)\s+(\d+)\s+\d+)?"
@@ -118,6 +120,7 @@ def parse(ptx: str) -> Program:
         tuple(_parameter(text) for text in entry[2].split(",") if text.strip()),
         registers,
         {name: int(align) for align, name in SHARED.findall(ptx)},
+        int(asked[1]) if (asked := THREADS.search(entry[3])) else None,
     )
 
 

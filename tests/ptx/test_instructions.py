@@ -398,8 +398,9 @@ def test_float32_becomes_2_bytes(kind, around_halfway):
     assert (pairs & 0xFFFF == found[:4096]).all() and (pairs >> 16 == found[4096:8192]).all()
 
 
-@pytest.mark.parametrize("target", ["f32", "f64"])
-@pytest.mark.parametrize("source", ["s32", "s64"])
+@pytest.mark.parametrize(
+    "target, source", [("f32", "s32"), ("f32", "u32"), ("f32", "s64"), ("f64", "s32"), ("f64", "s64")]
+)
 def test_integers_become_floats(target, source):
     x = np.concatenate([examples(source, 8), examples(source, 9)])
     (found,) = compute(
@@ -418,7 +419,7 @@ def test_every_instruction_that_computes_is_tested():
     tested |= {"fma.rn.bf16x2", "div.full.f32", "div.rn.f64", "sqrt.rn.f64", "sqrt.approx.ftz.f32"}
     for kind in ("bf16", "f16"):
         tested |= {f"cvt.f32.{kind}", f"cvt.rn.{kind}.f32", f"cvt.rn.{kind}x2.f32"}
-    tested |= {f"cvt.rn.{t}.{s}" for t in ("f32", "f64") for s in ("s32", "s64")}
+    tested |= {f"cvt.rn.{t}.{s}" for t in ("f32", "f64") for s in ("s32", "u32", "s64")}
     assert set(PURE) <= tested, set(PURE) - tested
 
 

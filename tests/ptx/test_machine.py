@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ptx import machine
 from ptx.by_hand import Launch, run
-from ptx.machine import Fault, compiled
+from ptx.code import Fault, compiled
 from ptx.memory import Memory
 from ptx.parse import parse
 
@@ -143,6 +144,26 @@ def test_guarded_instructions_leave_other_threads_alone():
     assert out.tolist() == [8] * 5 + [0] * 27 + [1] * 5 + [2] * 27
 
 
+def test_blocks_have_three_coordinates():
+    out, grid = zeros(24), (2, 3, 4)
+    body = """
+        mov.u32 %r3, %ctaid.y;
+        mov.u32 %r4, %ctaid.z;
+        mov.u32 %r5, %nctaid.y;
+        mad.lo.s32 %r6, %r4, %r5, %r3;
+        mov.u32 %r5, %nctaid.x;
+        mad.lo.s32 %r6, %r6, %r5, %r1;
+        mad.wide.u32 %rd9, %r6, 4, %rd0;
+        mad.lo.s32 %r7, %r3, 10, %r1;
+        mad.lo.s32 %r7, %r4, 100, %r7;
+        st.global.b32 [%rd9], %r7;
+    """
+    run(body, out, blocks=grid)
+    assert out.tolist() == [100 * z + 10 * y + x for z in range(4) for y in range(3) for x in range(2)]
+    beyond = body.replace("[%rd9]", "[%rd9+4]")
+    assert fault("out of bounds", beyond, out, blocks=grid).block == (1, 2, 3)
+
+
 # Faults
 
 
@@ -154,12 +175,12 @@ def test_unknown_instructions_are_named():
     assert "cv" in str(fault("unknown instruction", "ld.global.cv.b32 %r3, [%rd0];", zeros(1)))
 
 
-def test_every_launch_has_the_parameters_that_are_declared():
-    program = parse(".visible .entry k(.param .u32 a)\n{\n.reg .b32 %r<2>;\nret;\n}\n")
-    with pytest.raises(ValueError, match=r"\[4\]"):
-        from ptx.machine import run as run_program
-
-        run_program(program, Launch((1, 1, 1), (32, 1, 1), 0, (b"12345678",)), Memory())
+def test_a_launch_must_fit_its_program():
+    program = parse(".visible .entry k(.param .u32 a)\n.reqntid 64\n{\n.reg .b32 %r<2>;\nret;\n}\n")
+    with pytest.raises(ValueError, match=r"8.*4"):
+        machine.run(program, Launch((1, 1, 1), (64, 1, 1), 0, (b"12345678",)), Memory())
+    with pytest.raises(ValueError, match="32 threads.* 64"):
+        machine.run(program, Launch((1, 1, 1), (32, 1, 1), 0, (b"1234",)), Memory())
 
 
 @pytest.mark.parametrize(
@@ -421,6 +442,43 @@ def test_a_copy_waited_for_is_there_for_its_own_thread():
     assert out.tolist() == source.tolist()
 
 
+def test_blocks_that_branch_apart_keep_their_copies():
+    source, out = torch.arange(64, dtype=torch.int32), zeros(64)
+    run(
+        SHARED
+        + PLACE.format(threads=32)
+        + """
+        cp.async.ca.shared.global [%r3], [%rd9], 4, 4;
+        cp.async.commit_group;
+        setp.eq.b32 %p1, %r1, 0;
+        @%p1 bra $A;
+        cp.async.wait_group 0;
+        bar.sync 0;
+        bra $B;
+        $A: cp.async.wait_group 0;
+        bar.sync 0;
+        $B: xor.b32 %r5, %r0, 5;
+        shl.b32 %r5, %r5, 2;
+        add.s32 %r5, %r5, %r4;
+        ld.shared.b32 %r6, [%r5];
+        mad.wide.u32 %rd8, %r2, 4, %rd1;
+        st.global.b32 [%rd8], %r6;
+        """,
+        source,
+        out,
+        blocks=2,
+        shared=128,
+    )
+    assert out.tolist() == [n ^ 5 for n in range(64)]
+
+
+def test_copies_of_part_of_a_width_are_unknown():
+    found = fault(
+        "unknown instruction", COPY.format(size=2) + "cp.async.commit_group;", zeros(32), shared=128
+    )
+    assert found.thread == 0
+
+
 def test_a_copy_must_not_overtake_a_read():
     body = (
         SHARED
@@ -529,6 +587,20 @@ def test_views_of_one_tensor_are_one_memory():
     body = PLACE + "st.global.b32 [%rd9], %r0; ld.global.b32 %r4, [%rd1];"
     fault("race", body.format(threads=32), x, x[5:])
     assert x.data_ptr() != x[5:].data_ptr()
+
+
+def test_a_pointer_is_of_the_tensor_that_begins_there():
+    memory = Memory()
+    for address, size, name in (
+        (1000, 100, "all"),
+        (1000, 40, "first"),
+        (1040, 60, "second"),
+        (1050, 4, "part"),
+    ):
+        memory.add(address, size, name)
+    found = {address: memory.find(address) for address in (1000, 1040, 1044, 1051, 1099, 1100)}
+    names = {address: one and one.name for address, one in found.items()}
+    assert names == {1000: "all", 1040: "second", 1044: "second", 1051: "part", 1099: "second", 1100: None}
 
 
 def test_the_seed_decides_the_order_of_blocks():
