@@ -98,4 +98,6 @@ class Captured:
 
 def in_words(captured: bool) -> str:
     """For the log."""
-    return "captured as one CUDA graph, with the augmentation" if captured else "not captured"
+    if not captured:
+        return "not captured as a CUDA graph"
+    return "captured as one CUDA graph, with the augmentation"

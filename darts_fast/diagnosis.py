@@ -24,10 +24,6 @@ class Diagnosis(NamedTuple):
     entropy: float
     none: float  # softmaxed alpha of `none`, the mean over edges; 0 where no edge has it
 
-    def in_words(self) -> str:
-        found = ", ".join(f"{count} {kind}" for kind, count in self.operations.items() if count)
-        return f"{found}; entropy {self.entropy:.3f}, none {self.none:.1%}"
-
     def scalars(self) -> dict[str, float]:
         return {**self.operations, "entropy": self.entropy, "none": self.none}
 

@@ -1,4 +1,4 @@
-"""Exports a trained network, to be used without its training: python -m darts_fast.export augments/digits"""
+"""Exports a trained network, to be used without its training: darts-fast export augments/digits"""
 
 import dataclasses
 import importlib.util

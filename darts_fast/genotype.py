@@ -1,6 +1,7 @@
 """Genotype: the discrete architecture that a search ends in, and what a valid one is."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -180,14 +181,15 @@ def _plain(fragment: Any) -> Any:
 
 
 def in_short(gene: Gene) -> str:
-    """A cell in a line of a terminal, for people: `sep3x3 0, skip 1 | max3x3 0, dil5x5 2 | ...`."""
+    """A cell in a line of a terminal, for people: `sep3 0, skip 1 | max3 0, dil5 2 | ...`, an operation and
+    the state that it reads, the nodes parted by bars."""
     return " | ".join(", ".join(f"{_short_name(name)} {source}" for name, source in node) for node in gene)
 
 
 def _short_name(operation: str) -> str:
     for part in ("_connect", "_conv", "_pool", "_"):
         operation = operation.replace(part, "")
-    return operation
+    return re.sub(r"(\d)x\1$", r"\1", operation)  # a square kernel by its side
 
 
 def derive(

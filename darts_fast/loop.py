@@ -683,7 +683,7 @@ class Loop(ABC):
         self.folder.text("config", 0, "\n".join(markdown_table(("setting", "value"), values.items())))
         default = dataclasses.asdict(type(self.config)().resolved(self.dataset.name))
         given = [
-            f"{name} = {value}"
+            f"{name} = {value}" if len(str(value)) <= 60 else f"{name} = {str(value)[:57]}..."
             for name, value in settings.items()
             if value != default[name] and name not in ("name", "genotype")
         ]
@@ -697,7 +697,7 @@ class Loop(ABC):
             self._compile_kernels()
             lines["traffic of a step"] = self.traffic()
         for what, value in lines.items():
-            self.folder.log(f"    {what}: {value}")
+            self.folder.log(f"    {what}: {value}", stamp=False)
 
     def _read_metrics(self) -> None:
         """Brings the steps since the last call from the device and records them.
@@ -736,8 +736,8 @@ class Loop(ABC):
         self.folder.scalars(
             self.steps_done,
             {
-                "time/seconds_per_step": self.seconds_per_step,
-                "time/images_per_second": self.images_per_second,
+                "x_time/seconds_per_step": self.seconds_per_step,
+                "x_time/images_per_second": self.images_per_second,
             },
         )
         self.unread.clear()

@@ -31,7 +31,7 @@ def in_words(amp: bool, found: torch.dtype | None) -> str:
     """What `activations` gave for `amp`, for the log."""
     if found is not None:
         return f"{type_name(found)} activations in the cells, all else float32"
-    return "float32" + (": in 2 bytes a step is slower on a CPU; --amp_dtype takes it all the same" * amp)
+    return "float32" + (" (half precision is slower on a CPU; --amp_dtype forces it)" * amp)
 
 
 def type_name(dtype: torch.dtype) -> str:

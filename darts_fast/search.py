@@ -38,6 +38,10 @@ SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION, NO
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, noise
 
+# TensorBoard sorts groups of tags by name: train and val come first, then what an epoch says of its cells,
+# and last the alphas, of which there are 224 in the paper's space.
+CELLS, LAST = "x_cells", "z_"
+
 MIDDLE = curvature.WINDOW // 2  # of the earlier window: the epoch that `stop_at_eigenvalue` goes back to
 
 
@@ -725,67 +729,66 @@ class Search(Loop):
         return tuple(found.values())
 
     def _diagnose(self, genotype: Genotype | Cell, epoch: int) -> None:
-        values: dict[tuple[str, str], float] = {}
+        found = {}
         for alphas, p in zip(self.network.ALPHAS, self._probabilities(torch.float64), strict=True):
             name = alphas.removeprefix("alphas_")
             gene = getattr(genotype, name)
-            found = diagnosis(gene, p, self.cells.names)
-            self.folder.log(f"{name} cell: {in_short(gene)}")
-            self.folder.log(f"    {found.in_words()}")
-            if found.collapsed:
+            found[name] = diagnosis(gene, p, self.cells.names)
+            self.folder.log(f"    {name}: {in_short(gene)}", stamp=False)
+        costs = self._costs(genotype)
+        said = ["entropy " + ", ".join(f"{of_kind.entropy:.3f}" for of_kind in found.values())]
+        if "none" in self.cells.names.candidates:
+            said.append("none " + ", ".join(f"{of_kind.none:.1%}" for of_kind in found.values()))
+        if costs:
+            macs, expected = (f"{value / 1e6:.2f} M" for value in costs.values())
+            said.append(f"multiply-adds {macs} (expected {expected})")
+        self.folder.log("    " + "; ".join(said), stamp=False)
+        for name, of_kind in found.items():
+            if of_kind.collapsed:
                 self.folder.log(
                     f"{name} cell looks collapsed: half of its operations or more are skip connections; "
                     "compare the genotypes of earlier epochs"
                 )
-            values |= {(name, what): value for what, value in found.scalars().items()}
-        self.folder.metrics(
-            epoch=epoch,
-            step=self.steps_done,
-            genotype=genotype.as_json(),
-            **{f"{name}_{what}": value for (name, what), value in values.items()},
-            **self._costs(genotype),
-        )
-        self.folder.scalars(
-            self.steps_done, {f"{name}_cell/{what}": value for (name, what), value in values.items()}
-        )
+        values = {
+            f"{name}_{what}": value
+            for name, of_kind in found.items()
+            for what, value in of_kind.scalars().items()
+        } | costs
+        self.folder.metrics(epoch=epoch, step=self.steps_done, genotype=genotype.as_json(), **values)
+        self.folder.scalars(self.steps_done, {f"{CELLS}/{name}": value for name, value in values.items()})
 
     def _costs(self, genotype: Any) -> dict[str, float]:
-        """Multiply-adds of the genotype's network and expected ones, by their names in metrics.jsonl."""
+        """Multiply-adds of the genotype's network at the search's own size, and expected ones, by their names
+        in metrics.jsonl."""
         if self.cost is None or self.search_step.cost is None:
             return {}
         with torch.no_grad():
             expected = float(self.search_step.cost.expected(*self.network.probabilities()))
-        own = self.cost.of(genotype, self.space)
-        self.folder.log(
-            f"multiply-adds at this size: {own / 1e6:.2f} M of the genotype, {expected / 1e6:.2f} M expected "
-            "under the softmaxed alphas"
-        )
-        self.folder.scalars(self.steps_done, {"macs/genotype": own, "macs/expected": expected})
-        return {"macs": own, "expected_macs": expected}
+        return {"macs": self.cost.of(genotype, self.space), "expected_macs": expected}
 
     def _record_alphas(self, step: int) -> None:
         values = {}
         for name, rows in zip(self.network.ALPHAS, self._probabilities(), strict=True):
             for edge, row in zip(self.cells.names.edges, rows.tolist(), strict=True):
                 for candidate, value in zip(self.cells.names.candidates, row, strict=True):
-                    values[f"{name}/{edge}/{candidate}"] = value
+                    values[f"{LAST}{name}/{edge}/{candidate}"] = value
         if isinstance(self.network, Supernet):
             for name, of_edges in zip(self.network.BETAS, self.network.edge_weights(), strict=True):
                 if of_edges is not None:
                     for edge, value in zip(self.cells.names.edges, of_edges.tolist(), strict=True):
-                        values[f"{name}/{edge}"] = value
+                        values[f"{LAST}{name}/{edge}"] = value
         self.folder.scalars(step, values)
 
     def _draw(self, genotype: Any, epoch: int) -> None:
         for name, p in zip(self.network.ALPHAS, self._probabilities(), strict=True):
             title = f"{name}, epoch {epoch}"
             self.draw(
-                f"{name}/heat_map",
+                f"{CELLS}/{name}",
                 f"EP{epoch:02d}-{name}.png",
                 partial(plot.alpha_heat_map, p.cpu().numpy(), title, self.cells.names),
             )
         picture = partial(self.cells.picture, genotype, f"epoch {epoch}")
-        self.draw("genotype", f"EP{epoch:02d}-genotype.png", picture)
+        self.draw(f"{CELLS}/genotype", f"EP{epoch:02d}-genotype.png", picture)
 
 
 def check_split(config: SearchConfig, dataset: Dataset) -> None:

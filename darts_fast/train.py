@@ -506,7 +506,9 @@ class Training(Loop):
         cells = "PyTorch's operations"
         if config.fused:
             dtype = activations or torch.float32
-            cells = f"fused, kernels: {kernels_on(self.device, dtype)}; 1x7 convolutions: ATen"
+            cells = f"fused, kernels: {kernels_on(self.device, dtype)}"
+            if "conv_7x1_1x7" in str(self.genotype):
+                cells += "; 1x7 convolutions: ATen"
         return {
             "device": environment(config.device)["device"],
             "cells": cells,

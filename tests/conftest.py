@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -166,14 +167,15 @@ def events(folder):
     found = []
     for event in EventFileLoader(str(folder / EVENTS)).Load():
         for value in event.summary.value:
-            if not value.tag.startswith("time/") and value.metadata.plugin_data.plugin_name == "scalars":
+            if not value.tag.startswith("x_time/") and value.metadata.plugin_data.plugin_name == "scalars":
                 found.append((event.step, value.tag, value.tensor.float_val[0]))
     return found
 
 
 def log_lines(folder):
     """The log without what may differ: times, names, and that it was resumed."""
-    lines = [line.split(" | ", 1)[-1] for line in next(folder.glob("*.log")).read_text().splitlines()]
+    stamp = re.compile(r"^\d\d/\d\d \d\d:\d\d:\d\d \| ")
+    lines = [stamp.sub("", line) for line in next(folder.glob("*.log")).read_text().splitlines()]
     kept = [
         line
         for line in lines

@@ -257,8 +257,8 @@ def test_a_search_stopped_and_resumed_gives_the_same_bits(order, data, in_tmp, s
     assert kept["final"]["genotype"] == of_cells[-1]["genotype"]
     assert {"EP01-genotype.png", "EP02-alphas_normal.png"} <= set(os.listdir(whole.path / "plots"))
     tags = {tag for _, tag, _ in events(whole.path)}
-    assert len([tag for tag in tags if tag.startswith("alphas_normal/")]) == 30
-    assert "alphas_normal/1 to 2/nor_conv_3x3" in tags
+    assert len([tag for tag in tags if tag.startswith("z_alphas_normal/")]) == 30
+    assert "z_alphas_normal/1 to 2/nor_conv_3x3" in tags
 
 
 def test_the_orders_differ(data, in_tmp):

@@ -87,7 +87,7 @@ def test_amp_alone_is_float32_on_a_cpu_and_says_so(data, in_tmp):  # noqa: F811
     config = SearchConfig(**{**SETTINGS, "epochs": 1}, fused=True, amp=True)
     folder = search(config, data).path
     log = next(folder.glob("*.log")).read_text()
-    assert "precision: float32: in 2 bytes a step is slower on a CPU" in log
+    assert "precision: float32 (half precision is slower on a CPU" in log
     assert "step: not captured" in log
 
 

@@ -168,11 +168,12 @@ def test_every_step_is_recorded_once(undisturbed):
     tags = {tag for _, tag, _ in events(path)}
     assert {"train/lr", "train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} <= tags
     of_cells = {
-        f"{cell}_cell/{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
-    }
-    assert of_cells <= tags
-    assert {"macs/genotype", "macs/expected", "alphas_normal/c_k-1 to 2/sep_conv_5x5"} <= tags
-    assert len(tags) == 9 + len(of_cells) + 2 * 14 * 8
+        f"x_cells/{cell}_{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
+    } | {"x_cells/macs", "x_cells/expected_macs"}
+    assert of_cells <= tags and "z_alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags
+    assert len(tags) == 7 + len(of_cells) + 2 * 14 * 8
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags)))  # as TensorBoard shows them
+    assert groups == ["train", "val", "x_cells", "z_alphas_normal", "z_alphas_reduce"]
     assert sorted({step for step, tag, _ in events(path) if tag == "train/loss"}) == list(range(1, 9))
 
 
@@ -209,7 +210,7 @@ def test_what_each_epoch_says_of_its_cells(undisturbed):
     p = alphas.exp() / alphas.exp().sum(1, keepdim=True)
     assert rows[-1]["reduce_entropy"] == pytest.approx(float(-(p * p.log()).sum(1).mean()))
     assert rows[-1]["reduce_none"] == pytest.approx(float(p[:, 0].mean()))
-    assert sum(line.startswith(("normal cell: ", "reduce cell: ")) for line in log) == 4
+    assert sum(line.startswith(("    normal: ", "    reduce: ")) for line in log) == 4
 
 
 @pytest.mark.parametrize("collapse", [1, 2, 3, 4])
