@@ -26,7 +26,14 @@ settings.load_profile("darts_fast")
 
 if not torch.cuda.is_available():
     # Triton's kernels run under its interpreter here; read when they are decorated, so before any import.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole", action="store_true", help="of tests/ptx, everything, in place of what CI has time for"
+    )
+
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -200,12 +200,22 @@ def sum_of_rows(p_rows, rows, stride, o_c, m_c, BLOCK_C: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
+def sum_of_products(b_a, b_b):
+    """Returns the sums over positions of a b [BLOCK_C]. The zero changes no bit of a product. Without it the
+    compiler may add the products of two threads by a multiply-add, in which each thread leaves its own
+    unrounded: they then hold two numbers where both should hold the same one, and either may be stored."""
+    return tl.sum(b_a * b_b + 0.0, axis=0)
+
+
+@triton.jit
 def store_statistics(p_tile, b_y, m_p, count, o_c, m_c, C: tl.constexpr):
     """Stores the tile's mean and sum of squares about it, for `merge_statistics`; rows beyond m_p are 0."""
     b_mean = tl.sum(b_y, axis=0) / count  # [BLOCK_C]
-    b_d = tl.where(m_p[:, None], b_y - b_mean[None, :], 0.0)  # [BLOCK_P, BLOCK_C]
+    b_d = b_y - b_mean[None, :]  # [BLOCK_P, BLOCK_C]
+    # Chosen behind the product, for the reason of `sum_of_products`; a square is no -0, so its zero would go.
+    b_squares = tl.where(m_p[:, None], b_d * b_d, 0.0)
     tl.store(p_tile + o_c, b_mean, mask=m_c)
-    tl.store(p_tile + C + o_c, tl.sum(b_d * b_d, axis=0), mask=m_c)
+    tl.store(p_tile + C + o_c, tl.sum(b_squares, axis=0), mask=m_c)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from darts_fast.kernels.triton.launch import (
     norms_of,
     pick,
     row_stride,
+    sum_of_products,
     sum_of_rows,
     weights_row,
 )
@@ -371,7 +372,7 @@ def mix_tangent_kernel(
         for k in tl.static_range(len(p_candidates)):
             if not NORMS[k]:
                 b_yd = tl.load(p_tangents[k] + i_first * C + o, mask=m, other=0.0).to(ACC)
-                tl.store(p_tile, tl.sum(b_yd * b_g, axis=0), mask=m_c)
+                tl.store(p_tile, sum_of_products(b_yd, b_g), mask=m_c)
                 p_tile += C
         tl.debug_barrier()
     b_total = tl.zeros([BLOCK_P, BLOCK_C], ACC)

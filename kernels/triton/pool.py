@@ -16,6 +16,7 @@ from darts_fast.kernels.triton.launch import (
     norms_of,
     row_stride,
     store_statistics,
+    sum_of_products,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import Case, tile
@@ -119,13 +120,13 @@ def pool_fwd_kernel(
                 b_mean, b_r = load_normalizer(p_means[i], p_rs[i], NORMS[i], o_c, m_c, ACC)
                 b_y = tl.load(p_pools[i] + o_out, mask=m_out, other=0.0).to(ACC)
                 tl.store(p_tile, tl.sum(b_yd, axis=0), mask=m_c)
-                tl.store(p_tile + row, tl.sum(b_yd * (b_y - b_mean[None, :]), axis=0) * b_r, mask=m_c)
+                tl.store(p_tile + row, sum_of_products(b_yd, b_y - b_mean[None, :]) * b_r, mask=m_c)
                 p_tile += 2 * row
                 for j in tl.static_range(len(p_adjoints)):
                     if (j >= READERS[0]) == (i == 1):
                         o_g = i_first * G_ROWS[j] + (o_t[:, None] * G_ROWS[j] + o_c[None, :])
                         b_g = tl.load(p_adjoints[j] + o_g, mask=m_out, other=0.0).to(ACC)
-                        tl.store(p_tile, tl.sum(b_yd * b_g, axis=0), mask=m_c)
+                        tl.store(p_tile, sum_of_products(b_yd, b_g), mask=m_c)
                         p_tile += row
         if last_program(p_counters + tl.program_id(1), tiles):
             p_rows = p_partials

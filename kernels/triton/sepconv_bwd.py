@@ -13,6 +13,7 @@ from darts_fast.kernels.triton.launch import (
     load_affine,
     load_normalizer,
     pick,
+    sum_of_products,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import tile
@@ -107,7 +108,7 @@ def sepconv_bwd_kernel(
     stride = tl.cast(entries * tiles, tl.int64) * C
     if SUMS:
         tl.store(p_tile, tl.sum(b_adjoint, axis=0), mask=m_c)
-        tl.store(p_tile + stride, tl.sum(b_adjoint * b_u, axis=0), mask=m_c)
+        tl.store(p_tile + stride, sum_of_products(b_adjoint, b_u), mask=m_c)
     for k in tl.static_range(len(TERM_SOURCES)):
         m_term = m & (i_source == TERM_SOURCES[k])
         o_term = i_first * TERM_ROWS[k] + (o_t[:, None] * TERM_ROWS[k] + o_c[None, :])

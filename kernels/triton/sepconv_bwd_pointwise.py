@@ -16,6 +16,7 @@ from darts_fast.kernels.triton.launch import (
     norms_of,
     pick,
     row_stride,
+    sum_of_products,
     sum_of_rows,
     weights_row,
 )
@@ -211,7 +212,7 @@ def sepconv_bwd_pointwise_kernel(
                 b_a = tl.where(m & ~(b_a < 0.0), b_a, 0.0)  # [BLOCK_P, BLOCK_C]
                 b_d = tl.load(p_d + o_c * (kernel * kernel) + i_tap, mask=m_d, other=1.0).to(ACC)
                 b_forward += b_a * b_d[None, :]
-                b_sum = tl.sum(b_z * b_a, axis=0)  # [BLOCK_C]
+                b_sum = sum_of_products(b_z, b_a)  # [BLOCK_C]
                 b_dd += tl.where(o_tap[:, None] == i_tap, b_sum[None, :], 0.0)
             b_dp += dot(tl.trans(b_y.to(element)), b_forward.to(element), ACC)
     if WEIGHTS:

@@ -18,6 +18,7 @@ from darts_fast.kernels.triton.launch import (
     pick,
     row_stride,
     store_statistics,
+    sum_of_products,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import positions, power_of_two, warps
@@ -162,10 +163,10 @@ def sepconv_fwd_kernel(
         b_h = tl.load(pick(p_own, i_task) + i_first * OWN_ROW + o_own, mask=m_own, other=0.0).to(ACC)
         p_tile = p_partials + (tl.cast(i_task, tl.int64) * 3 * tiles + i_tile) * K + o_k
         tl.store(p_tile, tl.sum(b_y, axis=0), mask=m_k)
-        b_sum = tl.sum(b_y * (b_h - b_mean[None, :]), axis=0) * b_r
+        b_sum = sum_of_products(b_y, b_h - b_mean[None, :]) * b_r
         tl.store(p_tile + tiles * K, b_sum, mask=m_k)
         b_g = tl.load(pick(p_adjoints, i_task) + i_first * g_row + o_g, mask=m_own, other=0.0).to(ACC)
-        tl.store(p_tile + 2 * tiles * K, tl.sum(b_y * b_g, axis=0), mask=m_k)
+        tl.store(p_tile + 2 * tiles * K, sum_of_products(b_y, b_g), mask=m_k)
         if last_program(p_counters + i_task, tiles):
             p_sums, sum_row = pick(p_own_sums, i_task), pick(SUM_ROWS, i_task)
             for i_sum in tl.static_range(3):
