@@ -39,6 +39,7 @@ def alphas(search: Search) -> Tensor:
 def searches(dataset: str, args: argparse.Namespace) -> dict[str, Search]:
     """By name, the reference first."""
     data = load(dataset, args.data_path)
+    assert isinstance(data.images, Tensor)
     data = dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
     variants: dict[str, dict[str, Any]] = {REFERENCE: {}, MOVED: {}, "fused, float32": {"fused": True}}
     variants |= {f"fused, {name}": {"fused": True, "amp_dtype": name} for name in args.amp_dtype}

@@ -109,6 +109,7 @@ def product(form: Form, network: Supernet, train: Batch, validation: Batch) -> T
 
 def digits(batch_size: int, batches: int) -> list[Batch]:
     dataset = read_data(SearchConfig(), None)
+    assert isinstance(dataset.images, Tensor)
     mean, std = channel_statistics(dataset.images)
     images = (dataset.images.double() - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
     images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1)

@@ -99,6 +99,7 @@ def images_of(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """The first images of CIFAR-10, uint8 [images, 3, side, side], each pixel the mean of a square, and their
     labels [images]."""
     data = load("cifar10", args.data_path)
+    assert isinstance(data.images, Tensor)
     if not 4 <= args.images <= len(data.images):
         raise InputError(f"--images must be from 4 to {len(data.images)}, not {args.images}")
     images = avg_pool2d(data.images[: args.images].float(), 32 // args.side)

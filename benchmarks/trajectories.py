@@ -40,6 +40,7 @@ def alphas(search: Search) -> Tensor:
 
 def made(args: argparse.Namespace, kind: str, seed: int, copy: int = 0) -> Search:
     data = load("cifar10", args.data_path)
+    assert isinstance(data.images, Tensor)
     data = dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
     config = SearchConfig(
         dataset="cifar10",

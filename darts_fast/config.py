@@ -30,6 +30,8 @@ SKIPS: Check = (lambda value: 1 <= value <= 8, "from 1 to 8")
 LAYERS: Check = (lambda value: 3 <= value <= 1000, "from 3 (normal and reduction cells) to 1000")
 NASBENCH201_LAYERS: Check = (lambda value: 1 <= value <= 1000, "from 1 (cell a stage) to 1000")
 IMAGE_SIZE: Check = (lambda value: 8 <= value <= 1024 and value % 4 == 0, "divisible by 4, from 8 to 1024")
+UP_TO_1: Check = (lambda value: 0 <= value <= 1, "from 0 to 1")
+WORKERS: Check = (lambda value: 0 <= value <= 1000, "from 0 to 1000")
 PORTION: Check = (lambda value: 0 < value <= 1, "above 0, at most 1")
 SEED: Check = (lambda value: value >= 0, "from 0 to 4294967295")
 
@@ -82,6 +84,20 @@ class Config:
         IMAGE_SIZE,
         shown="folder 32, with the ImageNet stem 224; other data sets have their own",
     )
+    stream: bool = option(
+        False,
+        "leave the images of the data set folder in their files, and decode every batch when it is needed; "
+        "without it only where they would take more than half of the memory",
+    )
+    workers: int = option(
+        4, "processes that decode the images of a stream (a search has two); 0: the program itself", WORKERS
+    )
+    color_jitter: float = option(
+        0.0,
+        "with stream: by how much brightness, contrast and saturation of the training images are changed at "
+        "random, 0 to 1, and the hue by half of it; ImageNet's is 0.4",
+        UP_TO_1,
+    )
     device: str = option(None, "cpu, cuda or cuda:N", shown="cuda where there is one, else cpu")
     fused: bool = option(False, "compute the cells by kernels: the same run, faster")
     amp: bool = option(False, "with fused: activations in 2 bytes (on a CPU, where that is slower: float32)")
@@ -133,6 +149,10 @@ class Config:
             raise InputError(
                 f"image_size is for the data set folder only; images of {self.dataset} keep their size"
             )
+        if self.stream and self.dataset.lower() != "folder":
+            raise InputError(f"stream is for the data set folder only; {self.dataset} is read into memory")
+        if self.color_jitter and not self.stream:
+            raise InputError("color_jitter is for images that are streamed: give --stream, too")
 
     def sizes(self, dataset: str) -> dict[str, Any]:
         """The data set's values of what is None."""

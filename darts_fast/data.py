@@ -1,13 +1,42 @@
-"""A data set as uint8 tensors on the device; batches are cut, augmented and normalised there."""
+"""A data set as uint8 tensors on the device; batches are cut, augmented and normalised there. (Images that
+stay in their files are in `stream`.)"""
 
+import os
 import zlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from darts_fast.errors import InputError
+
+Walk = Generator[tuple[Tensor, Tensor], None, None]  # images and labels, batch by batch; can be closed
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files in place of a tensor of images [N, 3, image_size, image_size]: each is decoded when a batch
+    needs it.
+
+    names: paths relative to `root`, as one array of bytes (N x the longest of them), which worker processes
+    share: a list of Python's strings each of them would come to copy.
+    """
+
+    root: Path
+    names: np.ndarray
+    image_size: int
+    dtype: ClassVar[torch.dtype] = torch.uint8
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.names), 3, self.image_size, self.image_size))
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.names[index])
 
 
 @dataclass(frozen=True)
@@ -16,17 +45,19 @@ class Dataset:
 
     images, test_images: uint8 [N, channels, height, width]; labels, test_labels: int64 [N], from 0 to
     classes - 1. A search never sees the test split. `crop_padding` is the number of black pixels that a
-    random crop may shift the image by; `flip` says whether a mirrored image is still of its class.
+    random crop may shift the image by; `flip` says whether a mirrored image is still of its class. Images may
+    also be files, of both splits then: `streamed` says why.
     """
 
     name: str
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | ImageFiles
     test_labels: Tensor
     classes: int
     crop_padding: int
     flip: bool
+    streamed: str | None = None
 
 
 def from_tensors(
@@ -117,6 +148,8 @@ class Batches:
         generator: of `device`; every random number of the augmentation comes from it.
     """
 
+    waited = 0.0  # seconds in which `picked` waited for images: none, they are in memory
+
     def __init__(
         self,
         images: Tensor,
@@ -140,13 +173,23 @@ class Batches:
         return order.to(self.images.device)
 
     def cut(self, indices: Tensor, augment: bool) -> tuple[Tensor, Tensor]:
-        """The images (float32, normalised) and labels of these indices (int64 [n], of `placed`)."""
-        images, labels = self.pick(indices)
+        """The images (float32, normalised) and labels of these indices (int64 [n])."""
+        ((images, labels),) = self.picked(indices, [range(len(indices))])
         return self.prepared(images, augment), labels
 
-    def pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The images (uint8) and labels of these indices (int64 [n], of `placed`), on the device."""
-        return self._on_device(self.images[indices]), self._on_device(self.labels[indices])
+    def picked(self, order: Tensor, parts: Sequence[range], seed: tuple[int, ...] | None = None) -> Walk:
+        """The images (uint8) and labels of each part of an order (int64 [N]), one part after the other, on
+        the device.
+
+        Args:
+            parts: consecutive positions in the order; may be empty.
+            seed: only for images in files, which are augmented on the host: what their random numbers depend
+                on, besides the position. None: they are not augmented.
+        """
+        order = self.placed(order)
+        for part in parts:
+            indices = order[part.start : part.stop]
+            yield self._on_device(self.images[indices]), self._on_device(self.labels[indices])
 
     def prepared(self, images: Tensor, augment: bool) -> Tensor:
         """Images that were picked, normalised (float32), and augmented first if they are to be.
@@ -214,6 +257,18 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(deviations)
 
 
+# Of ImageNet's training images, as torchvision's networks take them, in pixel values
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def statistics_of(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """`channel_statistics` of the training images; ImageNet's where they are files, not all of which are read
+    for it."""
+    if isinstance(dataset.images, Tensor):
+        return channel_statistics(dataset.images)
+    return torch.tensor(IMAGENET_MEAN, dtype=torch.float64), torch.tensor(IMAGENET_STD, dtype=torch.float64)
+
+
 def seeded(device: torch.device | str, *seed: int) -> torch.Generator:
     """A generator whose stream depends on nothing but the numbers in `seed` (and the kind of device)."""
     return reseeded(torch.Generator(device), *seed)
@@ -254,8 +309,10 @@ def permutation(size: int, *seed: int) -> Tensor:
 
 
 def fingerprint(dataset: Dataset) -> int:
-    """A checksum of all images and labels: is a run resumed on the data it began with?"""
+    """A checksum of all images and labels: is a run resumed on the data it began with? Of images in files it
+    is that of their names, so that a damaged one can be replaced."""
     checksum = 0
-    for tensor in (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels):
-        checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
+    for content in (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels):
+        array = content.contiguous().numpy() if isinstance(content, Tensor) else content.names
+        checksum = zlib.crc32(array.tobytes() if array.dtype.kind == "S" else array.data, checksum)
     return checksum

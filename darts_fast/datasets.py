@@ -6,12 +6,13 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +20,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from darts_fast.config import FOLDER_IMAGE_SIZE, Config
-from darts_fast.data import Dataset, from_tensors
-from darts_fast.errors import InputError, first_line
+from darts_fast.data import Dataset, ImageFiles, from_tensors
+from darts_fast.distributed import local_world_size
+from darts_fast.errors import DamagedImage, InputError, first_line
 
 
-def load(name: str, path: str | Path, image_size: int | None = None) -> Dataset:
+def load(name: str, path: str | Path, image_size: int | None = None, stream: bool | None = False) -> Dataset:
     """The data set of that name (any case), from files below `path`.
 
-    `image_size` is the side of the square images of `folder` (None: 32); other data sets have their own.
+    Args:
+        image_size: the side of the square images of `folder` (None: 32); other data sets have their own.
+        stream: whether the images of `folder` stay in their files; None: where they would take more than
+            half of the memory.
 
     Raises:
         InputError: no such data set, or its files are absent or damaged and cannot be downloaded.
     """
     path = Path(os.path.expanduser(path))  # unlike Path's, it leaves what it does not know as it is
     if name.lower() == "folder":
-        return _folder(path, image_size or FOLDER_IMAGE_SIZE)
+        return _folder(path, image_size or FOLDER_IMAGE_SIZE, stream)
     if name.lower() not in READERS:
         names = [*READERS, "folder"]
         likely = difflib.get_close_matches(name.lower(), names, n=1)
@@ -43,7 +48,8 @@ def load(name: str, path: str | Path, image_size: int | None = None) -> Dataset:
 
 
 def read_data(config: Config, data: tuple[Tensor, ...] | None, resumed: str | Path | None = None) -> Dataset:
-    """The user's own tensors as in `from_tensors`, or else the data set that the settings name.
+    """The user's own tensors as in `from_tensors`, or else the data set that the settings name. A new run
+    streams where the data do not fit in memory; one that is resumed only where it began with it.
 
     Raises:
         InputError: it cannot be read; or the run folder that is `resumed` began with the other kind.
@@ -56,7 +62,10 @@ def read_data(config: Config, data: tuple[Tensor, ...] | None, resumed: str | Pa
             if data is None
             else f"{resumed} began with {config.dataset}, so it takes no data"
         )
-    return load(config.dataset, config.data_path, config.image_size) if data is None else from_tensors(*data)
+    if data is not None:
+        return from_tensors(*data)
+    stream = config.stream or (None if resumed is None else False)
+    return load(config.dataset, config.data_path, config.image_size, stream)
 
 
 def _digits(path: Path) -> Dataset:
@@ -217,22 +226,27 @@ def _bring(name: str, files: dict[Path, str], download: Callable[[], object]) ->
 
 # A person's own images
 
-LAYOUT = "images belong in train/CLASS/ and test/CLASS/, or all in CLASS/, below the folder of --data_path"
+LAYOUT = (
+    "images belong in train/CLASS/ and test/CLASS/ (or val/CLASS/), or all in CLASS/, below the folder of "
+    "--data_path"
+)
 # Pillow knows more formats; one of them, PostScript, would be run as a program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 DECODED_AT_ONCE = 1024  # files handed to the threads together; bounds what waits in memory
 
 
-def _folder(path: Path, image_size: int) -> Dataset:
-    """Images in `train/CLASS/` and `test/CLASS/`; else in `CLASS/`, where a fifth of each class is the test
-    split, always the same. The classes are the names of the folders, sorted.
+def _folder(path: Path, image_size: int, stream: bool | None) -> Dataset:
+    """Images in `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`, as ImageNet's are); else in `CLASS/`,
+    where a fifth of each class is the test split, always the same. The classes are the names of the folders,
+    sorted.
     """
-    if os.path.isdir(path / "train") and os.path.isdir(path / "test"):
-        train, test = _class_files(path / "train"), _class_files(path / "test")
+    other = next((name for name in ("test", "val") if os.path.isdir(path / name)), None)
+    if other and os.path.isdir(path / "train"):
+        train, test = _class_files(path / "train"), _class_files(path / other)
         if train.keys() != test.keys():
             one_sided = sorted(train.keys() ^ test.keys())
             raise InputError(
-                f"{_shown(path)}: train and test must hold the same classes, and only one of them holds "
+                f"{_shown(path)}: train and {other} must hold the same classes, and only one of them holds "
                 f"{', '.join(map(_shown, one_sided))}"
             )
     else:
@@ -242,8 +256,10 @@ def _folder(path: Path, image_size: int) -> Dataset:
             tested = set(rng.permutation(len(files))[: len(files) // 5].tolist())
             train[name] = [file for i, file in enumerate(files) if i not in tested]
             test[name] = [file for i, file in enumerate(files) if i in tested]
-    images, labels = _read_images(train, image_size)
-    test_images, test_labels = _read_images(test, image_size)
+    why = "--stream" if stream else _too_large([*train.values(), *test.values()], image_size, stream)
+    read = partial(_image_files, root=path) if why else _read_images
+    images, labels = read(train, image_size=image_size)
+    test_images, test_labels = read(test, image_size=image_size)
     return Dataset(
         "folder",
         images,
@@ -253,7 +269,44 @@ def _folder(path: Path, image_size: int) -> Dataset:
         len(train),
         crop_padding=image_size // 8,
         flip=True,
+        streamed=why,
     )
+
+
+def _too_large(classes: list[list[Path]], image_size: int, stream: bool | None) -> str | None:
+    """Why images of that size are not read into memory, where that is asked (`stream` is None) and so."""
+    images = sum(map(len, classes))
+    needed, there = images * 3 * image_size**2, memory() / local_world_size()
+    if stream is False or needed <= there / 2:
+        return None
+    return (
+        f"{images:,} images of {image_size} x {image_size} would take {needed / 1e9:.3g} GB, more than half "
+        f"of the {there / 1e9:.3g} GB that a process has here"
+    )
+
+
+def memory() -> float:
+    """Bytes of this machine, or of its container where that has less; infinite where the system does not say.
+    It is not what is free now: a run shall do the same when it is begun again."""
+    found = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has none
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, versions 2 and 1
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(found)
+
+
+def _image_files(classes: dict[str, list[Path]], image_size: int, root: Path) -> tuple[ImageFiles, Tensor]:
+    """All files in the order of `classes`, and their labels, int64 [N]."""
+    names = [os.fsencode(file.relative_to(root)) for files in classes.values() for file in files]
+    return ImageFiles(root, np.array(names, dtype=np.bytes_), image_size), _labels(classes)
+
+
+def _labels(classes: dict[str, list[Path]]) -> Tensor:
+    """int64 [N], of all files in the order of `classes`."""
+    counts = [len(of_class) for of_class in classes.values()]
+    return torch.from_numpy(np.repeat(np.arange(len(classes)), counts)).long()
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
@@ -286,7 +339,6 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 def _read_images(classes: dict[str, list[Path]], image_size: int) -> tuple[Tensor, Tensor]:
     """uint8 [N, 3, image_size, image_size], and int64 [N], of all files in the order of `classes`."""
     files = [file for of_class in classes.values() for file in of_class]
-    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in classes.values()])
     try:
         images = np.empty((len(files), 3, image_size, image_size), np.uint8)
     except MemoryError as error:
@@ -294,42 +346,65 @@ def _read_images(classes: dict[str, list[Path]], image_size: int) -> tuple[Tenso
             f"{len(files)} images of {image_size} x {image_size} do not fit in memory; choose a smaller "
             "--image_size"
         ) from error
-    from PIL import Image
 
     with (
-        warnings.catch_warnings(),
+        only_bombs_warned_of(),
         ThreadPoolExecutor() as pool,
         tqdm(total=len(files), desc="reading images", unit="image", disable=None, leave=False) as bar,
     ):
-        warnings.simplefilter("ignore")  # of oddities in files that can be read
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), DECODED_AT_ONCE):
             some = files[start : start + DECODED_AT_ONCE]
             for index, image in enumerate(pool.map(partial(_read_image, size=image_size), some), start):
                 images[index] = image
                 bar.update()
-    return torch.from_numpy(images), torch.from_numpy(labels).long()
+    return torch.from_numpy(images), _labels(classes)
 
 
 def _read_image(file: Path, size: int) -> np.ndarray:
-    """uint8 [3, size, size]: turned as its EXIF says, to RGB (transparency is dropped; of 16 bits the upper
-    eight), the largest centred square resized (bilinear with antialiasing). Of an animation, the first frame.
+    """uint8 [3, size, size]: the largest centred square of `opened`, resized (bilinear with antialiasing).
 
     Raises:
-        InputError: the file is no image, damaged, or too large to be meant.
+        InputError: as `opened`.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+        image = ImageOps.fit(opened(file), (size, size), Image.Resampling.BILINEAR)
+    except DamagedImage as error:
+        raise InputError(f"{error}; repair or remove it") from error
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+@contextmanager
+def only_bombs_warned_of() -> Iterator[None]:
+    """Within, Pillow's warnings of oddities in files that can be read are not shown, and its warning of an
+    image too large to be meant is an error, as `opened` needs it."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def opened(file: Path) -> Any:
+    """An image file as Pillow's image of mode RGB: turned as its EXIF says; transparency is dropped; of 16
+    bits the upper eight, of an animation the first frame. Called within `only_bombs_warned_of`.
+
+    Raises:
+        DamagedImage: the file is no image, damaged, or too large to be meant.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file, formats=FORMATS) as lazy:
+            image = ImageOps.exif_transpose(lazy)
             if image.mode[0] in "IF":  # grey of more than 8 bits, which Pillow's conversion clips, not scales
                 pixels = np.asarray(image)
                 if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
                     raise ValueError("its pixels are neither of 8 nor of 16 bits")
                 image = Image.fromarray((pixels >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image).transpose(2, 0, 1)
+            return image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             reason = f"it has more than {Image.MAX_IMAGE_PIXELS} pixels"
@@ -337,9 +412,7 @@ def _read_image(file: Path, size: int) -> np.ndarray:
             reason = f"it is none of {', '.join(FORMATS)}"
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{_shown(file)} could not be read as an image ({reason}); repair or remove it"
-        ) from error
+        raise DamagedImage(f"{_shown(file)} could not be read as an image ({reason})") from error
 
 
 def _shown(path: str | Path) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from darts_fast.errors import InputError, RunError, first_line
 
 Result = TypeVar("Result")
+Images = TypeVar("Images", Tensor, range)
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 
@@ -42,6 +43,11 @@ def _variable(name: str) -> int:
 def world_size() -> int:
     """How many processes torchrun has started for this run; 1 without it."""
     return _variable("WORLD_SIZE") if all(name in os.environ for name in VARIABLES) else 1
+
+
+def local_world_size() -> int:
+    """How many of them torchrun has started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def refuse_ranks(what: str) -> None:
@@ -65,7 +71,7 @@ class Ranks:
 
     # A batch's images, shared out
 
-    def part(self, images: Tensor) -> Tensor:
+    def part(self, images: Images) -> Images:
         """This rank's consecutive part of a batch (its indices): parts differ by one image at most."""
         start, end = self._bounds(len(images))
         return images[start:end]
@@ -164,7 +170,8 @@ class Ranks:
             yield
         except (InputError, RunError) as error:
             own = error
-        text = b"" if own is None else f"{type(own).__name__[0]}{own}".encode()[:SENTENCE_BYTES]
+        letter = "I" if isinstance(own, InputError) else "R"
+        text = b"" if own is None else f"{letter}{own}".encode()[:SENTENCE_BYTES]
         padded = text.ljust(SENTENCE_BYTES, b"\0")
         found = self.gathered(torch.frombuffer(bytearray(padded), dtype=torch.uint8))
         for rank, content in enumerate(found):

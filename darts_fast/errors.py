@@ -20,6 +20,10 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+class DamagedImage(InputError):
+    """A file that cannot be read as an image. Where it is found in the middle of a run, the run is saved."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, as when its loss is no longer finite. The programs exit with 1."""
 

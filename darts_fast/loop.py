@@ -21,10 +21,20 @@ from tqdm import tqdm
 
 from darts_fast.capture import Captured
 from darts_fast.config import RunConfig, SearchConfig, TrainConfig
-from darts_fast.data import Batches, Dataset, channel_statistics, fingerprint, reseeded, restored, seeded
+from darts_fast.data import (
+    Batches,
+    Dataset,
+    ImageFiles,
+    Walk,
+    fingerprint,
+    reseeded,
+    restored,
+    seeded,
+    statistics_of,
+)
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
-from darts_fast.errors import InputError, RunError, first_line
+from darts_fast.errors import DamagedImage, InputError, RunError, first_line
 from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.process import freed_memory_kept, nothing_old_collected, within_quota
@@ -41,12 +51,14 @@ from darts_fast.runs import (
     writing,
 )
 from darts_fast.state import check_keys, check_number, check_state, copy_state, named_tensors
+from darts_fast.stream import Stream
 from darts_fast.tables import markdown_table
 
 MOVABLE = (
     "name",
     "device",
     "data_path",
+    "workers",
     "fused",
     "no_graph",
     "profile",
@@ -77,6 +89,8 @@ LATER_SETTINGS = {
     "macs_weight": 0.0,
     "macs_target": None,
     "train_portion": 1.0,
+    "stream": False,
+    "color_jitter": 0.0,
 }
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
@@ -126,10 +140,11 @@ class Loop(ABC):
         self.captured = config.fused and self.device.type == "cuda" and not config.no_graph
         self.augmentation_seed = self.of_this_rank(*augmentation_seed)
         self.augmentation = seeded(self.device, *self.augmentation_seed)
-        self.statistics = channel_statistics(dataset.images)
+        self.statistics = statistics_of(dataset)
         self.fingerprint = fingerprint(dataset)
         with refusing_what_does_not_fit(f"{dataset.name} as one tensor", self.device):
             self.batches = self._batches(dataset.images, dataset.labels)
+        self.walks: list[Walk] = []  # of this epoch
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
         self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
@@ -150,6 +165,7 @@ class Loop(ABC):
         with joined() as ranks:
             dataset = ranks.in_turn(lambda: read_data(config, data))
             with ranks.together():  # first: what cannot be made leaves no folder behind
+                config = dataclasses.replace(config, stream=dataset.streamed is not None)
                 run = cls._on(ranks.device(config.device), config, dataset, ranks)
             with RunFolder.create(run.config, run.dataset.name, parent, ranks) as run.folder:
                 run.config = dataclasses.replace(run.config, name=run.folder.path.name)
@@ -295,13 +311,27 @@ class Loop(ABC):
                 self.bar.total = self.steps_done
                 self.bar.refresh()
                 self._write_profile()
+            except DamagedImage as error:  # found before the step, or in an evaluation: nothing is half done
+                self._read_metrics()
+                self._save()
+                raise DamagedImage(
+                    f"{error}; the run was saved after {self.steps_done} steps: put an intact image in its "
+                    f"place and go on with {self.folder.path} by --resume"
+                ) from error
             except RuntimeError as error:
+                if str(error).startswith("DataLoader worker"):
+                    raise RunError(
+                        f"a process that decodes images has ended after step {self.steps_done} "
+                        f"({first_line(error)}); go on from the last checkpoint by --resume"
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 raise RunError(
                     f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
                     f"--batch_size, --init_channels or --layers ({first_line(error)})"
                 ) from error
+            finally:
+                self._end_walks()
         return self.result()
 
     def buffers(self, size: int) -> tuple[Tensor, Tensor]:
@@ -352,10 +382,19 @@ class Loop(ABC):
         """Those of which all ranks draw the same."""
         return ()
 
-    def batch_indices(self, order: Tensor) -> Tensor:
-        """The slice of an epoch's order that belongs to this step: this rank's part of it."""
-        start = self.step * self.config.batch_size
-        return self.ranks.part(order[start : start + self.config.batch_size])
+    def walk(self, order: Tensor, stream: int) -> Walk:
+        """This rank's part of every batch of this epoch, from this step on: images (uint8) and labels, on the
+        device. `order`: of the epoch's images, drawn from `stream` (the second number of a seed)."""
+        parts = batch_parts(len(order), self.config.batch_size, self.ranks)[self.step :]
+        found = self.batches.picked(order, parts, (self.config.seed, stream, self.epoch))
+        self.walks.append(found)
+        return found
+
+    def _end_walks(self) -> None:
+        """And their workers, before they have come to their ends."""
+        for walk in self.walks:
+            walk.close()
+        self.walks = []
 
     @property
     def batch_images(self) -> int:
@@ -417,9 +456,10 @@ class Loop(ABC):
                     )
 
     def _train_epoch(self) -> None:
+        self._end_walks()
         self.begin_epoch()
         lr = self.learning_rate()
-        self.read_at = time.perf_counter()
+        self._start_clock()
         while self.step < self.steps_per_epoch:
             with self.profiler.step() if self.profiler else nullcontext():
                 self.unread.append(self.take_step(lr))
@@ -427,6 +467,7 @@ class Loop(ABC):
             if not self.warm:  # the first step of a process makes what later ones find
                 self.warm, self.cold_steps = True, 1
                 self.cold_seconds = time.perf_counter() - self.read_at
+                self.batches.waited = 0.0
             if self.profiler and self.profiler.recorded == self.config.profile:
                 self._write_profile()
             self.bar.update()
@@ -477,7 +518,13 @@ class Loop(ABC):
         self.epoch, self.step, self.totals = self.epoch + 1, 0, [0.0] * 4
         self._save()
 
-    def _batches(self, images: Tensor, labels: Tensor) -> Batches:
+    def _batches(self, images: Tensor | ImageFiles, labels: Tensor) -> Batches:
+        if isinstance(images, ImageFiles):
+            config, statistics = self.config, self.statistics
+            return Stream(
+                images, labels, self.device, statistics, self.augmentation, config.cutout_length,
+                config.color_jitter, config.workers, self.ranks,
+            )  # fmt: skip
         return Batches(
             images,
             labels,
@@ -693,11 +740,26 @@ class Loop(ABC):
         self.folder.log(f"settings other than the defaults: {what}; all are in {CONFIG}")
         self.folder.log(f"{self.announcement()}; run folder {self.folder.path}")
         lines = self.engine()
+        if self.dataset.streamed is not None:
+            lines["images"] = self._streamed()
         if self.config.fused:
             self._compile_kernels()
             lines["traffic of a step"] = self.traffic()
         for what, value in lines.items():
             self.folder.log(f"    {what}: {value}", stamp=False)
+
+    def _streamed(self) -> str:
+        """That images are streamed, why and how, for the log."""
+        workers, jitter = self.config.workers, self.config.color_jitter
+        who = f"workers ({workers} for each stream)" if workers else "this process"
+        changed = f", color jitter {jitter}" if jitter else ""
+        return (
+            f"streamed from their files ({self.dataset.streamed}), decoded by {who}; "
+            f"random resized crop, flip{changed}"
+        )
+
+    def _start_clock(self) -> None:
+        self.read_at, self.batches.waited = time.perf_counter(), 0.0
 
     def _read_metrics(self) -> None:
         """Brings the steps since the last call from the device and records them.
@@ -732,16 +794,18 @@ class Loop(ABC):
         timed = timed or self.unread
         self.seconds_per_step = seconds / len(timed)
         self.images_per_second = sum(images for _, images in timed) / seconds
+        self.share_waited = min(1.0, self.batches.waited / seconds)
         self.cold_steps = 0
         self.folder.scalars(
             self.steps_done,
             {
                 "x_time/seconds_per_step": self.seconds_per_step,
                 "x_time/images_per_second": self.images_per_second,
+                **({"x_time/waiting_for_images": self.share_waited} if self.dataset.streamed else {}),
             },
         )
         self.unread.clear()
-        self.read_at = time.perf_counter()
+        self._start_clock()
 
     def epoch_means(self) -> Means:
         """Of this epoch's steps so far, on the augmented images."""
@@ -753,11 +817,12 @@ class Loop(ABC):
         loss, top1, top5 = self.epoch_means()
         left = self.seconds_per_step * (self.epochs * self.steps_per_epoch - self.steps_done)
         left += self.evaluation_seconds * (self.epochs - self.epoch)
+        waiting = f"{self.share_waited:.0%} waiting for images, " if self.dataset.streamed else ""
         self.bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}", refresh=False)
         self.folder.log(
             f"Epoch {self.epoch + 1}/{self.epochs} step {self.step}/{self.steps_per_epoch}  "
             f"loss {loss:.4f}, top-1 {top1:.2%}, top-5 {top5:.2%}  lr {self.learning_rate():.4f}  "
-            f"{self.seconds_per_step:.3g} s/step, {self.images_per_second:.0f} images/s, "
+            f"{self.seconds_per_step:.3g} s/step, {self.images_per_second:.0f} images/s, {waiting}"
             f"{duration(left)} left"
         )
 
@@ -812,17 +877,17 @@ def evaluated(
     network.train(training)
     network.noise_generator = seeded(batches.device, EVALUATION_NOISE, ranks.rank)
     sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
+    picked = batches.picked(order, batch_parts(len(order), batch_size, ranks))
     try:
-        for indices in batches.placed(order).split(batch_size):
-            part = ranks.part(indices)
-            if len(part):
-                images, labels = batches.cut(part, augment=False)
-                logits = network(images)
+        for images, labels in picked:
+            if len(images):
+                logits = network(batches.prepared(images, augment=False))
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 sums += torch.stack([loss, *hits(logits, labels)])
-            done += len(indices)
+            done = min(done + batch_size, len(order))
             after_batch(done)
     finally:
+        picked.close()
         network.noise_generator = drawn_from
     network.train(before)
     loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
@@ -862,6 +927,11 @@ def check_shares(batch_size: int, images: int, ranks: int) -> None:
 def batch_sizes(images: int, batch_size: int) -> list[int]:
     """Those of the batches that so many images are cut into, each once."""
     return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
+
+
+def batch_parts(images: int, batch_size: int, ranks: Ranks) -> list[range]:
+    """This rank's part of each batch that so many images are cut into, as positions; it may be empty."""
+    return [ranks.part(range(images)[start : start + batch_size]) for start in range(0, images, batch_size)]
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from darts_fast.config import ProtocolConfig, RunConfig
 from darts_fast.distributed import Ranks, connect, say_once, world_size
-from darts_fast.errors import InputError, RunError, one_line
+from darts_fast.errors import DamagedImage, InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json, read_tensors
 from darts_fast.state import check_keys, check_number
 
@@ -230,7 +230,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (RunError, Stopped)):  # the console has it from `run_program`
+        if isinstance(error, (RunError, DamagedImage, Stopped)):  # the console has it from `run_program`
             line = f"stopped and saved {error.where}" if isinstance(error, Stopped) else str(error)
             self._log.write(_stamped(line).encode() + b"\n")
         self.close()

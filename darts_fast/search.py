@@ -371,7 +371,8 @@ class Search(Loop):
         validation = self._shuffled(self.validation_half, VALIDATION_ORDER)
         # The two halves are walked together; a shorter validation half is walked again.
         validation = validation[torch.arange(len(train)) % len(validation)]
-        self.train_order, self.validation_order = map(self.batches.placed, (train, validation))
+        self.train_batches = self.walk(train, TRAIN_ORDER)
+        self.validation_batches = self.walk(validation, VALIDATION_ORDER)
         self._set_strengths()
 
     def _set_strengths(self) -> None:
@@ -390,10 +391,10 @@ class Search(Loop):
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         with phase("data"):
-            train = self.batches.pick(self.batch_indices(self.train_order))
+            train = next(self.train_batches)
             inputs = {"train_images": train[0], "train_labels": train[1]}
             if self.warm_up is None:
-                validation = self.batches.pick(self.batch_indices(self.validation_order))
+                validation = next(self.validation_batches)
                 inputs |= {"validation_images": validation[0], "validation_labels": validation[1]}
         self.search_step.lr.fill_(lr)
         images = self.batch_images
@@ -446,7 +447,7 @@ class Search(Loop):
         network.kept, network.added = self.network.kept, self.network.added
         network.noise_generator = seeded(self.device, self.config.seed, NOISE)
         indices = self.validation_half[: self.config.batch_size]
-        batch = self.batches.cut(self.batches.placed(indices), augment=False)
+        batch = self.batches.cut(indices, augment=False)
         loss = partial(network.loss, *batch, {"weights": network.flat_weights.detach()})
         found = curvature.largest_eigenvalue(loss, network.alphas(), self.config.seed, after_product)
         found = self.ranks.of_first(found)  # all ranks decide by the same number

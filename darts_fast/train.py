@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from darts_fast import architect, capture, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import TrainConfig, available_device
-from darts_fast.data import Batches, Dataset, check_for_network, fingerprint, permutation, seeded
+from darts_fast.data import Batches, Dataset, ImageFiles, check_for_network, fingerprint, permutation, seeded
 from darts_fast.datasets import read_data
 from darts_fast.derived import (
     SIZE_MULTIPLE,
@@ -43,6 +43,7 @@ from darts_fast.precision import LossScale, strict_float32
 from darts_fast.profiling import phase
 from darts_fast.runs import environment, read_config
 from darts_fast.state import check_keys, check_number, copy_state
+from darts_fast.stream import Stream
 
 # Streams of random numbers, told apart by the second number of a seed.
 TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT, NOISE = range(5)
@@ -135,7 +136,11 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
                 "or load it by darts_fast.load_network and test it on yours"
             )
         statistics = content["mean"], content["std"]
-        batches = Batches(dataset.test_images, dataset.test_labels, where, statistics, seeded(where, 0))
+        arguments = dataset.test_labels, where, statistics, seeded(where, 0)
+        if isinstance(dataset.test_images, ImageFiles):
+            batches: Batches = Stream(dataset.test_images, *arguments, workers=config.workers)
+        else:
+            batches = Batches(dataset.test_images, *arguments)
         order = torch.arange(len(dataset.test_labels))
         module.fused = config.fused and missing_on(where) is None
         what = f"a batch of {config.batch_size} images"
@@ -372,13 +377,13 @@ class Training(Loop):
 
     def begin_epoch(self) -> None:
         order = permutation(self.train_images, self.config.seed, TRAIN_ORDER, self.epoch)
-        self.order = self.batches.placed(self.train_part[order])
+        self.train_batches = self.walk(self.train_part[order], TRAIN_ORDER)
         if isinstance(self.network.drop_path_prob, Tensor):
             self.network.drop_path_prob.fill_(self.config.drop_path_prob * self.epoch / self.config.epochs)
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         with phase("data"):
-            images, labels = self.batches.pick(self.batch_indices(self.order))
+            images, labels = next(self.train_batches)
         self.train_step.lr.fill_(lr)
         if self.train_step.average is not None:
             self.train_step.set_average_share(self.steps_done)

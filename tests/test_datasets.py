@@ -476,7 +476,7 @@ def test_train_and_test_must_hold_the_same_classes(tmp_path):
 
 def test_a_layout_without_test_is_explained(tmp_path):
     save(tmp_path / "train" / "a" / "1.png", picture(0))
-    save(tmp_path / "val" / "a" / "1.png", picture(0))
+    save(tmp_path / "validation" / "a" / "1.png", picture(0))
     assert f"{tmp_path / 'train' / 'a'} is not a file; images belong in train/CLASS/" in refusal(
         "folder", tmp_path
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, log_lines, relative_error, same
+from PIL import Image
 from test_capture import Driver, NothingFromTheHost, changed
 from test_derived import WITHOUT_NOISE, every_operation
 from test_run import load_program
@@ -194,7 +195,7 @@ def captured_steps(folder):
         captured.take.graph, equal = True, []
         for epoch in range(2):
             for found in (plain, captured):
-                found.epoch = epoch
+                found.epoch, found.step = epoch, 0
                 found.begin_epoch()
             for step in range(plain.steps_per_epoch):
                 plain.step = captured.step = step
@@ -477,22 +478,38 @@ def faults(folder):
         images[0] = rank
         return images, labels
 
+    def without_files(self, lr):
+        if rank == 2 and self.step == 1:
+            shutil.rmtree(folder / "images-2")
+        return step(self, lr)
+
+    write_images(folder / f"images-{rank}", *data())
+    streamed = {
+        "dataset": "folder", "data_path": f"images-{rank}", "image_size": 8, "stream": True, "workers": 0,
+    }  # fmt: skip
     said = {}
     plain, step = Loop._average_statistics, Search.take_step
-    for name, patches, of_run in (
-        ("flipped", {"_average_statistics": flipped}, data()),
-        ("nan", {"take_step": not_a_number}, data()),
-        ("data", {}, other_images()),
-        ("alone", {"__init__": refused(rank)}, data()),
+    for name, patches, of_run, settings in (
+        ("flipped", {"_average_statistics": flipped}, data(), {}),
+        ("nan", {"take_step": not_a_number}, data(), {}),
+        ("data", {}, other_images(), {}),
+        ("alone", {"__init__": refused(rank)}, data(), {}),
+        ("file", {"take_step": without_files}, None, streamed),
     ):
         with pytest.MonkeyPatch.context() as patch:
             for attribute, value in patches.items():
                 patch.setattr(Search, attribute, value)
             try:
-                search(dataclasses.replace(TINY, name=None), of_run, Path(name))
+                search(dataclasses.replace(TINY, name=None, **settings), of_run, Path(name))
             except (InputError, RunError) as error:
                 said[name] = f"{type(error).__name__}: {error}"
     (folder / f"{rank}.json").write_text(json.dumps(said))
+
+
+def write_images(folder, images, labels):
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / str(label) / f"{number}.png")
 
 
 def refused(rank):
@@ -517,6 +534,9 @@ def test_what_is_wrong_on_one_rank_ends_all(ranks_folder):
     assert said[0]["data"].startswith("InputError: rank 1: tensors holds other images here than for rank 0")
     assert said[0]["alone"] == "InputError: rank 2: no memory here"
     assert not (folder / "alone").exists()
+    assert said[0]["file"].startswith(f"DamagedImage: rank 2: {folder / 'images-2'}")
+    assert "could not be read as an image" in said[0]["file"] and "saved after 1 steps" in said[0]["file"]
+    assert checkpoint(folder / "file/folder")["step"] == 1
 
 
 def suspended(folder):

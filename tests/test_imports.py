@@ -59,7 +59,18 @@ ALLOWED = {
         "darts_fast.state",
     },
     "darts_fast.cluster": {"darts_fast.errors", "darts_fast.runs"},
-    "darts_fast.datasets": {"darts_fast.config", "darts_fast.data", "darts_fast.errors"},
+    "darts_fast.datasets": {
+        "darts_fast.config",
+        "darts_fast.data",
+        "darts_fast.distributed",
+        "darts_fast.errors",
+    },
+    "darts_fast.stream": {
+        "darts_fast.data",
+        "darts_fast.datasets",
+        "darts_fast.distributed",
+        "darts_fast.errors",
+    },
     "darts_fast.derived": {
         "darts_fast.errors",
         "darts_fast.files",
@@ -84,6 +95,7 @@ ALLOWED = {
         "darts_fast.report",
         "darts_fast.runs",
         "darts_fast.state",
+        "darts_fast.stream",
         "darts_fast.tables",
     },
     "darts_fast.nasbench201": {
