@@ -73,18 +73,21 @@ class Stream(Batches):
                     generator=torch.Generator(),  # the caller's is left as it was
                 )
             )
-        for _ in parts:
-            started = time.perf_counter()
-            found = next(batches)
-            self.waited += time.perf_counter() - started
-            try:
-                with self.ranks.together():
-                    if isinstance(found, str):
-                        raise DamagedImage(found)
-            except InputError as error:
-                raise DamagedImage(str(error)) from error
-            images, labels = found
-            yield self._on_device(images), self._on_device(labels)
+        try:
+            for _ in parts:
+                started = time.perf_counter()
+                found = next(batches)
+                self.waited += time.perf_counter() - started
+                try:
+                    with self.ranks.together():
+                        if isinstance(found, str):
+                            raise DamagedImage(found)
+                except InputError as error:
+                    raise DamagedImage(str(error)) from error
+                images, labels = found
+                yield self._on_device(images), self._on_device(labels)
+        finally:
+            del batches  # which ends the workers now; an exception's traceback would keep it
 
     def _crop_and_flip(self, images: Tensor) -> Tensor:
         """The workers have done it."""

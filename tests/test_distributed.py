@@ -534,7 +534,7 @@ def test_what_is_wrong_on_one_rank_ends_all(ranks_folder):
     assert said[0]["data"].startswith("InputError: rank 1: tensors holds other images here than for rank 0")
     assert said[0]["alone"] == "InputError: rank 2: no memory here"
     assert not (folder / "alone").exists()
-    assert said[0]["file"].startswith(f"DamagedImage: rank 2: {folder / 'images-2'}")
+    assert said[0]["file"].startswith("DamagedImage: rank 2: images-2/")
     assert "could not be read as an image" in said[0]["file"] and "saved after 1 steps" in said[0]["file"]
     assert checkpoint(folder / "file/folder")["step"] == 1
 
