@@ -4,6 +4,7 @@ visualize.py of a checkout are the commands `search`, `train` and `draw`.
 A command reads `sys.argv`, whose first word is the program's name as a person types it.
 """
 
+import argparse
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -47,6 +48,13 @@ def train() -> None:
     parser.add_argument(
         "--evaluate", metavar="DIR", help="test the networks saved in this run folder again, on --device"
     )
+    parser.add_argument(
+        "--recipe",
+        choices=TrainConfig.RECIPES,
+        default=argparse.SUPPRESS,
+        help="published settings of a whole training, but for what is given beside it: "
+        + "; ".join(f"{name}: {_in_words(values)}" for name, values in TrainConfig.RECIPES.items()),
+    )
     given = vars(parser.parse_args())
     resumed, evaluated = given.pop("resume"), given.pop("evaluate")
     if evaluated is not None:
@@ -57,6 +65,8 @@ def train() -> None:
         device = given.pop("device", None)
         refuse_settings("--resume", resumed, given)
         resume_training(resumed, device=device)
+    elif "recipe" in given:
+        run_training(TrainConfig.of_recipe(**given))
     else:
         run_training(TrainConfig(**given))
 
@@ -158,6 +168,10 @@ def _run_parser(config: type[Config], description: str) -> ArgumentParser:
         help=f"go on with the {config.WORD} of this run folder, on --device if given",
     )
     return parser
+
+
+def _in_words(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _evaluate(folder: str, device: str | None) -> None:

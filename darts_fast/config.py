@@ -365,6 +365,17 @@ class TrainConfig(Config):
         "epochs": 600, "init_channels": 36, "layers": 20, "cutout_length": 16, "drop_path_prob": 0.2,
     }  # fmt: skip
     IMAGENET = {"init_channels": 48, "layers": 14}  # with the ImageNet stem, whatever the data set
+    # Published settings that are given together. ImageNet's are those of P-DARTS and PC-DARTS (arXiv
+    # 1904.12760, 1907.05737).
+    RECIPES = {
+        "imagenet": {
+            "dataset": "folder", "stream": True, "stem": "imagenet", "image_size": IMAGENET_IMAGE_SIZE,
+            "color_jitter": 0.4, "cutout_length": 0, "epochs": 250, "batch_size": 1024, "lr": 0.5,
+            "schedule": "linear", "warmup_epochs": 5, "momentum": 0.9, "weight_decay": 3e-5,
+            "grad_clip": 5.0, "label_smoothing": 0.1, "aux_weight": 0.4, "drop_path_prob": 0.0,
+            "init_channels": 48, "layers": 14,
+        }
+    }  # fmt: skip
 
     genotype: str | None = option(
         None,
@@ -376,7 +387,16 @@ class TrainConfig(Config):
         None, "run folder, below augments/", shown="the data set's name, numbered where that is taken"
     )
     batch_size: int = option(96, "images a batch", AT_LEAST_1)
-    lr: float = option(0.025, "learning rate, at the first epoch; a cosine schedule brings it to 0", POSITIVE)
+    lr: float = option(0.025, "learning rate, at the first epoch; the schedule brings it to 0", POSITIVE)
+    schedule: str = option(
+        "cosine", "how the learning rate falls, epoch by epoch: cosine or linear", None, ("cosine", "linear")
+    )
+    warmup_epochs: int = option(
+        0,
+        "epochs at the beginning in which the learning rate is that of the schedule times a factor, which "
+        "grows in equal steps to 1 in the last of them",
+        NOT_NEGATIVE,
+    )
     momentum: float = option(0.9, "momentum", BELOW_1)
     weight_decay: float = option(3e-4, "weight decay", NOT_NEGATIVE)
     grad_clip: float = option(5.0, "largest norm of the gradient", POSITIVE)
@@ -426,6 +446,22 @@ class TrainConfig(Config):
         if self.stem == "imagenet" and str(self.dataset).lower() == "folder" and self.image_size is None:
             object.__setattr__(self, "image_size", IMAGENET_IMAGE_SIZE)
         super().__post_init__()
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise InputError(f"warmup_epochs must be below epochs ({self.epochs}), not {self.warmup_epochs}")
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **given: Any) -> "TrainConfig":
+        """The settings of `RECIPES[recipe]`, but for those that are given.
+
+        Raises:
+            InputError: there is no such recipe, or the settings together are none.
+        """
+        if recipe not in cls.RECIPES:
+            raise InputError(f"recipe must be {' or '.join(cls.RECIPES)}, not {reprlib.repr(recipe)}")
+        settings = {**cls.RECIPES[recipe], **given}
+        if str(settings["dataset"]).lower() != "folder":
+            raise InputError(f"recipe {recipe} is for the data set folder: leave out the data set")
+        return cls(**settings)
 
     def sizes(self, dataset: str) -> dict[str, Any]:
         return super().sizes(dataset) | (self.IMAGENET if self.stem == "imagenet" else {})

@@ -89,6 +89,8 @@ LATER_SETTINGS = {
     "macs_weight": 0.0,
     "macs_target": None,
     "train_portion": 1.0,
+    "schedule": "cosine",
+    "warmup_epochs": 0,
     "stream": False,
     "color_jitter": 0.0,
 }
@@ -319,7 +321,7 @@ class Loop(ABC):
                     f"place and go on with {self.folder.path} by --resume"
                 ) from error
             except RuntimeError as error:
-                if str(error).startswith("DataLoader worker"):
+                if is_lost_worker(error):
                     raise RunError(
                         f"a process that decodes images has ended after step {self.steps_done} "
                         f"({first_line(error)}); go on from the last checkpoint by --resume"
@@ -937,6 +939,11 @@ def batch_parts(images: int, batch_size: int, ranks: Ranks) -> list[range]:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_lost_worker(error: BaseException | None) -> bool:
+    """Whether a process that decodes images was killed; PyTorch tells it by its text."""
+    return str(error).startswith("DataLoader worker")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json
 from darts_fast.genotype import Genotype, random_genotype
-from darts_fast.loop import MOVABLE, duration, is_out_of_memory
+from darts_fast.loop import MOVABLE, duration, is_lost_worker, is_out_of_memory
 from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, write_report
 from darts_fast.runs import (
     CHECKPOINT,
@@ -100,7 +100,7 @@ def protocol(
     """
     refuse_ranks("the protocol runs")
     dataset = read_data(config, data)
-    config = config.resolved(dataset.name)
+    config = dataclasses.replace(config.resolved(dataset.name), stream=dataset.streamed is not None)
     given = config.of_run("search").space
     space = written_out(read_space(given))
     if given != space:  # a file, which may be another one, or elsewhere, when the protocol is resumed
@@ -155,7 +155,7 @@ def compute(run: Run, data: Data | None) -> Outcome:
     Raises:
         InputError: its folder cannot be written, or does not fit.
         Locked: another process is in it, such as a worker that a cluster has lost touch with.
-        RunError: the device ran out of memory.
+        RunError: the device ran out of memory, or a process that decodes images was killed.
         Stopped: Ctrl-C or SIGTERM; the run was saved.
     """
     path, config = run.folder, run.config
@@ -168,7 +168,7 @@ def compute(run: Run, data: Data | None) -> Outcome:
         trained = resume_training(path, data, config.device) if begun else train(config, data, path.parent)
         return {name: getattr(trained, name) for name in ("top1", "top5", "parameters", "multiply_adds")}
     except RunError as error:
-        if is_out_of_memory(error.__cause__):  # not the seed's fault
+        if is_out_of_memory(error.__cause__) or is_lost_worker(error.__cause__):  # not the seed's fault
             raise
         return {"failed": str(error).replace(f"{path.parent.parent}{os.sep}", "")}
 

@@ -167,6 +167,18 @@ def split(images: int, train_portion: float) -> tuple[Tensor, Tensor]:
     return order[:size], order[size:]
 
 
+def scheduled(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch e, counted from 0, of E, with a warm-up of W epochs:
+
+    s(e) min(1, (e + 1) / W),  s(e) = lr (1 + cos(pi e / E)) / 2,  or of the linear schedule lr (1 - e / E).
+    """
+    if config.schedule == "linear":
+        lr = config.lr * (1 - epoch / config.epochs)
+    else:
+        lr = cosine(config.lr, 0.0, epoch, config.epochs)
+    return lr * (epoch + 1) / config.warmup_epochs if epoch < config.warmup_epochs else lr
+
+
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
     """Moves the parameters into one new tensor, a leaf, of which they are views from here on."""
     flat = torch.cat([p.detach().flatten() for p in parameters])
@@ -441,7 +453,7 @@ class Training(Loop):
         )
 
     def learning_rate(self) -> float:
-        return cosine(self.config.lr, 0.0, self.epoch, self.config.epochs)
+        return scheduled(self.config, self.epoch)
 
     def state(self) -> dict[str, Any]:
         return self.train_step.state_dict()
@@ -518,6 +530,12 @@ class Training(Loop):
             "device": environment(config.device)["device"],
             "cells": cells,
             "precision": precision.in_words(config.amp, activations),
+            "learning rate": f"{config.lr}, {config.schedule} to 0"
+            + (f", after a warm-up of {config.warmup_epochs} epochs" if config.warmup_epochs else ""),
+            "optimizer": f"SGD, momentum {config.momentum}, weight decay {config.weight_decay}, "
+            f"gradient norm at most {config.grad_clip}",
+            "loss": f"label smoothing {config.label_smoothing}, auxiliary head "
+            f"{config.aux_weight if self.auxiliary else 'none'}, drop path {config.drop_path_prob}",
             "step": capture.in_words(self.captured),
         }
 

@@ -32,7 +32,7 @@ from darts_fast import (
 )
 from darts_fast.data import from_tensors, permutation
 from darts_fast.runs import METRICS, Stopped
-from darts_fast.train import TRAIN_ORDER, Training, TrainStep
+from darts_fast.train import TRAIN_ORDER, Training, TrainStep, scheduled
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainConfig(
@@ -184,6 +184,59 @@ def test_evaluating_gives_what_the_training_reported(undisturbed, data):
     with torch.no_grad():
         logits = module((data[2].float() - mean) / std)
     assert float((logits.argmax(1) == data[3]).float().mean()) == pytest.approx(undisturbed.top1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "falling"),
+    [
+        ("cosine", [1, 0.5 + 3**0.5 / 4, 0.75, 0.5, 0.25, 0.5 - 3**0.5 / 4]),
+        ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("warmup_epochs", "factors"), [(0, [1] * 6), (1, [1] * 6), (3, [1 / 3, 2 / 3, 1, 1, 1, 1])]
+)
+def test_the_learning_rate_of_every_epoch(schedule, falling, warmup_epochs, factors, data, in_tmp):
+    config = dataclasses.replace(
+        TINY, epochs=6, lr=0.04, schedule=schedule, warmup_epochs=warmup_epochs, batch_size=30, print_freq=1,
+        device="cpu",
+    )  # fmt: skip
+    expected = [0.04 * fall * factor for fall, factor in zip(falling, factors, strict=True)]
+    assert [scheduled(config, epoch) for epoch in range(6)] == pytest.approx(expected, rel=1e-12)
+    if schedule == "linear" and warmup_epochs == 3:
+        path = train(config, data).path
+        rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+        assert [row["lr"] for row in rows if "lr" in row] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_optimizer_takes_the_rate_of_the_schedule(data, in_tmp, monkeypatch):
+    taken, plain = [], TrainStep.take
+    monkeypatch.setattr(
+        TrainStep, "take", lambda self, *args: (taken.append(float(self.lr)), plain(self, *args))[1]
+    )
+    train(
+        dataclasses.replace(TINY, epochs=3, lr=0.03, schedule="linear", warmup_epochs=2, batch_size=30), data
+    )
+    assert taken == pytest.approx([0.015, 0.02, 0.01])
+
+
+def test_a_recipe_yields_to_what_is_given_beside_it():
+    """The published values, of arXiv 1904.12760 and 1907.05737."""
+    recipe = TrainConfig.of_recipe("imagenet", genotype="PC_DARTS_image")
+    published = {
+        "epochs": 250, "batch_size": 1024, "lr": 0.5, "momentum": 0.9, "weight_decay": 3e-5, "grad_clip": 5.0,
+        "label_smoothing": 0.1, "aux_weight": 0.4, "init_channels": 48, "layers": 14, "warmup_epochs": 5,
+        "schedule": "linear", "stem": "imagenet", "image_size": 224, "color_jitter": 0.4, "stream": True,
+        "dataset": "folder", "drop_path_prob": 0.0, "cutout_length": 0,
+    }  # fmt: skip
+    settings = dataclasses.asdict(recipe)
+    assert {name: settings[name] for name in published} == published
+    given = {"lr": 0.1, "batch_size": 128, "color_jitter": 0.0, "dataset": "FOLDER", "weight_decay": 3e-4}
+    other = dataclasses.asdict(TrainConfig.of_recipe("imagenet", genotype="PC_DARTS_image", **given))
+    assert {name for name in other if other[name] != settings[name]} == set(given)
+    assert all(other[name] == value for name, value in given.items())
+    with pytest.raises(InputError, match="recipe must be imagenet, not 'cifar'"):
+        TrainConfig.of_recipe("cifar")
 
 
 def test_label_smoothing_is_that_of_the_paper(data):
@@ -338,6 +391,18 @@ BAD = {
     "--genotype DARTS --train_portion 0.001": "gives 1 of 1437 images to the training",
     "--genotype DARTS --aux_weight -1": "aux_weight must be 0 or more",
     "--genotype DARTS --stem mnist": "invalid choice",
+    "--genotype DARTS --schedule step": "invalid choice: 'step'",
+    "--genotype DARTS --warmup_epochs -1": "warmup_epochs must be 0 or more",
+    "--genotype DARTS --warmup_epochs 3 --epochs 3": "warmup_epochs must be below epochs (3), not 3",
+    "--genotype DARTS --recipe cifar": "invalid choice: 'cifar'",
+    "--genotype DARTS --recipe imagenet --dataset cifar10": "recipe imagenet is for the data set folder",
+    "--genotype DARTS --recipe imagenet --epochs 4": "warmup_epochs must be below epochs (4), not 5",
+    "--genotype DARTS --recipe imagenet": "data holds no folders of images",
+    "--genotype DARTS --stream": "stream is for the data set folder only; digits is read into memory",
+    "--genotype DARTS --dataset folder --color_jitter 0.4": "color_jitter is for images that are streamed",
+    "--genotype DARTS --dataset folder --stream --color_jitter 1.1": "color_jitter must be from 0 to 1",
+    "--genotype DARTS --dataset folder --stream --workers -1": "workers must be from 0 to 1000, not -1",
+    "--resume nowhere --recipe imagenet": "leave out --recipe",
     "--genotype DARTS --stem imagenet": "both sides must be divisible by 32",
     "--genotype DARTS --init_channels 2000000": "a network of 5 layers and 2000000 channels",
     "--genotype DARTS --dataset cifar": "did you mean cifar10",
