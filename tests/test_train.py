@@ -397,7 +397,7 @@ BAD = {
     "--genotype DARTS --recipe cifar": "invalid choice: 'cifar'",
     "--genotype DARTS --recipe imagenet --dataset cifar10": "recipe imagenet is for the data set folder",
     "--genotype DARTS --recipe imagenet --epochs 4": "warmup_epochs must be below epochs (4), not 5",
-    "--genotype DARTS --recipe imagenet": "data holds no folders of images",
+    "--genotype DARTS --recipe imagenet": "data could not be read ([Errno 2]",
     "--genotype DARTS --stream": "stream is for the data set folder only; digits is read into memory",
     "--genotype DARTS --dataset folder --color_jitter 0.4": "color_jitter is for images that are streamed",
     "--genotype DARTS --dataset folder --stream --color_jitter 1.1": "color_jitter must be from 0 to 1",
