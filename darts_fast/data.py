@@ -186,10 +186,14 @@ class Batches:
             seed: only for images in files, which are augmented on the host: what their random numbers depend
                 on, besides the position. None: they are not augmented.
         """
-        order = self.placed(order)
-        for part in parts:
-            indices = order[part.start : part.stop]
-            yield self._on_device(self.images[indices]), self._on_device(self.labels[indices])
+        order = self.placed(order)  # now, not when the first batch is asked for: not in a step
+
+        def each() -> Walk:
+            for part in parts:
+                indices = order[part.start : part.stop]
+                yield self._on_device(self.images[indices]), self._on_device(self.labels[indices])
+
+        return each()
 
     def prepared(self, images: Tensor, augment: bool) -> Tensor:
         """Images that were picked, normalised (float32), and augmented first if they are to be.

@@ -417,7 +417,7 @@ def test_each_batch_size_is_captured_once(kind, settings, monkeypatch):
         captured.take.graph, values = True, []
         for epoch in range(2):
             for found in (plain, captured):
-                found.epoch = epoch
+                found.epoch, found.step = epoch, 0
                 found.begin_epoch()
             for step in range(plain.steps_per_epoch):
                 plain.step = captured.step = step
@@ -442,7 +442,7 @@ def test_a_step_of_the_warm_up_is_captured_apart(monkeypatch):
         start = copy.deepcopy(plain.search_step.alphas)
         for epoch, replays in ((1, [2, 1]), (2, [2, 1, 2, 1]), (3, [2, 1, 4, 2])):
             for found in (plain, captured):
-                found.epoch = epoch
+                found.epoch, found.step = epoch, 0
                 found.begin_epoch()
                 assert float(found.search_step.beta) == 10 * epoch
             for step in range(plain.steps_per_epoch):

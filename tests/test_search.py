@@ -119,16 +119,16 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(
 @pytest.mark.parametrize("name", ["first order", "second order, fused"])
 def test_a_signal_in_an_evaluation_saves_too(name, data, undisturbed, in_tmp, monkeypatch):
     config, whole = CONFIGS[name], undisturbed(name)
-    plain, calls = Batches.cut, []
+    plain, calls = Batches.prepared, []
 
-    def cut(self, indices, augment):
+    def prepared(self, images, augment):
         if not augment:
             calls.append(None)
             if len(calls) == 2:  # of the three batches of the first epoch's evaluation
                 os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, indices, augment)
+        return plain(self, images, augment)
 
-    monkeypatch.setattr(Batches, "cut", cut)
+    monkeypatch.setattr(Batches, "prepared", prepared)
     with pytest.raises(Stopped, match="after 4 steps"):
         search(config, data)
     assert_same_run(whole.path, resume_search("searchs/tensors", data).path)
