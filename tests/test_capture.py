@@ -206,7 +206,7 @@ WHOLE = [
 
 @pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
 def test_a_whole_step_reads_nothing_back(kind, settings):
-    found = loop(kind, space="darts", **settings)
+    found = loop(kind, **{"space": "darts"} | settings)
     with using(aten_backend), NothingFromTheHost():
         found._take(**inputs(kind, 1))
 

@@ -79,7 +79,7 @@ BAD = {
     "--perturb some": "invalid choice: 'some'",
     "--perturb_epsilon -0.1": "perturb_epsilon must be 0 or more",
     "--derive perturbation --stop_at_skips 2": "leave out --stop_at_skips",
-    "--space s9": "space must be darts, s1, s2, s3, nasbench201, or a JSON file; there is no file 's9'",
+    "--space s9": "space must be darts, s1, s2, s3, s4, nasbench201, or a JSON file; there is no file 's9'",
     "--space nasbench201 --layers 0": "layers must be from 1 (cell a stage) to 1000, not 0",
     "--space nasbench201 --layers 1001": "layers must be from 1 (cell a stage) to 1000, not 1001",
     "--space nasbench201 --fused": "the kernels have no dense convolutions",
