@@ -210,7 +210,7 @@ def test_a_search_is_resumed_to_the_same_bits(fused, resumed_like_undisturbed):
     whole, _ = resumed_like_undisturbed(config, data, 1)
     log = (whole.path / "whole.log").read_text()
     assert "candidates read 1/2 of the channels" in log and "edges by softmaxed betas" in log
-    recorded = {tag: value for _, tag, value in events(whole.path) if tag.startswith("betas_")}
+    recorded = {tag: value for _, tag, value in events(whole.path) if tag.startswith("z_betas_")}
     assert len(recorded) == 2 * len(EDGES)
     assert sum(recorded.values()) == pytest.approx(2 * 4)  # 1 a node
 
