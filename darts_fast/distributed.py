@@ -286,7 +286,8 @@ class Pulse:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join(BEAT)
+        # A thread that is still in a call of the store when Python ends would abort the process.
+        self._thread.join(LOST)
 
     def _beat(self) -> None:
         beats, heard, since = 0, b"", time.monotonic()
