@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU and says what became of them.
 
     python -m darts_fast.kernels.triton.aot [--arch sm_80 sm_90 sm_100] [--dtype bfloat16 ...] [--quick]
-        [--kernel NAME ...] [--json F]
+        [--channels 16] [--kernel NAME ...] [--json F]
 
 Every kernel is compiled as it is launched at the paper's settings: the search (16 channels, 8 layers) and,
 but for float64, the training of two derived networks (36 channels, 20 layers), with drop path and without;
@@ -10,8 +10,9 @@ networks' calls on tensors without data.
 Printed for each: registers a thread, shared memory, stack and local memory, spill instructions, the
 narrowest and widest global loads in bits, tensor-core instructions, and the share of a multiprocessor's
 threads that can be resident.
-Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes the
-search at 16 channels, and one cell with one node.
+Exits with 1 where a kernel spills, uses local memory or has no room in a multiprocessor. `--quick` takes one
+cell with one node. `--channels` takes another search alone: `--quick --channels 144` the last cells of one of
+36 channels.
 """
 
 import argparse
@@ -165,12 +166,12 @@ class Derived(Network):
         return tuple(found)
 
 
-def supernet_launches(dtype: torch.dtype, quick: bool = False) -> list[Launch]:
+def supernet_launches(dtype: torch.dtype, quick: bool = False, channels: int = 16) -> list[Launch]:
     """The launches of a search step that differ in anything that is compiled in, with the gradients of the
     weights and without; with float32 also those of an evaluation."""
-    supernet, calls = Supernet(16, 1, 1) if quick else Supernet(16, 8), []
+    supernet, calls = Supernet(channels, 1, 1) if quick else Supernet(channels, 8), []
     for derivatives in (2, 0) if dtype == torch.float32 and not quick else (2,):
-        for call in _calls(supernet, 16, dtype, derivatives):
+        for call in _calls(supernet, channels, dtype, derivatives):
             calls.append(call)
             if call.writes.get("gradients") is not None:
                 calls.append(call._replace(writes={**call.writes, "gradients": None}))
@@ -281,11 +282,12 @@ def setting(planned: Launch) -> str:
     return " ".join([str(narrow).removeprefix("torch."), *sizes, f"x{entries}", *flags])
 
 
-def table(dtypes: list[torch.dtype], quick: bool, kernels: list[str] | None) -> list[Launch]:
+def table(dtypes: list[torch.dtype], quick: bool, channels: int, kernels: list[str] | None) -> list[Launch]:
     found = []
     for dtype in dtypes:
-        found += supernet_launches(dtype, quick)
-        if not quick and dtype != torch.float64:  # float64 is for tests, and no training computes in it
+        found += supernet_launches(dtype, quick, channels)
+        # float64 is for tests, and no training computes in it.
+        if not quick and channels == 16 and dtype != torch.float64:
             found += derived_launches(dtype)
     return [planned for planned in found if kernels is None or planned.name in kernels]
 
@@ -298,7 +300,10 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=names, default=names)
     dtypes = {str(d).removeprefix("torch."): d for d in DTYPES}
     parser.add_argument("--dtype", nargs="+", choices=list(dtypes), default=list(dtypes))
-    parser.add_argument("--quick", action="store_true", help="16 channels, one cell and one node only")
+    parser.add_argument("--quick", action="store_true", help="one cell and one node only")
+    parser.add_argument(
+        "--channels", type=int, default=16, metavar="C", help="those of another search, without trainings"
+    )
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
     parser.add_argument("--json", metavar="F", help="write the table there too")
     args = parser.parse_args()
@@ -311,7 +316,7 @@ def main() -> int:
     )
     found = []
     archs = [int(arch[3:]) for arch in args.arch]
-    planned = table([dtypes[d] for d in args.dtype], args.quick, args.kernel)
+    planned = table([dtypes[d] for d in args.dtype], args.quick, args.channels, args.kernel)
     for kernel in {one.kernel for one in planned}:
         # Made from the parsed source when it is first asked for. `report` asks in threads, and two that parse
         # at once may fail in CPython ("AST constructor recursion depth mismatch", gh-106905).

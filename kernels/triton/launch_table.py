@@ -61,6 +61,10 @@ POSITIONS: dict[str, Rows] = {
     "sepconv_bwd_pointwise_kernel": (
         # 64 outputs took 176 KiB of shared memory, where sm_80 has 163.
         (lambda q: q.bytes == 8, 16),
+        # Second sweeps of wide searches: with 32, 128 outputs of float32 took 176 KiB and spilled 168 times,
+        # 144 of bfloat16 176 and 142 times. (144 of float32 take 192 with 16, too: sm_90 has 227.)
+        (lambda q: q.tangent and q.k > 128, 16),
+        (lambda q: q.tangent and q.bytes == 4 and q.k > 64, 16),
         # 1x1 weight gradients of a derived network's 36 outputs: with 16 up to 7 spills (sm_100).
         (lambda q: q.bytes == 4 and q.direct and q.weights and 32 < q.k < 64, 32),
         # Those of factorized reduces of 72 channels: with 16 twice (sm_80).
@@ -76,6 +80,12 @@ POSITIONS: dict[str, Rows] = {
         # (sm_80); of a derived network's 144 outputs they took 188 KiB of shared memory.
         (lambda q: q.bytes == 2 and q.direct and q.weights and q.c > 128 and q.k == 64, 32),
         (lambda q: q.bytes == 2 and q.direct and q.weights and (q.k <= 16 or q.k > 128), 32),
+        # Those searches without weight gradients: with 64, 128 outputs of float32 took 168 KiB, 144 took 336,
+        # and of 2 bytes 176.
+        (lambda q: q.bytes == 4 and not q.weights and q.k > 128, 16),
+        (lambda q: q.bytes == 4 and not q.weights and q.k > 64, 32),
+        (lambda q: q.bytes == 2 and not q.weights and q.k > 256, 16),
+        (lambda q: q.bytes == 2 and not q.weights and q.k > 128, 32),
         # With 64 and 8 warps, a derived network's 72 outputs spilled 3 times, with 4 warps 7 (sm_100).
         (lambda q: q.weights and q.depthwise and 64 < q.k <= 128, 32),
         (otherwise, 64),
