@@ -220,6 +220,7 @@ def test_a_set_larger_than_half_of_the_memory_streams(folder, monkeypatch):
     assert load("folder", folder, 32, stream=None).streamed
 
 
+# The second opinion is the kernel's own file, which only Linux has.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_is_that_of_the_machine_or_less():
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -324,6 +325,7 @@ def file_at(position, folder):
     return load("folder", folder, 16, stream=True).images.path(int(index))
 
 
+# A group of their own keeps Ctrl-C from the workers; Windows has no process groups to ask for.
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
 def test_workers_are_in_groups_of_their_own_and_a_killed_one_ends_the_run(folder, in_tmp, monkeypatch):
     plain, groups = Training.take_step, []

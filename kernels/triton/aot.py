@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -80,7 +81,7 @@ GENOTYPES = (
 )
 
 
-class Network:
+class Network(ABC):
     """The cells of a network as data, and what `Sweeps` has to know of them."""
 
     def __init__(self, channels: int, layers: int, nodes: int, affine: bool):
@@ -117,9 +118,9 @@ class Network:
     def _reduce(self, c: int, k: int) -> FactorizedReduce:
         return FactorizedReduce((self._weight(k // 2, c, 1, 1), self._weight(k // 2, c, 1, 1)), self._norm(k))
 
+    @abstractmethod
     def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
         """Those of a cell of so many channels."""
-        raise NotImplementedError
 
     def _weight(self, *shape: int) -> Parameter:
         start, self.parameters = self.parameters, self.parameters + math.prod(shape)

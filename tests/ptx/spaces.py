@@ -4,6 +4,7 @@ An access is of `count` neighbouring numbers of `size` bytes by each of some thr
 `threads` (numbered through the grid) have an entry for each.
 """
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -37,28 +38,28 @@ def united(ranges: list[Range]) -> list[tuple[int, int]]:
     return unions
 
 
-class Space:
+class Space(ABC):
     must_be_written = False  # before it is read
 
     def __init__(self, shadow: Shadow, grain: int):
         self.shadow = shadow
         self.grain = grain  # bytes of a place
 
+    @abstractmethod
     def locate(
         self, g: "Group", what: Instruction, addresses: np.ndarray, threads: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The rows of accesses of `size` bytes in `view`, and the first of each one's places in the shadow,
         None if nothing there is ever written. Raises Fault."""
-        raise NotImplementedError
 
+    @abstractmethod
     def view(self, size: int, count: int) -> np.ndarray:
         """The memory, [rows, count] unsigned integers of `size` bytes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def known(self, g: "Group") -> tuple[int, list[Read]]:
         """Until when all writes are ordered before the group's accesses; the reads that a write of the group
         may race with."""
-        raise NotImplementedError
 
     def load(
         self, g: "Group", what: Instruction, addresses: np.ndarray, threads: np.ndarray, size: int, count: int
