@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class FusedCells(ABC):
     @property
     def training(self) -> bool:
         """Raises RuntimeError where some batch norms are in training mode and others are not."""
-        (training, *others) = {norm.training for norm in self._norms}
+        (training, *others) = set(map(attrgetter("training"), self._norms))
         if others:
             raise RuntimeError(
                 "the batch norms of fused cells must all be in training mode or all in evaluation mode; "
@@ -229,11 +230,13 @@ class FusedCells(ABC):
         )
         for norm, (mean, variance, count) in zip(norms, self._views, strict=True):
             norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, count
+        self._buffers = [norm._buffers for norm in norms]
 
     def check_statistics(self) -> None:
-        """Joins them again where the modules' buffers have been replaced: copied, moved or loaded."""
-        own = (tensor for norm in self._norms for tensor in norm._buffers.values())
-        if any(a is not b for a, b in zip(own, chain(*self._views), strict=True)):
+        """Joins them again where the modules' buffers have been replaced: copied, moved or loaded. Looked at
+        one by one in Python, those of the digits' three cells took 0.4 ms a forward pass."""
+        own = chain.from_iterable(map(dict.values, self._buffers))
+        if not all(map(is_, own, chain.from_iterable(self._views))):
             self._join_statistics()
 
     def _update_statistics(self, of_batch: Tensor) -> None:
