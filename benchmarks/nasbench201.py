@@ -23,7 +23,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from darts_fast.config import OneSentenceParser
 from darts_fast.errors import InputError, first_line, say
@@ -197,21 +197,15 @@ def curve(path: Path, table: Table, runs: dict[str, list[Epoch]], dataset: str) 
     for name, epochs in runs.items():
         accuracies = [table.accuracy(epoch.cell) for epoch in epochs]
         axes.plot([epoch.number for epoch in epochs], accuracies, drawstyle="steps-mid", label=name)
-    references(axes, table)
+    axes.axhline(table.ranked[-1], color="#202020", linewidth=0.8, label="best cell")
+    mean, _ = table.best_of(1)
+    axes.axhline(mean, color="#8A8A8A", linewidth=0.8, linestyle=":", label="random cell, mean")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="epoch", ylabel=f"accuracy of the cell on {dataset}, %")
     axes.legend(frameon=False)
     with writing(path):
         figure.savefig(path, dpi=150)
-
-
-def references(axes: Any, table: Table) -> None:
-    """Lines at the best cell of the space and at the mean of all."""
-    axes.axhline(table.ranked[-1], color="#202020", linewidth=0.8, label="best cell")
-    axes.axhline(
-        table.best_of(1)[0], color="#8A8A8A", linewidth=0.8, linestyle=":", label="random cell, mean"
-    )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ epochs of an arm say what they would have chosen.
 
 Of each search that has ended the settings, the genotypes and the epochs' lines of metrics.jsonl are kept in
 the results (benchmarks/results/nasbench201, or `--out`), with table.md: every seed, mean and standard
-deviation, what random cells are worth, and the arms compared seed by seed; and accuracy.svg: the accuracy in
-the table over the epochs. Both are of all arms among the results.
+deviation, what random cells are worth, and the arms compared seed by seed; and regret.svg: by how much
+the best cell is better, over the epochs. Both are of all arms among the results.
 """
 
 import argparse
@@ -37,11 +37,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import torch
-from nasbench201 import LEGEND, Epoch, Table, read_epochs, read_table, references, table_path, yardsticks
+from nasbench201 import LEGEND, Epoch, Table, read_epochs, read_table, table_path, yardsticks
 from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -66,7 +66,6 @@ GUARDS: dict[str, dict[str, Any]] = {
     "random perturbation": {"perturb": "random"},
     "adversarial perturbation": {"perturb": "adversarial"},
 }
-STYLES = dict(zip(GUARDS, ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True))
 AND = " + "
 # Each with its settings: the three, then each of them with each method
 EVERY_ARM = ARMS | {
@@ -261,46 +260,59 @@ def report(table: Table, runs: dict[Run, list[Epoch]], args: argparse.Namespace)
 
 
 def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
-    """Accuracy in the table over the epochs: a thin line a search, a thick one an arm's mean; broken with a
-    method against collapse."""
+    """The regret of the cells over the epochs, a panel an arm: a thin line a search, a thick one the median
+    of them; broken, what random cells are worth. The axis is logarithmic: most cells are 1 to 3 points below
+    the best, some 80. Below half a point, where the best cell's 0 is, it is linear."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "darts_fast"  # the same file for the same curves
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for arm in EVERY_ARM:
-        plain, _, guard = arm.partition(AND)
-        colour, style = COLOURS[plain], STYLES.get(guard, "-")
-        of_arm = [epochs for run, epochs in runs.items() if run.arm == arm]
-        curves = [[table.accuracy(epoch.cell) for epoch in epochs] for epochs in of_arm]
+    by_arm = {arm: [epochs for run, epochs in runs.items() if run.arm == arm] for arm in EVERY_ARM}
+    by_arm = {arm: searches for arm, searches in by_arm.items() if searches}
+    columns = min(len(by_arm), 4)
+    rows = math.ceil(len(by_arm) / columns)
+    figure = Figure(figsize=(1 + 2.4 * columns, 0.8 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (arm, searches) in zip(panels, by_arm.items(), strict=False):
+        colour = COLOURS[arm.partition(AND)[0]]
+        curves = [[table.regret(epoch.cell) for epoch in epochs] for epochs in searches]
+        medians = [median(values) for values in zip(*curves, strict=True)]
         for curve in curves:
-            axes.plot(
-                range(1, len(curve) + 1), curve, color=colour, linestyle=style, linewidth=0.6, alpha=0.5
-            )
-        if curves:
-            means = [fmean(values) for values in zip(*curves, strict=True)]
-            label = f"{arm}, mean of {len(curves)}"
-            numbers = range(1, len(means) + 1)
-            axes.plot(numbers, means, color=colour, linestyle=style, linewidth=2, label=label)
-    references(axes, table)
-    axes.set(xlabel="epoch", ylabel="accuracy of the cell, %")
-    axes.legend(frameon=False)
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.7, alpha=0.5)
+        axes.plot(range(1, len(medians) + 1), medians, color=colour, linewidth=2)
+        for number, name in ((1, "a random cell"), (10, "best of 10 random")):
+            regret = table.ranked[-1] - table.best_of(number)[0]
+            axes.axhline(regret, color="#505050", linewidth=0.8, linestyle="--")
+            white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+            place = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(name, (1, regret), bbox=white, **place)
+        title = arm.replace(AND, "\n+ ")
+        axes.set_title(f"{title}, median of {len(curves)}", fontsize=9)
+        axes.set_yscale("symlog", linthresh=0.5, linscale=0.3)
+        axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5", "1", "2", "5", "10", "20", "50"])
+        axes.minorticks_off()
+        axes.set_ylim(0, 100)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(by_arm) :]:
+        axes.set_visible(False)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("points below the best cell (regret)", fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
     write_atomically(path, picture.getvalue(), shared=True)
 
 
 def summarise(table: Table, args: argparse.Namespace) -> None:
-    """Writes table.md and accuracy.svg of all searches among the results."""
+    """Writes table.md and regret.svg of all searches among the results."""
     numbers = [path.name.rpartition("-")[2] for path in args.out.glob("*-*")]
     seeds = sorted({int(number) for number in numbers if number.isdecimal()})
     kept = [run for arm in EVERY_ARM for seed in seeds if ended(run := Run(arm, seed), args)]
     runs = {run: read_epochs(args.out / run.name) for run in kept}
     with writing(args.out):
         write_atomically(args.out / "table.md", report(table, runs, args).encode(), shared=True)
-        draw(args.out / "accuracy.svg", table, runs)
-    say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'accuracy.svg'}")
+        draw(args.out / "regret.svg", table, runs)
+    say(f"{len(runs)} searches have ended: {args.out / 'table.md'}, {args.out / 'regret.svg'}")
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def test_an_arm_with_a_method_against_collapse(studied, monkeypatch):
     code, out, err = studied("--seeds", "0", "--arms", "first order", *arms)
     assert code == 0 and err == "" and "search 2 of 2: first order + auxiliary skip, seed 0" in out
     found = results()
-    changed = {"table.md", "accuracy.svg"}
+    changed = {"table.md", "regret.svg"}
     assert all(found[name] == before[name] for name in before.keys() - changed)
     for arm in arms:
         name = arm.replace(" + ", "+").replace(" ", "-") + "-0"
@@ -292,7 +292,7 @@ def test_an_arm_with_a_method_against_collapse(studied, monkeypatch):
         expected = {"order": 1, **study.GUARDS[arm.partition(" + ")[2]]}
         assert {key: given[key] for key in expected} == expected
         assert f"| {arm} | 1 |" in found["table.md"].decode()
-        assert f"{arm}, mean of 1" in found["accuracy.svg"].decode()
+        assert f"{arm.rpartition(' + ')[2]}, median of 1" in found["regret.svg"].decode()
     code, _, err = studied("--seeds", "0", "--arms", "first order + partial channels")
     assert code == 2 and err.count("\n") == 1 and "first order + beta decay" in err
 
@@ -311,7 +311,7 @@ def test_a_study_stopped_and_resumed_is_the_same(studied, signal_at, made, monke
     arms = ("first-order", "finite-differences", "exact-product")
     files = "config.json", "genotype.json", "metrics.jsonl"
     kept = {f"{arm}-{seed}/{file}" for arm in arms for seed in (0, 1) for file in files}
-    assert set(whole) == kept | {"table.md", "accuracy.svg"}
+    assert set(whole) == kept | {"table.md", "regret.svg"}
     assert str(Path.cwd()).encode() not in b"".join(whole.values())
 
     # Every figure of the table from what the searches wrote
@@ -345,7 +345,7 @@ def test_stopped_in_the_middle(studied, in_tmp, signal_at, monkeypatch):
     signal_at(Search, 6, signal.SIGINT)  # of the finite differences' four steps the second
     code, _, err = studied("--seeds", "3")
     assert code == 130 and "stopped and saved after 2 steps" in err
-    assert {name.partition("/")[0] for name in results()} == {"first-order-3", "table.md", "accuracy.svg"}
+    assert {name.partition("/")[0] for name in results()} == {"first-order-3", "table.md", "regret.svg"}
     assert studied("--seeds", "3")[0] == 0
     found = results()
     assert found.keys() == whole.keys() and all(found[name] == whole[name] for name in whole)
