@@ -253,7 +253,8 @@ def cells(
         plan: with `derivatives` 2, or 0 in evaluation.
         x: [N, C, H, W] in the plan's dtype; the first cell reads it twice.
         weights: all weights of the cells, in a row: float64 for float64 x, else float32.
-        p: by kind of cell, the probabilities of its candidates, of the weights' type; in any shape.
+        p: by kind of cell, the probabilities of its candidates, of the weights' type; in any shape. A kind
+            that no cell is of is left out.
         constants: in evaluation, what the batch norms normalise by: [3, channels of all batch norms]. Then
             nothing is differentiated.
         noise: what the cells' `Noise` operations give, in a row: in the order of the cells and of their
@@ -267,6 +268,7 @@ def cells(
         RuntimeError: when another derivative is asked for.
     """
     current = Pass(plan, noise)
+    p = {kind: p[kind] for kind in plan.sweeps.p}  # gradients are returned in this order
     if not plan.sweeps.training:
         return _evaluated(current, [x], weights, p, constants, None)[0], None
     x, weights = with_node(x), with_node(weights)

@@ -130,6 +130,19 @@ def test_a_checkpoint_of_one_resumes_in_the_other():
         assert_same_state(step.network.state_dict(), networks[0].state_dict())
 
 
+def test_a_network_without_normal_cells():
+    """Of one layer, which is a reduction cell."""
+    images, labels = batch(side=8)
+    found = []
+    for network in pair(layers=1):
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        alphas = list(network.alphas().values())
+        of_normal, of_reduce = torch.autograd.grad(loss, alphas, allow_unused=True)
+        assert of_normal is None or not of_normal.any()
+        found.append(of_reduce)
+    assert relative_error(found[1], found[0]) < 1e-9
+
+
 def test_a_second_weight_gradient_of_the_network_raises():
     _, network = pair()
     images, labels = batch()

@@ -160,6 +160,18 @@ def test_x_in_another_type_and_layout(setting):
     assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_p_in_another_order_and_of_a_kind_that_no_cell_has(setting):
+    plan, x, weights, p = setting
+    v = torch.randn_like(weights)
+    expected = product(loss_of(plan, x, weights, p), weights, p, v)
+    other = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    turned = {3: other, **dict(reversed(p.items()))}
+    (gradient,) = torch.autograd.grad(loss_of(plan, x, weights, turned), weights, create_graph=True)
+    unused, *found = torch.autograd.grad(gradient, list(turned.values()), v, allow_unused=True)
+    assert unused is None
+    assert all(map(torch.equal, reversed(found), expected))
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
