@@ -19,7 +19,7 @@ sweep. The forward sweep is its constructor.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Parameter(NamedTuple):
 
     offset: int
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class Norm(NamedTuple):
@@ -203,20 +207,17 @@ class Sweeps:
             cells_of = {kind: sum(cell.kind == kind for cell in cells) for kind in lengths}
             self.p_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             self.p_seconds = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
-            rows, path = dict.fromkeys(lengths, 0), 0
             read = [Image(x) for x in self.inputs]
             self._images = read.copy()  # these, then each cell's output
             read = read * 2 if len(read) == 1 else read
             self._cells: list[LoweredCell] = []
-            for cell in cells:
-                row = 0 if cell.kind is None else rows[cell.kind]
+            for i, cell in enumerate(cells):
+                row = sum(before.kind == cell.kind for before in cells[:i])
+                path = sum(len(before.edges) for before in cells[:i])
                 lowered = LoweredCell(self, cell, read[-2:], row, path)
                 self._cells.append(lowered)
                 self._images.append(lowered.output)
                 read.append(lowered.output)
-                path += len(cell.edges)
-                if cell.kind is not None:
-                    rows[cell.kind] += 1
             self._wanted = [len(shapes) + i for i in outputs or [len(cells) - 1]]  # of `_images`
             self.outputs = [self._images[i].y for i in self._wanted]
         if self.training:
@@ -282,22 +283,28 @@ class Sweeps:
         none."""
         if len(terms) == 1:
             return terms[0]
-        out = self.images(1, like.shape)
-        if terms:
-            self.k.add(tuple(terms), out=out[0])
-        else:
-            self.k.fan_out_backward((Source(like),), ((),), out=out)
-        return out[0]
+        if not terms:
+            return self.fan_out([((), like)], second=False)[0]
+        out = self.like(like)
+        self.k.add(tuple(terms), out=out)
+        return out
 
-    @overload
-    def parameter(self, p: Parameter, of: Tensor) -> Tensor: ...
+    def fan_out(self, read: Sequence[tuple[Sequence["Image"], Tensor]], second: bool) -> Tensor:
+        """The adjoints of tensors alike, or the second ones, [tensors, N, C, H, W]; each with the images as
+        which it is read, maybe none."""
+        out = self.images(len(read), read[0][1].shape)
+        sources = [images[0].source()._replace(affine=None) if images else Source(y) for images, y in read]
+        readers = [
+            tuple(reader for image in images for reader in (image.second() if second else image.first()))
+            for images, _ in read
+        ]
+        function = self.k.fan_out_second if second else self.k.fan_out_backward
+        function(tuple(sources), tuple(readers), out=out)
+        return out
 
-    @overload
-    def parameter(self, p: Parameter | None, of: Tensor) -> Tensor | None: ...
-
-    def parameter(self, p: Parameter | None, of: Tensor) -> Tensor | None:
-        """That weight of all weights, or of all tangents."""
-        return None if p is None else of[p.offset : p.offset + math.prod(p.shape)].view(p.shape)
+    def parameter(self, p: Parameter, of: Tensor) -> Tensor:
+        """That weight of all weights, or of all tangents; or what lies there in `gradients`."""
+        return of[p.offset : p.offset + p.size].view(p.shape)
 
     def normalised(self, y: Tensor, norm: Norm, of_batch: Tensor | None) -> "Image":
         """y, to be read through its batch norm; `of_batch` are the statistics of y, [3, C], in training."""
@@ -309,59 +316,60 @@ class Sweeps:
         else:
             assert self.constants is not None
             of_batch = self.constants[:, self._norms[norm.number]]
-        return Image(y, of_batch, norm.affine, self.parameter(norm.affine, self.weights))
+        gamma_beta = None if norm.affine is None else self.parameter(norm.affine, self.weights)
+        return Image(y, of_batch, norm.affine, gamma_beta)
 
-    def place_gradients(self, tasks: Sequence["HalfTask"]) -> tuple[int, tuple[int, int]]:
-        """Where the gradients of a call's weights go: first number, shape."""
+    def _place(self, *shape: int) -> Parameter:
+        """Room in `gradients`, which begins at a multiple of 16 bytes: every call's gradients are as aligned
+        as the first's."""
+        place = Parameter(self._gradient_size, shape)
+        self._gradient_size += -(-place.size // 4) * 4
+        return place
+
+    def place_gradients(self, tasks: Sequence["HalfTask"]) -> Parameter:
+        """Where the gradients of a call's weights go, a row a task."""
         k, c = tasks[0].pointwise.shape[:2]
         taps = max(1 if task.depthwise is None else math.prod(task.depthwise.shape[2:]) for task in tasks)
-        start, row = self._gradient_size, c * (k + taps)
+        row = c * (k + taps)
+        place = self._place(len(tasks), row)
         for i, task in enumerate(tasks):
-            self._gradient_parts.append((start + i * row, task.pointwise))
+            start = place.offset + i * row
+            self._gradient_parts.append((start, task.pointwise))
             if task.depthwise is not None:
-                self._gradient_parts.append((start + i * row + k * c, task.depthwise))
-        self._end_gradients(start + len(tasks) * row)
-        return start, (len(tasks), row)
+                self._gradient_parts.append((start + k * c, task.depthwise))
+        return place
 
-    def place_gradient(self, p: Parameter) -> int:
-        """Where the gradient of a weight goes: its first number."""
-        start = self._gradient_size
-        self._gradient_parts.append((start, p))
-        self._end_gradients(start + math.prod(p.shape))
-        return start
+    def place_gradient(self, p: Parameter) -> Parameter:
+        """Where the gradient of a weight goes."""
+        place = self._place(*p.shape)
+        self._gradient_parts.append((place.offset, p))
+        return place
 
-    def place_sums(self, read: Sequence["Image"]) -> int | None:
+    def place_sums(self, read: Sequence["Image"]) -> Parameter | None:
         """Where the sums [2, images, C] of a part that reads these images go, if they are gradients: those of
         G are of beta, those of G u of gamma."""
         if all(image.affine is None for image in read):
             return None
-        start, c = self._gradient_size, read[0].y.shape[1]
+        c = read[0].y.shape[1]
+        place = self._place(2, len(read), c)
         for i, image in enumerate(read):
             if image.affine is not None:
-                offset = image.affine.offset
-                self._gradient_parts.append((start + (len(read) + i) * c, Parameter(offset, (c,))))
-                self._gradient_parts.append((start + i * c, Parameter(offset + c, (c,))))
-        self._end_gradients(start + 2 * len(read) * c)
-        return start
+                gamma, start = image.affine.offset, place.offset + i * c
+                self._gradient_parts.append((start + len(read) * c, Parameter(gamma, (c,))))
+                self._gradient_parts.append((start, Parameter(gamma + c, (c,))))
+        return place
 
-    def _end_gradients(self, end: int) -> None:
-        # A multiple of 16 bytes: every call's gradients are as aligned as the first's.
-        self._gradient_size = -(-end // 4) * 4
-
-    def sums(self, at: int | None, entries: int, c: int) -> Tensor:
+    def sums(self, place: Parameter | None, entries: int, c: int) -> Tensor:
         """For the sums of G and G u, [2, entries, C]: where `place_sums` says."""
-        if at is None:
-            return self.numbers(2, entries, c)
-        return self.gradients[at : at + 2 * entries * c].view(2, entries, c)
+        return self.numbers(2, entries, c) if place is None else self.parameter(place, self.gradients)
 
     def gradient_order(self) -> Tensor:
         """int64 [parameters]: gradients[order] is the gradient of the weights."""
-        if sum(math.prod(p.shape) for _, p in self._gradient_parts) != self.weights.numel():
-            raise ValueError("there are weights that no operation of the cells has, or several")
-        found = torch.empty(self.weights.numel(), dtype=torch.int64)
+        found = torch.full((self.weights.numel(),), -1)
         for start, p in self._gradient_parts:
-            size = math.prod(p.shape)
-            found[p.offset : p.offset + size] = torch.arange(start, start + size)
+            found[p.offset : p.offset + p.size] = torch.arange(start, start + p.size)
+        if sum(p.size for _, p in self._gradient_parts) != len(found) or (found < 0).any():
+            raise ValueError("there are weights that no operation of the cells has, or several")
         return found
 
 
@@ -370,7 +378,8 @@ class Sweeps:
 
 class Image:
     """A tensor of a cell, its tangent, and the parts that read it as a candidate or normalise it on load,
-    each with its number there. They hand back the adjoint of what they read, see `types.Reader`."""
+    each with the tensor's number there and its p (None: 1). They hand back the adjoint of what they read, see
+    `types.Reader`."""
 
     tangent: Tensor  # from the tangent sweep on
 
@@ -383,7 +392,7 @@ class Image:
     ):
         """`affine` is the place of gamma and beta, `gamma_beta` are they, [2, C]."""
         self.y, self.statistics, self.affine, self.gamma_beta = y, statistics, affine, gamma_beta
-        self.readers: list[tuple[Mix | Halves | Norms, int]] = []
+        self.readers: list[tuple[Mix | Halves | Norms, int, Tensor | None]] = []
 
     def source(self) -> Source:
         return Source(self.y, self.statistics, self.gamma_beta)
@@ -398,16 +407,16 @@ class Image:
                 i,
                 part.adjoints[i],
                 part.sums if normalised else None,
-                part.weights_of(i),
+                weights,
                 gamma,
             )
-            for part, i in self.readers
+            for part, i, weights in self.readers
         )
 
     def tangent_sums(self) -> tuple[Tensor, ...]:
         """Of each reader, [3, C]: the sums of the tangent that it needs, and that its writer takes."""
         found = []
-        for part, i in self.readers:
+        for part, i, _ in self.readers:
             assert part.tangent_sums is not None
             found.append(part.tangent_sums[:, i])
         return tuple(found)
@@ -415,7 +424,7 @@ class Image:
     def second(self) -> tuple[SecondReader, ...]:
         return tuple(
             SecondReader(first, self.tangent, part.tangent_sums, part.seconds[i], part.second_sums)
-            for first, (part, i) in zip(self.first(), self.readers, strict=True)
+            for first, (part, i, _) in zip(self.first(), self.readers, strict=True)
         )
 
 
@@ -428,6 +437,11 @@ class HalfTask(NamedTuple):
     stride: int = 1
     dilation: int = 1
     offset: int = 0
+
+    def weights(self, s: Sweeps, of: Tensor) -> Weights:
+        """Its weights among all weights, or their tangents among all tangents."""
+        depthwise = None if self.depthwise is None else s.parameter(self.depthwise, of)
+        return Weights(depthwise, s.parameter(self.pointwise, of))
 
 
 def tasks_of(part: Half | FactorizedReduce, source: int) -> list[HalfTask]:
@@ -458,13 +472,7 @@ class Halves:
         self.specs = flat
         self.sources = tuple(image.source() for image in inputs)
         self.tasks = tuple(
-            Task(
-                spec.source,
-                Weights(s.parameter(spec.depthwise, s.weights), s.parameter(spec.pointwise, s.weights)),
-                spec.stride,
-                spec.dilation,
-                spec.offset,
-            )
+            Task(spec.source, spec.weights(s, s.weights), spec.stride, spec.dilation, spec.offset)
             for spec in flat
         )
         self.normalised = inputs[0].statistics is not None
@@ -479,10 +487,7 @@ class Halves:
         if self.normalised:
             self.sums_at = s.place_sums(inputs)
             for i, image in enumerate(inputs):
-                image.readers.append((self, i))
-
-    def weights_of(self, _: int) -> None:
-        """p of an input: none, it counts once."""
+                image.readers.append((self, i, None))
 
     def _adjoint(self) -> Tensor:
         return self.s.images(len(self.inputs), self.inputs[0].y.shape)
@@ -493,7 +498,7 @@ class Halves:
 
     def backward(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
         """H of each input, [inputs, N, C, H, W], plus its terms."""
-        s, (start, shape) = self.s, self.gradients_at
+        s = self.s
         self.adjoints, self.tangent_sums = self._adjoint(), self._sums(3)
         c = self.inputs[0].y.shape[1]
         self.sums = s.sums(self.sums_at, len(self.inputs), c) if self.normalised else None
@@ -504,18 +509,13 @@ class Halves:
             tuple(map(tuple, terms)),
             adjoint=self.adjoints,
             sums=self.sums,
-            gradients=s.gradients[start : start + math.prod(shape)].view(shape),
+            gradients=s.parameter(self.gradients_at, s.gradients),
         )
         return self.adjoints
 
     def tangent(self) -> None:
         s = self.s
-        self.weight_tangents = tuple(
-            Weights(
-                s.parameter(spec.depthwise, s.weight_tangents), s.parameter(spec.pointwise, s.weight_tangents)
-            )
-            for spec in self.specs
-        )
+        self.weight_tangents = tuple(spec.weights(s, s.weight_tangents) for spec in self.specs)
         y = s.images(len(self.outputs), self.outputs[0].y.shape)
         s.k.sepconv_tangent(
             self.sources,
@@ -557,10 +557,7 @@ class Norms:
         self.outputs = [Image(y) for y in out]
         self.sums_at = s.place_sums(inputs)
         for i, image in enumerate(inputs):
-            image.readers.append((self, i))
-
-    def weights_of(self, _: int) -> None:
-        """p of an input: none, it counts once."""
+            image.readers.append((self, i, None))
 
     def backward(self, adjoints: Sequence[Tensor]) -> None:
         self.adjoints = tuple(adjoints)
@@ -601,10 +598,6 @@ class Factorized:
     def backward(self) -> Tensor:
         """The adjoint of the state."""
         s, adjoint = self.s, self.s.like(self.x)
-        gradients = (
-            s.gradients[start : start + w.numel()].view(w.shape)
-            for start, w in zip(self.gradients_at, self.weights, strict=True)
-        )
         s.k.convolution_backward(
             self.x,
             self.weights,
@@ -612,7 +605,7 @@ class Factorized:
             self.middle,
             self.output.first()[0],
             adjoint=adjoint,
-            gradients=tuple(gradients),
+            gradients=tuple(s.parameter(at, s.gradients) for at in self.gradients_at),
         )
         return adjoint
 
@@ -637,14 +630,14 @@ class Mix:
         rows of 64 would touch 16 cache lines a load of a warp, in place of 4.) p is a number a candidate; or
         one an image, [candidates, N], and drop path keeps those numbered `kept` in every image. `gradients`:
         those of p in both backward sweeps."""
-        self.s, self.candidates, self.p, self.kept, self.gradients = s, candidates, p, kept, gradients
+        self.s, self.candidates, self.p, self.gradients = s, candidates, p, gradients
         self.sources = tuple(image.source() for image in candidates)
         self.own = own or slot is None
-        outs = (*([s.like(like)] if self.own else []), *([] if slot is None else [slot]))
+        outs = self._outs(like, slot)
         s.k.mix_forward(self.sources, p, outs=outs)
         self.output = Image(outs[0])
         for i, image in enumerate(candidates):
-            image.readers.append((self, i))
+            image.readers.append((self, i, None if i in kept else p))
         # The sums of how many candidates are taken: where p has a gradient of all, else up to the last that
         # is normalised.
         self.summed = len(candidates)
@@ -652,9 +645,8 @@ class Mix:
             self.summed -= 1
         self.sums_at = s.place_sums(candidates[: self.summed]) if self.summed else None
 
-    def weights_of(self, candidate: int) -> Tensor | None:
-        """p, unless it is 1."""
-        return None if candidate in self.kept else self.p
+    def _outs(self, like: Tensor, slot: Tensor | None) -> tuple[Tensor, ...]:
+        return (*([self.s.like(like)] if self.own else []), *([] if slot is None else [slot]))
 
     def backward(self, adjoint: Tensor) -> None:
         count, c = len(self.candidates), adjoint.shape[1]
@@ -672,10 +664,10 @@ class Mix:
             )
 
     def tangent(self, slot: Tensor | None) -> None:
-        s, y = self.s, self.output.y
-        outs = (*([s.like(y)] if self.own else []), *([] if slot is None else [slot]))
-        self.products = s.numbers(len(self.candidates), y.shape[1])
-        s.k.mix_tangent(
+        y = self.output.y
+        outs = self._outs(y, slot)
+        self.products = self.s.numbers(len(self.candidates), y.shape[1])
+        self.s.k.mix_tangent(
             self.sources,
             self.p,
             tuple(image.tangent for image in self.candidates),
@@ -765,7 +757,7 @@ class Stage:
         s = self.s
         terms += [part.backward() for part in self.factorized]
         if self.position is None:
-            terms += self._adjoints_of_identity(second)
+            terms += self._adjoints_of_shared(second)[1]
         for halves in reversed(self.halves):
             # The last of those that read the state takes the terms; of a pooled state its pools do.
             last = halves is self.halves[0] and self.position is None
@@ -777,40 +769,27 @@ class Stage:
                 terms.append(found[0])
         if self.position is None:
             return s.sum(terms, self.state.y)
-        read = list(zip(self.pools, self.both, strict=True))
-        if self.identity and not self._identity_is_plain():
-            read.append(([self.identity], self.state.y))
-        elif self.identity:
-            terms += self._adjoints_of_identity(second)
-        adjoints = self._fan_out(read, second)
-        terms += adjoints[2:].unbind()
+        pools, others = self._adjoints_of_shared(second)
         found = s.like(self.state.y)
-        s.k.pool_backward(self.position, self.stride, adjoints[:2], tuple(terms), out=found)
+        s.k.pool_backward(self.position, self.stride, pools, (*terms, *others), out=found)
         return found
 
-    def _identity_is_plain(self) -> bool:
-        """Whether its readers take it as it is, so that its adjoint is theirs."""
-        return self.identity is not None and all(reader.weights is None for reader in self.identity.first())
-
-    def _adjoints_of_identity(self, second: bool) -> list[Tensor]:
-        if self.identity is None:
-            return []
-        if self._identity_is_plain():
-            return [reader.adjoint for reader in self.identity.first()]
-        return list(self._fan_out([([self.identity], self.state.y)], second))
-
-    def _fan_out(self, read: Sequence[tuple[list[Image], Tensor]], second: bool) -> Tensor:
-        """The adjoints of tensors that several nodes read, each as these images, [tensors, N, C, H, W]."""
-        s = self.s
-        out = s.images(len(read), read[0][1].shape)
-        sources = [images[0].source()._replace(affine=None) if images else Source(y) for images, y in read]
-        readers = [
-            tuple(reader for image in images for reader in (image.second() if second else image.first()))
-            for images, _ in read
-        ]
-        function = s.k.fan_out_second if second else s.k.fan_out_backward
-        function(tuple(sources), tuple(readers), out=out)
-        return out
+    def _adjoints_of_shared(self, second: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The adjoints of what several nodes read: of both pools, [2, N, C, H', W'], if there are any; and
+        those that the identity adds to the state's."""
+        count = 0 if self.position is None else 2
+        read: list[tuple[list[Image], Tensor]] = []  # tensors, each with the images that it is read as
+        if count:
+            read += zip(self.pools, self.both, strict=True)
+        others: list[Tensor] = []
+        if self.identity and all(p is None for *_, p in self.identity.readers):
+            others = [reader.adjoint for reader in self.identity.first()]  # as they are
+        elif self.identity:
+            read.append(([self.identity], self.state.y))
+        if not read:
+            return None, others
+        out = self.s.fan_out(read, second)
+        return out[:count], [*others, *out[count:]]
 
     def tangent(self) -> None:
         s = self.s
@@ -851,16 +830,11 @@ class Passing:
 
     def backward(self, second: bool) -> Tensor:
         """The adjoint of the state's channels, or the second one."""
-        s, found = self.s, self.output
-        out = s.images(1, found.y.shape)
-        if second:
-            s.k.fan_out_second((found.source(),), (found.second(),), out=out)
-        else:
-            s.k.fan_out_backward((found.source(),), (found.first(),), out=out)
+        (of_output,) = self.s.fan_out([([self.output], self.output.y)], second)
         if self.position is None:
-            return out[0]
-        adjoint = s.like(self.state.y)
-        s.k.max_pool_2x2_backward(self.position, out[0], out=adjoint)
+            return of_output
+        adjoint = self.s.like(self.state.y)
+        self.s.k.max_pool_2x2_backward(self.position, of_output, out=adjoint)
         return adjoint
 
     def tangent(self) -> None:
