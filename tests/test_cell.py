@@ -242,6 +242,17 @@ def test_every_weight_has_one_gradient():
     assert order.shape == (book.size,) and order.unique().numel() == book.size
 
 
+def test_a_weight_that_no_operation_has():
+    """And one of the same size that two have: there are as many numbers as gradients."""
+    book, data = network(1, convolutions, False)
+    first, second = (part.halves[0] for part in data[0].preprocessing)
+    shared = Convolution((second._replace(pointwise=first.pointwise),))
+    data[0] = data[0]._replace(preprocessing=(data[0].preprocessing[0], shared))
+    sweeps = Sweeps(data, [(2, 5, 8, 8)], torch.float64, book.size, book.channels, 2)
+    with pytest.raises(ValueError, match="weights that no operation of the cells has, or several"):
+        sweeps.gradient_order()
+
+
 def test_sizes_that_cannot_be_halved():
     book, data = network(1, everything, True)
     with pytest.raises(ValueError, match="a 7x8 image cannot be halved"):
