@@ -81,7 +81,7 @@ class SecondReader(NamedTuple):
     sums: Tensor | None  # [2, entries, C]: of Gd, Gd h
 
 
-AnyReader = TypeVar("AnyReader", Reader, SecondReader)
+AnyReader = TypeVar("AnyReader", bound=Reader | SecondReader)
 
 
 @dataclass
@@ -356,6 +356,51 @@ class Backend(Protocol):
 
     def add(self, terms: Sequence[Tensor], *, out: Tensor) -> Sequence[Launch]:
         """The sum of two or more tensors, which may be slices of channels."""
+
+
+def of_tasks(outputs: Tensor | Sequence[Tensor], tasks: int) -> list[Tensor]:
+    """The parts of outputs, [N, K, H, W] or [rows, K] each, that belong to each task of a call: neighbouring
+    tasks have equal parts of the channels of one output."""
+    return [part for output in outputs for part in output.chunk(tasks // len(outputs), dim=1)]
+
+
+def readers_of_tasks(readers: Sequence[AnyReader], tasks: int) -> list[AnyReader]:
+    """For each task of a call the reader of its part of an output: the outputs' readers, each with a part of
+    its channels."""
+    return [part for reader in readers for part in _parts(reader, tasks // len(readers))]
+
+
+def _parts(reader: AnyReader, count: int) -> list[AnyReader]:
+    if count == 1:
+        return [reader]
+    fields: list[Sequence[Any]] = []
+    value: Any
+    for name, value in zip(reader._fields, reader, strict=True):
+        if name == "first":
+            fields.append(_parts(value, count))
+        elif isinstance(value, Tensor) and name != "weights":
+            fields.append(value.chunk(count, dim=1 if value.dim() == 4 else -1))
+        else:
+            fields.append([value] * count)
+    return [type(reader)(*values) for values in zip(*fields, strict=True)]
+
+
+def row_stride(x: Tensor) -> int:
+    """Numbers from one pixel of x, [N, C, H, W], to the next: C, or more where x is a slice of channels.
+
+    Raises:
+        ValueError: x is neither channels-last nor a slice of the channels of a tensor that is.
+    """
+    n, c, height, width = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return c
+    # A dimension of one value may have any stride.
+    row = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if n > 1 else c
+    expected = (height * width * row, 1, width * row, row)
+    alike = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True))
+    if not alike or row < c:
+        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)} are not those of channels-last memory")
+    return row
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

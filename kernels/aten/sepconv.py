@@ -4,7 +4,6 @@ A task computes [h = batch norm of x] -> a = relu(h) -> z = D * a (depthwise) ->
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,15 @@ from darts_fast.kernels.aten.batch_norm import (
     write_tangent_sums,
 )
 from darts_fast.kernels.aten.launch import as_launch
-from darts_fast.kernels.types import AnyReader, Reader, SecondReader, Source, Task, Weights
+from darts_fast.kernels.types import (
+    Reader,
+    SecondReader,
+    Source,
+    Task,
+    Weights,
+    of_tasks,
+    readers_of_tasks,
+)
 
 
 @as_launch
@@ -30,12 +37,13 @@ def sepconv_forward(
     sources: Sequence[Source], tasks: Sequence[Task], *, y: Tensor, statistics: Tensor | None
 ) -> None:
     inputs = [rectify(source) for source in sources]
-    for task, (output, channels) in zip(tasks, _destinations(tasks, len(y)), strict=True):
+    outputs = of_tasks(y, len(tasks))
+    for index, task in enumerate(tasks):
         d, p = task.weights
         result = pointwise(depthwise(inputs[task.source], d, task), p)
-        y[output, :, channels].copy_(result)
+        outputs[index].copy_(result)
         if statistics is not None:
-            statistics[output, :, channels].copy_(statistics_of(result))
+            of_tasks(statistics, len(tasks))[index].copy_(statistics_of(result))
 
 
 @as_launch
@@ -49,16 +57,14 @@ def sepconv_backward(
     sums: Tensor | None,
     gradients: Tensor | None,
 ) -> None:
-    destinations = _destinations(tasks, len(readers))
+    readers = readers_of_tasks(readers, len(tasks))
     for number, source in enumerate(sources):
         a, total = rectify(source), None
         planes = a.contiguous() if gradients is not None else a
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
-            output, channels = destinations[index]
-            reader = _of_channels(readers[output], channels)
-            y = evaluate(reader.y, [first_terms(reader)])
+            y = evaluate(readers[index].y, [first_terms(readers[index])])
             d, p = task.weights
             z = pointwise_adjoint(y, p)
             if gradients is not None:
@@ -85,7 +91,7 @@ def sepconv_tangent(
     y: Tensor,
     sums: Sequence[Tensor],
 ) -> None:
-    destinations = _destinations(tasks, len(y))
+    outputs = of_tasks(y, len(tasks))
     for number, (source, xd) in enumerate(zip(sources, source_tangents, strict=True)):
         a = rectify(source)
         ad = masked(normalise_tangent(xd, source, None if source_sums is None else source_sums[:, number]), a)
@@ -96,8 +102,7 @@ def sepconv_tangent(
             zd = depthwise(ad, d, task)
             if d is not None:
                 zd.add_(depthwise(a, dd, task))
-            output, channels = destinations[index]
-            y[output, :, channels].copy_(pointwise(depthwise(a, d, task), pd, pointwise(zd, p)))
+            outputs[index].copy_(pointwise(depthwise(a, d, task), pd, pointwise(zd, p)))
     for yd, reader, of_reader in zip(y, readers, sums, strict=True):
         write_tangent_sums(yd, reader, of_reader)
 
@@ -113,14 +118,13 @@ def sepconv_second(
     adjoint: Tensor,
     sums: Tensor | None,
 ) -> None:
-    destinations = _destinations(tasks, len(readers))
+    readers = readers_of_tasks(readers, len(tasks))
     for number, source in enumerate(sources):
         a, total = rectify(source), None
         for index, task in enumerate(tasks):
             if task.source != number:
                 continue
-            output, channels = destinations[index]
-            reader = _of_channels(readers[output], channels)
+            reader = readers[index]
             y = evaluate(reader.first.y, [first_terms(reader.first)])
             yd = evaluate(reader.first.y, [second_terms(reader)])
             (d, p), (dd, pd) = task.weights, weight_tangents[index]
@@ -129,24 +133,6 @@ def sepconv_second(
             if d is not None:
                 total = depthwise_adjoint(pointwise_adjoint(y, p), dd, task, a, total)
         _write_adjoint(total, a, source, number, terms[number], adjoint, sums)
-
-
-def _destinations(tasks: Sequence[Task], outputs: int) -> list[tuple[int, slice]]:
-    """Returns the output that each task writes, and the channels of it: neighbouring tasks may share one."""
-    joined, k = len(tasks) // outputs, tasks[0].weights.pointwise.shape[0]
-    return [(i // joined, slice(i % joined * k, (i % joined + 1) * k)) for i in range(len(tasks))]
-
-
-def _of_channels(reader: AnyReader, channels: slice) -> AnyReader:
-    """Returns the reader for these channels alone."""
-    parts: dict[str, Any] = {
-        name: value[:, channels] if value.dim() == 4 else value[..., channels]
-        for name, value in reader._asdict().items()
-        if isinstance(value, Tensor) and name != "weights"
-    }
-    if isinstance(reader, SecondReader):
-        parts["first"] = _of_channels(reader.first, channels)
-    return reader._replace(**parts)
 
 
 def _write_adjoint(

@@ -49,7 +49,7 @@ def _pool(
     of_maximum, of_average = readers
     read = [read_in_tangent(of_one) for of_one in (*of_maximum, *of_average)]
     pairs = zip(read, (*sums[0], *sums[1]), strict=True)
-    of_readers = Table([reader(of_one, tangent_sums=its_sums) for of_one, its_sums in pairs])
+    of_readers = Table([reader(of_one, its_sums) for of_one, its_sums in pairs])
     call = table.Pool(
         x=image(x),
         maximum=image(maximum),

@@ -17,7 +17,16 @@ from darts_fast.kernels.native.table import (
     reader,
     rows,
 )
-from darts_fast.kernels.types import Reader, SecondReader, Source, Task, Weights, tensors
+from darts_fast.kernels.types import (
+    Reader,
+    SecondReader,
+    Source,
+    Task,
+    Weights,
+    of_tasks,
+    readers_of_tasks,
+    tensors,
+)
 
 
 def sepconv_forward(
@@ -88,9 +97,9 @@ def _sepconv(
     tangent_sums: Sequence[Tensor] | None = None,
 ) -> list[Launch]:
     """What a function does not take is None."""
+    read: Sequence[tuple] = [read_of(of_one) for of_one in readers or ()]
     if tangent_sums is not None:
-        readers = [read_in_tangent(cast(Reader, of_one)) for of_one in readers or ()]
-    read = readers if tangent_sums is not None else [read_of(of_one) for of_one in readers or ()]
+        read = readers = [read_in_tangent(cast(Reader, of_one)) for of_one in readers or ()]
     of_sources, of_terms = [], [Table([pixels(t) for t in its]) for its in terms or [()] * len(sources)]
     for i, source in enumerate(sources):
         n, c, height, width = source.x.shape
@@ -111,39 +120,35 @@ def _sepconv(
                 c=c,
             )
         )
-    of_tasks = []
-    outputs = y if readers is None else readers
-    assert outputs is not None
-    joined = len(tasks) // len(outputs)
+    count, tasks_in_table = len(tasks), []
+    task_readers = readers_of_tasks(readers, count) if readers else []
+    task_y, task_statistics, task_sums = (
+        [None] * count if outputs is None else of_tasks(outputs, count)
+        for outputs in (y, statistics, tangent_sums)
+    )
     for i, task in enumerate(tasks):
         (d, p), (dd, pd) = task.weights, weight_tangents[i] if weight_tangents else (None, None)
-        k, output, part = p.shape[0], i // joined, i % joined
-        channels = slice(part * k, (part + 1) * k)
         row = None if gradients is None else gradients[i]
-        of_tasks.append(
+        tasks_in_table.append(
             table.Task(
                 source=task.source,
                 kernel=0 if d is None else d.shape[-1],
                 stride=task.stride,
                 dilation=task.dilation,
                 offset=task.offset,
-                k=k,
+                k=p.shape[0],
                 d=numbers(d),
                 p=numbers(p),
                 d_tangent=numbers(dd),
                 p_tangent=numbers(pd),
-                y=pixels(None if y is None else y[output][:, channels]),
-                statistics=rows(None if statistics is None else statistics[output][:, channels]),
-                reader=reader(
-                    readers[output] if readers else None,
-                    channels,
-                    tangent_sums[output] if tangent_sums else None,
-                ),
+                y=pixels(task_y[i]),
+                statistics=rows(task_statistics[i]),
+                reader=reader(task_readers[i], task_sums[i]) if task_readers else table.Reader(),
                 p_gradient=numbers(row),
                 d_gradient=numbers(None if row is None or d is None else row[p.numel() :]),
             )
         )
-    tables = Table(of_sources), Table(of_tasks)
+    tables = Table(of_sources), Table(tasks_in_table)
     call = table.SepConv(tables[0].address, tables[0].count, tables[1].address, tables[1].count)
     weights = [task.weights for task in tasks]
     reads = sources, weights, source_tangents, source_sums, weight_tangents, read, terms

@@ -198,16 +198,7 @@ def pixels(x: Tensor | None) -> Matrix:
         return Matrix()
     if x.dtype is not torch.float32:
         raise TypeError(f"the native kernels compute in float32, not {x.dtype}")
-    n, c, height, width = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return Matrix(x.data_ptr(), c)
-    # A dimension of one value may have any stride.
-    steps = (width, 3, 1), (height, 2, width), (n, 0, height * width)
-    row = next((x.stride(dim) // step for size, dim, step in steps if size > 1), c)
-    strides = zip(x.shape, x.stride(), (height * width * row, 1, width * row, row), strict=True)
-    if row < c or any(size > 1 and stride != expected for size, stride, expected in strides):
-        raise ValueError(f"strides {x.stride()} of {tuple(x.shape)} are not those of channels-last memory")
-    return Matrix(x.data_ptr(), row)
+    return Matrix(x.data_ptr(), types.row_stride(x))
 
 
 def image(x: Tensor | None) -> int:
@@ -244,37 +235,23 @@ def numbers(x: Tensor | None) -> int:
     return x.data_ptr()
 
 
-def reader(
-    read: types.Reader | types.SecondReader | None,
-    channels: slice = slice(None),
-    tangent_sums: Tensor | None = None,
-) -> Reader:
-    """What a reader hands back of these channels of y; and `tangent_sums` [3, C], which the tangent sweep
-    writes for it."""
-    if read is None:
-        return Reader()
+def reader(read: types.Reader | types.SecondReader, tangent_sums: Tensor | None = None) -> Reader:
+    """What a reader hands back; and `tangent_sums` [3, C], which the tangent sweep writes for it."""
     second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)  # type: ignore[arg-type]
     first = second.first
 
-    def of_channels(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, channels]
-
     def sums_of(sums: Tensor | None) -> Matrix:
-        return rows(None if sums is None else sums[:, first.index, channels])
+        return rows(None if sums is None else sums[:, first.index])
 
-    if tangent_sums is None:
-        of_tangent = sums_of(second.tangent_sums)
-    else:
-        of_tangent = rows(of_channels(tangent_sums))
     return Reader(
-        y=pixels(of_channels(first.y)),
-        statistics=rows(of_channels(first.statistics)),
-        adjoint=pixels(of_channels(first.adjoint)),
+        y=pixels(first.y),
+        statistics=rows(first.statistics),
+        adjoint=pixels(first.adjoint),
         sums=sums_of(first.sums),
         weight=weight(first.weights, first.index),
-        gamma=numbers(None if first.gamma is None else first.gamma[channels]),
-        tangent=pixels(of_channels(second.tangent)),
-        tangent_sums=of_tangent,
-        second=pixels(of_channels(second.adjoint)),
+        gamma=numbers(first.gamma),
+        tangent=pixels(second.tangent),
+        tangent_sums=sums_of(second.tangent_sums) if tangent_sums is None else rows(tangent_sums),
+        second=pixels(second.adjoint),
         second_sums=sums_of(second.sums),
     )

@@ -50,26 +50,7 @@ SLICES_OF_VECTORS = ("p_weights", "p_gradient")
 
 # Tensors
 
-
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def row_stride(x: Tensor) -> int:
-    """Elements from one position of x [N, C, H, W] to the next.
-
-    Raises:
-        ValueError: x is neither channels-last nor a slice of the channels of a tensor that is.
-    """
-    _, _, height, width = x.shape
-    row = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
-    expected = (height * width * row, 1, width * row, row)
-    alike = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected, strict=True))
-    if not alike or row < x.shape[1]:
-        raise ValueError(
-            f"a tensor must be channels-last, or a slice of the channels of one that is, and not have the "
-            f"strides {x.stride()} for the shape {tuple(x.shape)}"
-        )
-    return row
 
 
 def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:

@@ -22,13 +22,12 @@ from darts_fast.kernels.triton.launch import (
     load_normalizer,
     norms_of,
     pick,
-    row_stride,
     sum_of_products,
     sum_of_rows,
     weights_row,
 )
 from darts_fast.kernels.triton.launch_table import Case, splits_of, tile
-from darts_fast.kernels.types import Reader, SecondReader, Source, accumulator
+from darts_fast.kernels.types import Reader, SecondReader, Source, accumulator, row_stride
 
 
 @triton.jit

@@ -14,13 +14,12 @@ from darts_fast.kernels.triton.launch import (
     load_normalizer,
     merge_statistics,
     norms_of,
-    row_stride,
     store_statistics,
     sum_of_products,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import Case, tile
-from darts_fast.kernels.types import Reader, Source, accumulator
+from darts_fast.kernels.types import Reader, Source, accumulator, row_stride
 
 
 @triton.jit

@@ -15,7 +15,6 @@ from darts_fast.kernels.triton.launch import (
     load_normalizer,
     norms_of,
     pick,
-    row_stride,
     sum_of_products,
     sum_of_rows,
     weights_row,
@@ -27,8 +26,16 @@ from darts_fast.kernels.triton.launch_table import (
     splits_of,
     warps,
 )
-from darts_fast.kernels.triton.sepconv_call import Call, dot, of_terms, parts_of
-from darts_fast.kernels.types import Reader, SecondReader, Source, Weights, accumulator
+from darts_fast.kernels.triton.sepconv_call import Call, dot, of_terms
+from darts_fast.kernels.types import (
+    Reader,
+    SecondReader,
+    Source,
+    Weights,
+    accumulator,
+    readers_of_tasks,
+    row_stride,
+)
 
 # Numbers of a weight gradient that the last program adds at a time, over 16 programs (`ROWS` numbers).
 COLUMNS = tl.constexpr(128)
@@ -265,7 +272,7 @@ def pointwise(
         counts = counters(x, count * blocks)
     depthwise, pointwise = call.weights()
     p_terms, constants_of_terms = of_terms(terms, z)
-    of_readers, constants_of_readers = _of_readers(firsts, seconds, count // len(firsts))
+    of_readers, constants_of_readers = _of_readers(firsts, seconds, count)
     arguments = {
         "p_x": call.of_tasks(call.sources) if gradients is not None or call.direct() else pointwise,
         "p_means": call.of_tasks(call.means) if gradients is not None else pointwise,
@@ -308,14 +315,13 @@ def pointwise(
 
 
 def _of_readers(
-    firsts: Sequence[Reader], seconds: Sequence[SecondReader] | None, join: int
+    firsts: Sequence[Reader], seconds: Sequence[SecondReader] | None, count: int
 ) -> tuple[dict, dict]:
-    """Returns the arguments and the constants that come from the readers; `join` tasks have one reader."""
-    firsts = [part for reader in firsts for part in parts_of(reader, join)]
-    count = len(firsts)
+    """Returns the arguments and the constants that come from the readers of `count` tasks."""
+    firsts = readers_of_tasks(firsts, count)
     of_tasks: list[SecondReader | None] = [None] * count
     if seconds:
-        of_tasks = [part for reader in seconds for part in parts_of(reader, join)]
+        of_tasks = [*readers_of_tasks(seconds, count)]
     adjoints = tuple(reader.adjoint for reader in firsts)
     second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, of_tasks, strict=True))
     rows = tuple(map(row_stride, adjoints))

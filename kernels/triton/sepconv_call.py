@@ -1,15 +1,15 @@
 """What the kernels of separable halves share: the arguments of a call, and the pointwise product."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from darts_fast.kernels.triton.launch import ACCUMULATORS, affines_of, norms_of, row_stride
+from darts_fast.kernels.triton.launch import ACCUMULATORS, affines_of, norms_of
 from darts_fast.kernels.triton.launch_table import Case, dot_channel_block
-from darts_fast.kernels.types import AnyReader, Source, Task, Weights, accumulator
+from darts_fast.kernels.types import Source, Task, Weights, accumulator, row_stride
 
 # The interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same and exact.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -144,19 +144,3 @@ def of_terms(terms: Sequence[Sequence[Tensor]] | None, stand_in: Tensor) -> tupl
         "TERM_ROWS": tuple(row_stride(term) for _, term in flat),
     }
     return tuple(term for _, term in flat) or (stand_in,), constants
-
-
-def parts_of(reader: AnyReader, count: int) -> list[AnyReader]:
-    """Returns the readers of each of `count` equal parts of the channels."""
-    if count == 1:
-        return [reader]
-    by_field: list[Sequence[Any]] = []
-    value: Any
-    for name, value in zip(reader._fields, reader, strict=True):
-        if name == "first":
-            by_field.append(parts_of(value, count))
-        elif isinstance(value, Tensor) and name != "weights":
-            by_field.append(value.chunk(count, dim=1 if value.dim() == 4 else -1))
-        else:
-            by_field.append([value] * count)
-    return [type(reader)(*values) for values in zip(*by_field, strict=True)]

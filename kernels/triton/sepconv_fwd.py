@@ -16,14 +16,21 @@ from darts_fast.kernels.triton.launch import (
     merge_statistics,
     norms_of,
     pick,
-    row_stride,
     store_statistics,
     sum_of_products,
     sum_of_rows,
 )
 from darts_fast.kernels.triton.launch_table import positions, power_of_two, warps
-from darts_fast.kernels.triton.sepconv_call import Call, dot, parts_of
-from darts_fast.kernels.types import Reader, Source, Weights, accumulator
+from darts_fast.kernels.triton.sepconv_call import Call, dot
+from darts_fast.kernels.types import (
+    Reader,
+    Source,
+    Weights,
+    accumulator,
+    of_tasks,
+    readers_of_tasks,
+    row_stride,
+)
 
 
 @triton.jit
@@ -198,7 +205,7 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
         partials, counts = x.new_empty(count, 3, tiles, k, dtype=wide), counters(x, count)
     depthwise, pointwise = call.weights()
     depthwise_d, pointwise_d = call.weights(tangents.weights if tangents else None)
-    of_outputs, constants_of_outputs = _of_outputs(y, tangents, count // len(y))
+    of_outputs, constants_of_outputs = _of_outputs(y, tangents, count)
     arguments = {
         "p_x": call.of_tasks(call.sources),
         "p_means": call.of_tasks(call.means),
@@ -238,13 +245,12 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
     return Launch(sepconv_fwd_kernel, (tiles, count), arguments, constants, warps("sepconv_fwd_kernel", case))
 
 
-def _of_outputs(y: Tensor, tangents: Tangents | None, join: int) -> tuple[dict, dict]:
-    """Returns the arguments and the constants that are of each task's output, `join` of which are in one."""
+def _of_outputs(y: Tensor, tangents: Tangents | None, count: int) -> tuple[dict, dict]:
+    """Returns the arguments and the constants that are of the output of each of `count` tasks."""
     if tangents is None:  # nothing of it is read
         names = "p_own", "p_own_means", "p_own_rs", "p_adjoints", "p_own_sums"
         return dict.fromkeys(names, (y,)), {"OWN_NORMS": (0,), "OWN_ROW": 0, "G_ROWS": (0,), "SUM_ROWS": (0,)}
-    readers = [part for reader in tangents.readers for part in parts_of(reader, join)]
-    sums = [part for of_reader in tangents.sums for part in of_reader.chunk(join, dim=1)]
+    readers, sums = readers_of_tasks(tangents.readers, count), of_tasks(tangents.sums, count)
     means, rs, norms = norms_of([Source(reader.y, reader.statistics) for reader in readers])
     arguments = {
         "p_own": tuple(reader.y for reader in readers),
