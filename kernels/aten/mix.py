@@ -137,16 +137,16 @@ def norm_tangent(
 
 @as_launch
 def fan_out_backward(sources: Sequence[Source], readers: Sequence[Sequence[Reader]], *, out: Tensor) -> None:
-    for number, (source, its_readers) in enumerate(zip(sources, readers, strict=True)):
-        _write_sum(source, [first_terms(reader) for reader in its_readers], out[number])
+    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, list(map(first_terms, its)), out[number])
 
 
 @as_launch
 def fan_out_second(
     sources: Sequence[Source], readers: Sequence[Sequence[SecondReader]], *, out: Tensor
 ) -> None:
-    for number, (source, its_readers) in enumerate(zip(sources, readers, strict=True)):
-        _write_sum(source, [second_terms(reader) for reader in its_readers], out[number])
+    for number, (source, its) in enumerate(zip(sources, readers, strict=True)):
+        _write_sum(source, list(map(second_terms, its)), out[number])
 
 
 def _write_sum(source: Source, parts: Sequence[Terms], out: Tensor) -> None:

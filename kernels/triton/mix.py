@@ -452,7 +452,7 @@ def mix_tangent(
 ) -> list[Launch]:
     y, (means, rs, norms) = candidates[0].x, norms_of(candidates)
     sizes, (tiles, blocks) = _sizes("mix_tangent_kernel", y, 2 * len(candidates))
-    partials = counts = None
+    partials = counts = y  # stand in where they are not wanted
     count = norms.count(0)
     if count:
         partials = y.new_empty(tiles, count, y.shape[1], dtype=products.dtype)
@@ -468,9 +468,9 @@ def mix_tangent(
         "p_weights": weights,
         "p_sums": weights if tangent_sums is None else tangent_sums,
         "p_adjoint": adjoint if count else y,
-        "p_partials": y if partials is None else partials,
+        "p_partials": partials,
         "p_products": products if count else y,
-        "p_counters": y if counts is None else counts,
+        "p_counters": counts,
         "p_outs": tuple(outs),
         "positions": _positions(y),
     }
@@ -592,39 +592,36 @@ def _norm_forward(
 def fan_out_backward(
     sources: Sequence[Source], readers: Sequence[Sequence[Reader]], *, out: Tensor
 ) -> list[Launch]:
-    return [_fan_out(sources, readers, readers, None, out)]
+    return [_fan_out(sources, readers, None, out)]
 
 
 def fan_out_second(
     sources: Sequence[Source], readers: Sequence[Sequence[SecondReader]], *, out: Tensor
 ) -> list[Launch]:
     firsts = [[reader.first for reader in of_one] for of_one in readers]
-    return [_fan_out(sources, firsts, readers, readers, out)]
+    return [_fan_out(sources, firsts, readers, out)]
 
 
 def _fan_out(
     sources: Sequence[Source],
     firsts: Sequence[Sequence[Reader]],
-    readers: Sequence[Sequence[Reader | SecondReader]],
     seconds: Sequence[Sequence[SecondReader]] | None,
     out: Tensor,
 ) -> Launch:
-    """Returns the launch; `readers` are `seconds` if there are any, else `firsts`."""
+    """Returns the launch of the second sweep if there are `seconds`, else of the first."""
     # A tensor that no reader normalises is not read; out stands in for all that is not read.
     read = [
         source if source.statistics is not None and of_one else Source(out)
-        for source, of_one in zip(sources, readers, strict=True)
+        for source, of_one in zip(sources, firsts, strict=True)
     ]
     means, rs, norms = norms_of(read)
-    tangents = (
-        [of_one[0].tangent if norm else out for of_one, norm in zip(seconds, norms, strict=True)]
-        if seconds
-        else [out] * len(norms)
-    )
+    tangents = [out] * len(norms)
+    if seconds:
+        tangents = [of_one[0].tangent if norm else out for of_one, norm in zip(seconds, norms, strict=True)]
     all_firsts = [reader for of_one in firsts for reader in of_one]
     all_seconds = [reader for of_one in seconds or () for reader in of_one]
     all_readers: Sequence[Reader | SecondReader] = all_seconds if seconds else all_firsts
-    normed = [norm for of_one, norm in zip(readers, norms, strict=True) for _ in of_one]
+    normed = [norm for of_one, norm in zip(firsts, norms, strict=True) for _ in of_one]
     adjoints = [reader.adjoint for reader in all_readers]
     first_adjoints = [reader.adjoint for reader in all_firsts]
 
@@ -654,7 +651,7 @@ def _fan_out(
         "weights_row": weights_row(reader.weights for reader in all_firsts),
     }
     constants = {
-        "ENDS": tuple(sum(map(len, readers[:c])) for c in range(len(readers) + 1)),
+        "ENDS": tuple(sum(map(len, firsts[:c])) for c in range(len(firsts) + 1)),
         "PLACES": tuple(reader.index for reader in all_firsts),
         "CANDIDATES": tuple(0 if reader.sums is None else reader.sums.shape[1] for reader in all_firsts),
         "WEIGHED": weighed,

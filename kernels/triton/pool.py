@@ -227,7 +227,7 @@ def _forward(
     positions = n * height * width
     block_p, block_c = block = tile("pool_fwd_kernel", Case(x.dtype, c))
     tiles, blocks = triton.cdiv(positions, block_p), triton.cdiv(c, block_c)
-    partials = counts = None
+    partials = counts = x  # stand in where they are not wanted
     if statistics is not None:
         partials, counts = x.new_empty(2, tiles, 2, c, dtype=statistics.dtype), counters(x, blocks)
     flat = [reader for of_pool in readers or () for reader in of_pool]
@@ -239,8 +239,8 @@ def _forward(
     ]
     means, rs, norms = norms_of(read)
     if flat:
-        wide = accumulator(x.dtype)
-        partials, counts = x.new_empty(4 + len(flat), tiles, c, dtype=wide), counters(x, blocks)
+        partials = x.new_empty(4 + len(flat), tiles, c, dtype=accumulator(x.dtype))
+        counts = counters(x, blocks)
     arguments = {
         "p_x": x,
         "p_max": pools[0],
@@ -251,9 +251,9 @@ def _forward(
         "p_rs": rs,
         "p_adjoints": tuple(reader.adjoint for reader in flat) or (x,),
         "p_sums": tuple(flat_sums) or (x,),
-        "p_partials": x if partials is None else partials,
+        "p_partials": partials,
         "p_statistics": x if statistics is None else statistics,
-        "p_counters": x if counts is None else counts,
+        "p_counters": counts,
         "positions": positions,
     }
     constants = {

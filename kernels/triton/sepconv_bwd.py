@@ -136,7 +136,7 @@ def depthwise(
     c = x.shape[1]
     block_p, block_c = tile("sepconv_bwd_kernel", call.case())
     tiles, blocks = triton.cdiv(call.pixels(), block_p), triton.cdiv(c, block_c)
-    partials = counts = None
+    partials = counts = z  # stand in where they are not wanted
     if sums is not None:
         partials = x.new_empty(2, count, tiles, c, dtype=sums.dtype)
         counts = counters(x, count * blocks)
@@ -152,9 +152,9 @@ def depthwise(
         "p_z": z,
         "p_terms": p_terms,
         "p_adjoint": adjoint,
-        "p_partials": z if partials is None else partials,
+        "p_partials": partials,
         "p_sums": z if sums is None else sums,
-        "p_counters": z if counts is None else counts,
+        "p_counters": counts,
         "pixels": call.pixels(),
         "positions": call.positions(),
     }

@@ -263,7 +263,7 @@ def pointwise(
     block_p = positions("sepconv_bwd_pointwise_kernel", case)
     splits = triton.cdiv(call.positions(), block_p)
     blocks = triton.cdiv(c, block_c)
-    partials = counts = None
+    partials = counts = z  # stand in where they are not wanted
     if gradients is not None:
         # Two programs a multiprocessor, which is what 180 registers a thread let in: with 1,024 the partial
         # sums of a weight gradient at 64 channels were more bytes than its operands.
@@ -271,23 +271,28 @@ def pointwise(
         partials = x.new_empty(count, blocks, splits, k + taps, block_c, dtype=dtype)
         counts = counters(x, count * blocks)
     depthwise, pointwise = call.weights()
+
+    def of_sources(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of each task's source, what the gradients are computed from."""
+        return pointwise if gradients is None else call.of_tasks(values)
+
     p_terms, constants_of_terms = of_terms(terms, z)
     of_readers, constants_of_readers = _of_readers(firsts, seconds, count)
     arguments = {
-        "p_x": call.of_tasks(call.sources) if gradients is not None or call.direct() else pointwise,
-        "p_means": call.of_tasks(call.means) if gradients is not None else pointwise,
-        "p_rs": call.of_tasks(call.rs) if gradients is not None else pointwise,
-        "p_gammas": call.of_tasks(call.gammas) if gradients is not None else pointwise,
-        "p_betas": call.of_tasks(call.betas) if gradients is not None else pointwise,
+        "p_x": call.sources if call.direct() else of_sources(call.sources),
+        "p_means": of_sources(call.means),
+        "p_rs": of_sources(call.rs),
+        "p_gammas": of_sources(call.gammas),
+        "p_betas": of_sources(call.betas),
         "p_depthwise": depthwise if gradients is not None else pointwise,
         "p_pointwise": pointwise,
         "p_pointwise_d": call.weights(weight_tangents)[1],
         **of_readers,
         "p_terms": p_terms,
         "p_z": z,
-        "p_partials": z if partials is None else partials,
+        "p_partials": partials,
         "p_gradients": z if gradients is None else gradients,
-        "p_counters": z if counts is None else counts,
+        "p_counters": counts,
         "positions": call.positions(),
         "tasks": count,
         "weights_row": weights_row(reader.weights for reader in firsts),
@@ -319,11 +324,11 @@ def _of_readers(
 ) -> tuple[dict, dict]:
     """Returns the arguments and the constants that come from the readers of `count` tasks."""
     firsts = readers_of_tasks(firsts, count)
-    of_tasks: list[SecondReader | None] = [None] * count
+    of_seconds: list[SecondReader | None] = [None] * count
     if seconds:
-        of_tasks = [*readers_of_tasks(seconds, count)]
+        of_seconds = [*readers_of_tasks(seconds, count)]
     adjoints = tuple(reader.adjoint for reader in firsts)
-    second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, of_tasks, strict=True))
+    second_adjoints = tuple(g if s is None else s.adjoint for g, s in zip(adjoints, of_seconds, strict=True))
     rows = tuple(map(row_stride, adjoints))
     if rows != tuple(map(row_stride, second_adjoints)):
         raise ValueError("an adjoint and its derivative must have the same strides")
@@ -351,10 +356,10 @@ def _of_readers(
         "p_own_gammas": means if gammas[0] is None else tuple(gammas),
         "p_first_sums": sums_of([r.sums for r in firsts]),
         "p_own_d": images_of(
-            [g if s is None else s.tangent for g, s in zip(adjoints, of_tasks, strict=True)]
+            [g if s is None else s.tangent for g, s in zip(adjoints, of_seconds, strict=True)]
         ),
-        "p_own_d_sums": sums_of([s and s.tangent_sums for s in of_tasks]),
-        "p_second_sums": sums_of([s and s.sums for s in of_tasks]),
+        "p_own_d_sums": sums_of([s and s.tangent_sums for s in of_seconds]),
+        "p_second_sums": sums_of([s and s.sums for s in of_seconds]),
     }
     read = [norm or has_p for norm, has_p in zip(norms, weighed, strict=True)]
     constants = {

@@ -197,12 +197,12 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
     case = call.case()._replace(tangent=tangents is not None, statistics=statistics is not None)
     block_p = positions("sepconv_fwd_kernel", case)
     tiles = triton.cdiv(call.positions(), block_p)
-    partials = counts = None
+    partials = counts = y  # stand in where they are not wanted
     if statistics is not None:
         partials, counts = x.new_empty(count, tiles, 2, k, dtype=statistics.dtype), counters(x, count)
     if tangents:
-        wide = accumulator(x.dtype)
-        partials, counts = x.new_empty(count, 3, tiles, k, dtype=wide), counters(x, count)
+        partials = x.new_empty(count, 3, tiles, k, dtype=accumulator(x.dtype))
+        counts = counters(x, count)
     depthwise, pointwise = call.weights()
     depthwise_d, pointwise_d = call.weights(tangents.weights if tangents else None)
     of_outputs, constants_of_outputs = _of_outputs(y, tangents, count)
@@ -220,9 +220,9 @@ def forward(call: Call, y: Tensor, statistics: Tensor | None, tangents: Tangents
         "p_pointwise_d": pointwise_d,
         **of_outputs,
         "p_y": y,
-        "p_partials": y if partials is None else partials,
+        "p_partials": partials,
         "p_statistics": y if statistics is None else statistics,
-        "p_counters": y if counts is None else counts,
+        "p_counters": counts,
         "positions": call.positions(),
         "pixels": call.pixels(),
         "sources": len(call.sources),
