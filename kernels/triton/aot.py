@@ -23,8 +23,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -56,11 +54,34 @@ SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; a block
 
 BATCH = 64
 
-# Genotypes, normal and reduction cell: pairs of an operation and a state by node. DARTS_V2, and one with what
-# it lacks.
+# The edges of a normal and of a reduction cell: (state, node, its operations but `none`)
+Edges = tuple[tuple[int, int, tuple[int, ...]], ...]
 SEPARABLE, WIDER, DILATED, WIDER_DILATED, MAXIMUM, AVERAGE, SKIP = range(7)
+
+
+def search(nodes: int) -> tuple[Edges, Edges]:
+    candidates = MAXIMUM, AVERAGE, SKIP, SEPARABLE, WIDER, DILATED, WIDER_DILATED
+    edges = tuple((state, node, candidates) for node in range(nodes) for state in range(2 + node))
+    return edges, edges
+
+
+def derived(*genotype: tuple[tuple[tuple[int, int], ...], ...]) -> tuple[Edges, Edges]:
+    """Of a normal and a reduction cell, each of which has pairs of an operation and a state by node. Those
+    that are normalised come first, as in the networks of darts_fast."""
+    normal, reduction = (
+        tuple(
+            (state, node, (name,))
+            for node, pairs in enumerate(cell)
+            for name, state in sorted(pairs, key=lambda pair: pair[0] in (MAXIMUM, AVERAGE, SKIP))
+        )
+        for cell in genotype
+    )
+    return normal, reduction
+
+
+# DARTS_V2, and one with what it lacks
 GENOTYPES = (
-    (
+    derived(
         (
             ((SEPARABLE, 0), (SEPARABLE, 1)),
             ((SEPARABLE, 0), (SEPARABLE, 1)),
@@ -74,18 +95,19 @@ GENOTYPES = (
             ((SKIP, 2), (MAXIMUM, 1)),
         ),
     ),
-    (
+    derived(
         (((WIDER, 0), (DILATED, 1)), ((WIDER_DILATED, 2), (AVERAGE, 1)), ((SKIP, 2), (WIDER_DILATED, 3))),
         (((SEPARABLE, 0), (WIDER, 1)), ((SKIP, 0), (DILATED, 1)), ((WIDER_DILATED, 1), (AVERAGE, 0))),
     ),
 )
 
 
-class Network(ABC):
-    """The cells of a network as data, and what `Sweeps` has to know of them."""
+class Network:
+    """The cells of a network as data, and what `Sweeps` has to know of them. `affine`: it is a genotype's,
+    whose batch norms have gamma and beta, and whose pools have none."""
 
-    def __init__(self, channels: int, layers: int, nodes: int, affine: bool):
-        self.parameters, self.affine = 0, affine
+    def __init__(self, kinds: tuple[Edges, Edges], channels: int, layers: int, affine: bool):
+        self.channels, self.affine, self.parameters = channels, affine, 0
         self.norms: list[int] = []
         self.cells: list[Cell] = []
         before = [3 * channels, 3 * channels]  # the channels of the last two cells' outputs
@@ -95,18 +117,25 @@ class Network(ABC):
             channels *= 2 if reduction else 1
             preprocess0 = self._reduce if halved else self._convolution
             preprocessing = preprocess0(before[-2], channels), self._convolution(before[-1], channels)
-            edges, concat = self._edges(channels, reduction), tuple(range(2, 2 + nodes))
-            kind = None if affine else int(reduction)
-            self.cells.append(Cell(channels, preprocessing, edges, concat, kind))
+            edges = []
+            for state, node, names in kinds[int(reduction)]:
+                stride = 2 if reduction and state < 2 else 1
+                operations = tuple(self._operation(name, channels, stride) for name in names)
+                edges.append(Edge(state, node, stride, operations))
+            nodes, kind = 1 + edges[-1].node, None if affine else int(reduction)
+            self.cells.append(Cell(channels, preprocessing, tuple(edges), tuple(range(2, 2 + nodes)), kind))
             before.append(nodes * channels)
             halved = reduction
 
-    def _operations(self, c: int, stride: int) -> tuple[Callable[[], Operation], ...]:
-        """What makes the operations of an edge (but `none`), numbered as above."""
-        pairs = [(lambda k=k: Convolution((self._half(c, k, stride), self._half(c, k)))) for k in (3, 5)]
-        dilated = [(lambda k=k: Convolution((self._half(c, k, stride, 2),))) for k in (3, 5)]
-        pools = [(lambda kind=kind: Pool(kind, None if self.affine else self._norm(c))) for kind in (0, 1)]
-        return *pairs, *dilated, *pools, lambda: Identity() if stride == 1 else self._reduce(c, c)
+    def _operation(self, name: int, c: int, stride: int) -> Operation:
+        if name == SKIP:
+            return Identity() if stride == 1 else self._reduce(c, c)
+        if name in (MAXIMUM, AVERAGE):
+            return Pool(int(name == AVERAGE), None if self.affine else self._norm(c))
+        kernel = 3 if name in (SEPARABLE, DILATED) else 5
+        if name in (DILATED, WIDER_DILATED):
+            return Convolution((self._half(c, kernel, stride, 2),))
+        return Convolution((self._half(c, kernel, stride), self._half(c, kernel)))
 
     def _half(self, c: int, kernel: int, stride: int = 1, dilation: int = 1) -> Half:
         depthwise, pointwise = self._weight(c, 1, kernel, kernel), self._weight(c, c, 1, 1)
@@ -118,10 +147,6 @@ class Network(ABC):
     def _reduce(self, c: int, k: int) -> FactorizedReduce:
         return FactorizedReduce((self._weight(k // 2, c, 1, 1), self._weight(k // 2, c, 1, 1)), self._norm(k))
 
-    @abstractmethod
-    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
-        """Those of a cell of so many channels."""
-
     def _weight(self, *shape: int) -> Parameter:
         start, self.parameters = self.parameters, self.parameters + math.prod(shape)
         return Parameter(start, shape)
@@ -131,48 +156,26 @@ class Network(ABC):
         affine = self._weight(2, channels) if self.affine else None
         return Norm(len(self.norms) - 1, affine)
 
-
-class Supernet(Network):
-    """The network of a search."""
-
-    def __init__(self, channels: int, layers: int, nodes: int = 4):
-        self.nodes = nodes
-        super().__init__(channels, layers, nodes, affine=False)
-
-    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
-        candidates = MAXIMUM, AVERAGE, SKIP, SEPARABLE, WIDER, DILATED, WIDER_DILATED
-        found = []
-        for node in range(self.nodes):
-            for state in range(2 + node):
-                stride = 2 if reduction and state < 2 else 1
-                make = self._operations(c, stride)
-                found.append(Edge(state, node, stride, tuple(make[name]() for name in candidates)))
-        return tuple(found)
-
-
-class Derived(Network):
-    """The network of one of GENOTYPES."""
-
-    def __init__(self, genotype: tuple, channels: int, layers: int):
-        self.genotype = genotype
-        super().__init__(channels, layers, len(genotype[0]), affine=True)
-
-    def _edges(self, c: int, reduction: bool) -> tuple[Edge, ...]:
-        found = []
-        for node, pairs in enumerate(self.genotype[int(reduction)]):
-            # Those that are normalised come first, as in the networks of darts_fast.
-            for name, state in sorted(pairs, key=lambda pair: pair[0] in (MAXIMUM, AVERAGE, SKIP)):
-                stride = 2 if reduction and state < 2 else 1
-                found.append(Edge(state, node, stride, (self._operations(c, stride)[name](),)))
-        return tuple(found)
+    def calls(
+        self,
+        dtype: torch.dtype,
+        derivatives: int,
+        drop_path: bool = False,
+        outputs: list[int] | None = None,
+    ) -> list[Call]:
+        shape = BATCH, 3 * self.channels, 32, 32
+        sizes = self.parameters, self.norms
+        sweeps = Sweeps(self.cells, [shape], dtype, *sizes, derivatives, drop_path, outputs)
+        return [call for of_sweep in sweeps.calls.values() for call in of_sweep]
 
 
 def supernet_launches(dtype: torch.dtype, quick: bool = False, channels: int = 16) -> list[Launch]:
     """The launches of a search step that differ in anything that is compiled in, with the gradients of the
     weights and without; with float32 also those of an evaluation."""
-    supernet, calls = Supernet(channels, 1, 1) if quick else Supernet(channels, 8), []
+    layers, nodes = (1, 1) if quick else (8, 4)
+    supernet, calls = Network(search(nodes), channels, layers, affine=False), []
     for derivatives in (2, 0) if dtype == torch.float32 and not quick else (2,):
-        for call in _calls(supernet, channels, dtype, derivatives):
+        for call in supernet.calls(dtype, derivatives):
             calls.append(call)
             if call.writes.get("gradients") is not None:
                 calls.append(call._replace(writes={**call.writes, "gradients": None}))
@@ -186,24 +189,11 @@ def derived_launches(dtype: torch.dtype) -> list[Launch]:
     if dtype == torch.float32:
         variants.append((0, False))
     for genotype in GENOTYPES:
-        derived = Derived(genotype, 36, 20)
+        network = Network(genotype, 36, 20, affine=True)
         for derivatives, drop_path in variants:
             for outputs in ([19], [13, 19]):  # without the auxiliary head, and with it
-                calls += _calls(derived, 36, dtype, derivatives, drop_path, outputs)
+                calls += network.calls(dtype, derivatives, drop_path, outputs)
     return unique(launches(backend, calls))
-
-
-def _calls(
-    network: Network,
-    channels: int,
-    dtype: torch.dtype,
-    derivatives: int,
-    drop_path: bool = False,
-    outputs: list[int] | None = None,
-) -> list[Call]:
-    sizes, shape = (network.parameters, network.norms), (BATCH, 3 * channels, 32, 32)
-    sweeps = Sweeps(network.cells, [shape], dtype, *sizes, derivatives, drop_path, outputs)
-    return [call for of_sweep in sweeps.calls.values() for call in of_sweep]
 
 
 # Compilation
