@@ -213,7 +213,8 @@ class Blocks:
             i = min(free, key=lambda i: self._blocks[i].numel())
             self._in_use[i] = True
             return self._blocks[i]
-        self._blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+            self._blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
         self._in_use.append(True)
         return self._blocks[-1]
 
@@ -237,28 +238,27 @@ class Binding:
     def __init__(self, layout: Layout, blocks: Mapping[str, Tensor]):
         self._layout, self._blocks = layout, blocks
         self._typed: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._found: dict[int, Any] = {}
+        # By the id of a tensor or tuple, which must stay alive for it: itself, and what it is in real tensors
+        self._found: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, tree: Any) -> Any:
         """The same nested tuples, lists and dictionaries, with real tensors."""
-        if isinstance(tree, Tensor):
-            found = self._found.get(id(tree))
-            if found is None:
-                found = self._found[id(tree)] = self._tensor(tree)
-            return found
-        if isinstance(tree, tuple):
-            found = self._found.get(id(tree))
-            if found is None:
-                parts = [self(part) for part in tree]
-                found = type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-                self._found[id(tree)] = found
-            return found
         if isinstance(tree, list):
             return [self(part) for part in tree]
         if isinstance(tree, Mapping):
             return {name: self(part) for name, part in tree.items()}
-        return tree
+        if not isinstance(tree, (Tensor, tuple)):
+            return tree
+        if id(tree) not in self._found:
+            if isinstance(tree, Tensor):
+                found: Any = self._tensor(tree)
+            else:
+                parts = [self(part) for part in tree]
+                found = type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+            self._found[id(tree)] = tree, found
+        return self._found[id(tree)][1]
 
+    @torch.inference_mode(False)  # see `Blocks.take`
     def _tensor(self, t: Tensor) -> Tensor:
         block, start = self._layout.number(t)
         typed = self._typed.get((block, t.dtype))

@@ -208,3 +208,22 @@ def test_evaluation_is_not_differentiated(setting):
         kept = first.clone()
         cells(evaluation, 2 * x, weights, p, constants)
     assert torch.equal(first, kept)
+
+
+def test_an_evaluation_in_inference_mode(setting):
+    """Its memory serves what comes after outside of that mode: the same evaluation, and training."""
+    training, x, weights, p = setting
+    book, data = network(2, everything, True)
+    sizes = torch.float64, book.size, book.channels
+    evaluation = Plan(data, [SHAPE], *sizes, 0, training.blocks, aten)
+    constants = torch.ones(3, sum(book.channels), dtype=torch.float64)
+    with torch.inference_mode():
+        first, _ = cells(evaluation, x, weights, p, constants)
+        kept = first.clone()
+    with torch.no_grad():
+        second, _ = cells(evaluation, x, weights, p, constants)
+    assert torch.equal(second, kept)
+    v = torch.randn_like(weights)
+    found = product(loss_of(training, x, weights, p), weights, p, v)
+    fresh = Plan(data, [SHAPE], *sizes, 2, Blocks(torch.device("cpu")), aten)
+    assert all(map(torch.equal, found, product(loss_of(fresh, x, weights, p), weights, p, v)))

@@ -96,6 +96,16 @@ def test_a_binding_is_the_same_views_of_real_memory(plan):
             assert real.data_ptr() - blocks[at.block].data_ptr() == expected
 
 
+def test_a_binding_of_tensors_that_live_for_the_call_alone():
+    """Python gives the second the id that the first had."""
+    k, a = Recorder(), torch.empty(2, 1000, device="meta")
+    b = sum_of(k, a, a)
+    layout = place(["only"], [k.calls], [[a]], [[b]])
+    blocks = {name: torch.zeros(size, dtype=torch.uint8) for name, size in layout.sizes.items()}
+    bound, start = Binding(layout, blocks), layout.number(a)[1]
+    assert [bound(a[i]).storage_offset() - start for i in range(2)] == [0, 1000]
+
+
 def test_blocks_are_used_again():
     blocks = Blocks(torch.device("cpu"))
     small, large = Lease(blocks, 100), Lease(blocks, 1000)
