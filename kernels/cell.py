@@ -194,7 +194,7 @@ class Sweeps:
         lengths = {cell.kind: cell.weights for cell in cells if cell.kind is not None}
 
         with self._sweep("forward"):
-            self.inputs = [images(1, shape, dtype, "meta")[0] for shape in shapes]
+            self.inputs = [self.image(shape) for shape in shapes]
             self.weights = self.numbers(parameters)
             self.p = {kind: self.numbers(length) for kind, length in lengths.items()}
             # By edge, those of the first cell first. A row is a multiple of 64 bytes: no kernel in Triton is
@@ -226,12 +226,12 @@ class Sweeps:
     def _differentiate(self) -> None:
         self.gradients = self.numbers(self._gradient_size)
         with self._sweep("backward"):
-            self.adjoints = [self.like(y) for y in self.outputs]
+            self.adjoints = [self.image(y.shape) for y in self.outputs]
             self.input_adjoints = self._backward(self.adjoints, second=False)
         if self.derivatives == 1:
             return
         with self._sweep("tangent"):
-            self.input_tangents = [self.like(x) for x in self.inputs]
+            self.input_tangents = [self.image(x.shape) for x in self.inputs]
             self.weight_tangents = self.numbers(self.weights.numel())
             for image, tangent in zip(self._images, self.input_tangents, strict=False):
                 image.tangent = tangent
@@ -239,7 +239,7 @@ class Sweeps:
                 cell.tangent()
             self.output_tangents = [self._images[i].tangent for i in self._wanted]
         with self._sweep("second"):
-            self.seconds = [self.like(y) for y in self.outputs]
+            self.seconds = [self.image(y.shape) for y in self.outputs]
             self.input_seconds = self._backward(self.seconds, second=True)
 
     def _backward(self, adjoints: Sequence[Tensor], second: bool) -> list[Tensor]:
@@ -275,8 +275,8 @@ class Sweeps:
     def images(self, entries: int, shape: Sequence[int]) -> Tensor:
         return images(entries, shape, self.dtype, "meta")
 
-    def like(self, x: Tensor) -> Tensor:
-        return self.images(1, x.shape)[0]
+    def image(self, shape: Sequence[int]) -> Tensor:
+        return self.images(1, shape)[0]
 
     def sum(self, terms: Sequence[Tensor], like: Tensor) -> Tensor:
         """The sum of the adjoints that the readers of a tensor like this hand back: zeros if there are
@@ -285,7 +285,7 @@ class Sweeps:
             return terms[0]
         if not terms:
             return self.fan_out([((), like)], second=False)[0]
-        out = self.like(like)
+        out = self.image(like.shape)
         self.k.add(tuple(terms), out=out)
         return out
 
@@ -586,8 +586,8 @@ class Factorized:
         first, second = part.weights
         self.weights = s.parameter(first, s.weights), s.parameter(second, s.weights)
         columns = -(-width // part.stride)
-        self.middle = s.images(1, (n, c, height, columns))[0]
-        y = s.images(1, (n, c, -(-height // part.stride), columns))[0]
+        self.middle = s.image((n, c, height, columns))
+        y = s.image((n, c, -(-height // part.stride), columns))
         statistics = s.numbers(3, c) if s.training else None
         s.k.convolution_forward(
             self.x, self.weights, part.stride, middle=self.middle, y=y, statistics=statistics
@@ -597,7 +597,7 @@ class Factorized:
 
     def backward(self) -> Tensor:
         """The adjoint of the state."""
-        s, adjoint = self.s, self.s.like(self.x)
+        s, adjoint = self.s, self.s.image(self.x.shape)
         s.k.convolution_backward(
             self.x,
             self.weights,
@@ -618,22 +618,26 @@ class Mix:
         self,
         s: Sweeps,
         candidates: Sequence[Image],
-        slot: Tensor | None,
-        like: Tensor,
-        own: bool,
         p: Tensor | None,
+        gradients: Sequence[Tensor],
+        slot: Tensor | None = None,
+        own: bool = True,
         kept: Sequence[int] = (),
-        gradients: Sequence[Tensor] = (),
     ):
-        """`slot` is the node's slice of the cell's output, if it has one; `own`: it is read by other nodes,
-        and is written by itself, too, like a tensor `like`. (A stencil on slices of 16 channels of 2 bytes in
-        rows of 64 would touch 16 cache lines a load of a warp, in place of 4.) p is a number a candidate; or
-        one an image, [candidates, N], and drop path keeps those numbered `kept` in every image. `gradients`:
-        those of p in both backward sweeps."""
+        """
+        Args:
+            p: [candidates]; or [candidates, N], of drop path; None: 1.
+            gradients: where both backward sweeps write the gradients of p; none of drop path.
+            slot: the node's slice of the cell's output, into which it is written, if it has one.
+            own: other nodes read it, and for them it is written into a tensor of its own, too. (A stencil on
+                slices of 16 channels of 2 bytes in rows of 64 would touch 16 cache lines a load of a warp, in
+                place of 4.)
+            kept: numbers of the candidates that drop path never drops.
+        """
         self.s, self.candidates, self.p, self.gradients = s, candidates, p, gradients
         self.sources = tuple(image.source() for image in candidates)
         self.own = own or slot is None
-        outs = self._outs(like, slot)
+        outs = self._outs(slot)
         s.k.mix_forward(self.sources, p, outs=outs)
         self.output = Image(outs[0])
         for i, image in enumerate(candidates):
@@ -645,8 +649,9 @@ class Mix:
             self.summed -= 1
         self.sums_at = s.place_sums(candidates[: self.summed]) if self.summed else None
 
-    def _outs(self, like: Tensor, slot: Tensor | None) -> tuple[Tensor, ...]:
-        return (*([self.s.like(like)] if self.own else []), *([] if slot is None else [slot]))
+    def _outs(self, slot: Tensor | None) -> tuple[Tensor, ...]:
+        own = [self.s.image(self.candidates[0].y.shape)] if self.own else []
+        return (*own, *([] if slot is None else [slot]))
 
     def backward(self, adjoint: Tensor) -> None:
         count, c = len(self.candidates), adjoint.shape[1]
@@ -664,9 +669,8 @@ class Mix:
             )
 
     def tangent(self, slot: Tensor | None) -> None:
-        y = self.output.y
-        outs = self._outs(y, slot)
-        self.products = self.s.numbers(len(self.candidates), y.shape[1])
+        outs = self._outs(slot)
+        self.products = self.s.numbers(len(self.candidates), self.output.y.shape[1])
         self.s.k.mix_tangent(
             self.sources,
             self.p,
@@ -770,7 +774,7 @@ class Stage:
         if self.position is None:
             return s.sum(terms, self.state.y)
         pools, others = self._adjoints_of_shared(second)
-        found = s.like(self.state.y)
+        found = s.image(self.state.y.shape)
         s.k.pool_backward(self.position, self.stride, pools, (*terms, *others), out=found)
         return found
 
@@ -824,7 +828,7 @@ class Passing:
             n, c, height, width = state.y.shape
             refuse_odd_size(height, width, 2)
             shape = n, c, height // 2, width // 2
-            self.output = Image(s.images(1, shape)[0])
+            self.output = Image(s.image(shape))
             self.position = images(1, shape, torch.uint8, "meta")[0]
             s.k.max_pool_2x2_forward(state.y, y=self.output.y, position=self.position)
 
@@ -833,13 +837,13 @@ class Passing:
         (of_output,) = self.s.fan_out([([self.output], self.output.y)], second)
         if self.position is None:
             return of_output
-        adjoint = self.s.like(self.state.y)
+        adjoint = self.s.image(self.state.y.shape)
         self.s.k.max_pool_2x2_backward(self.position, of_output, out=adjoint)
         return adjoint
 
     def tangent(self) -> None:
         if self.position is not None:
-            self.output.tangent = self.s.like(self.output.y)
+            self.output.tangent = self.s.image(self.output.y.shape)
             self.s.k.max_pool_2x2_tangent(self.state.tangent, self.position, y=self.output.tangent)
 
 
@@ -868,7 +872,7 @@ class PartialStage:
             n, _, height, width = parts[0].y.shape
             first = cell.channels // cell.partial_channels
             widths = first, cell.channels - first
-            self.pieces = [Image(s.images(1, (n, c, height, width))[0]) for c in widths]
+            self.pieces = [Image(s.image((n, c, height, width))) for c in widths]
         self._shuffle([part.y for part in parts], [piece.y for piece in self.pieces], slot)
         if edges:
             self.stage = Stage(s, self.pieces[0], cell.stride(state), edges)
@@ -884,14 +888,14 @@ class PartialStage:
         read: list[tuple[Tensor, ...]] = [(term,) for term in terms]
         if self.pieces:
             read.append((self.stage.backward([], second), self.passing.backward(second)))
-        found = [self.s.like(part.y) for part in self.parts]
+        found = [self.s.image(part.y.shape) for part in self.parts]
         # Shuffling back is shuffling with as many groups as there were channels in one.
         self.s.k.shuffle(tuple(read), self.channels // self.groups, outs=(tuple(found),))
         return found
 
     def tangent(self, slot: Tensor | None) -> None:
         for piece in self.pieces:
-            piece.tangent = self.s.like(piece.y)
+            piece.tangent = self.s.image(piece.y.shape)
         self._shuffle([part.tangent for part in self.parts], [piece.tangent for piece in self.pieces], slot)
         if self.pieces:
             self.stage.tangent()
@@ -912,7 +916,7 @@ class LoweredCell:
         # What each state is made of: itself; with partial channels, a node of its two sums
         states = [[image] for norms in self.norms for image in norms.outputs]
         n, c, height, width = self._node_shape(states[0][0])
-        self.output = Image(s.images(1, (n, len(cell.concat) * c, height, width))[0])
+        self.output = Image(s.image((n, len(cell.concat) * c, height, width)))
         self.noise = self._noise((n, c // cell.partial_channels, height, width))
         self.stages: dict[int, Stage | PartialStage] = {}
         self.nodes: list[list[Mix]] = []
@@ -922,7 +926,7 @@ class LoweredCell:
             slot = self._slot(self.output.y, state)
             read = {e: edge for e, edge in enumerate(cell.edges) if edge.source == state}
             if state >= 2:
-                self.nodes.append(self._node(state - 2, slot, (n, c, height, width), bool(read)))
+                self.nodes.append(self._node(state - 2, slot, bool(read)))
                 states.append([mix.output for mix in self.nodes[-1]])
             if self.partial:
                 stage = PartialStage(s, cell, state, states[state], read, slot)
@@ -950,32 +954,26 @@ class LoweredCell:
         self.s.noise.append(drawn)
         return {key: Image(y) for key, y in zip(keys, drawn, strict=True)}
 
-    def _node(
-        self, node: int, slot: Tensor | None, shape: tuple[int, int, int, int], read: bool
-    ) -> list[Mix]:
+    def _node(self, node: int, slot: Tensor | None, read: bool) -> list[Mix]:
         """The sum over the node's edges of their operations; with partial channels also that of what passes
         by, in place of writing `slot`. `read`: other nodes read it."""
-        s, cell, like = self.s, self.cell, self.s.images(1, shape)[0]
+        s, cell = self.s, self.cell
         numbers = [e for e, edge in enumerate(cell.edges) if edge.node == node]
         mixed = [image for e in numbers for image in self.candidates[e]]
         start = sum(len(edge.operations) for edge in cell.edges[: numbers[0]])
         p, gradients = self._weights(start, len(mixed))
         if self.partial:
-            first = shape[1] // cell.partial_channels
             passed = [self.passed[e] for e in numbers]
             of_passed = self._weights(cell.weights - len(cell.edges) + numbers[0], len(passed))
-            return [
-                Mix(s, mixed, None, like[:, :first], True, p, (), gradients),
-                Mix(s, passed, None, like[:, first:], True, of_passed[0], (), of_passed[1]),
-            ]
+            return [Mix(s, mixed, p, gradients), Mix(s, passed, *of_passed)]
         kept: Sequence[int] = ()
         if cell.kind is None:
             kept = [i for i, e in enumerate(numbers) if isinstance(cell.edges[e].operations[0], Identity)]
-        return [Mix(s, mixed, slot, like, read, p, kept, gradients)]
+        return [Mix(s, mixed, p, gradients, slot, read, kept)]
 
     def _weights(self, start: int, count: int) -> tuple[Tensor | None, Sequence[Tensor]]:
-        """Of so many candidates p, or with drop path what weighs them by image; and where both backward
-        sweeps write the gradients of p."""
+        """For the candidates numbered from `start` on: p, or with drop path their weights by image; and where
+        both backward sweeps write the gradients of p."""
         s, kind, found = self.s, self.cell.kind, slice(start, start + count)
         if kind is not None:
             return s.p[kind][found], [of_p[kind][self.row][found] for of_p in (s.p_gradients, s.p_seconds)]
@@ -1049,7 +1047,7 @@ class LoweredCell:
         for halves, norms in zip(self.preprocessing, self.norms, strict=True):
             halves.tangent()
             norms.tangent()
-        self.output.tangent = self.s.like(self.output.y)
+        self.output.tangent = self.s.image(self.output.y.shape)
         if self.noise:  # one tangent for all, which the nodes read as any other
             drawn = next(iter(self.noise.values())).y
             zeros = self.s.sum([], drawn)

@@ -53,25 +53,27 @@ SLICES_OF_VECTORS = ("p_weights", "p_gradient")
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def norms_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:
-    """Returns the means and r [C] of the sources, and which sources are normalised. Where a source is not, a
-    tensor that is not read stands in."""
-    # A tuple of pointers has one type: that of the statistics where there are any.
-    stand_in = next((s.statistics[0] for s in sources if s.statistics is not None), sources[0].x)
-    means, rs = (
-        tuple(stand_in if s.statistics is None else s.statistics[row] for s in sources) for row in (0, 2)
-    )
-    return means, rs, tuple(int(s.statistics is not None) for s in sources)
+Pointers = tuple[Tensor, ...]
 
 
-def affines_of(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[int, ...]]:
-    """Returns gamma and beta [C] of the sources, and which have them. Where a source has none, a tensor that
-    is not read stands in."""
-    stand_in = next((s.affine[0] for s in sources if s.affine is not None), sources[0].x)
-    gammas, betas = (
-        tuple(stand_in if s.affine is None else s.affine[row] for s in sources) for row in (0, 1)
-    )
-    return gammas, betas, tuple(int(s.affine is not None) for s in sources)
+def norms_of(sources: Sequence[Source]) -> tuple[Pointers, Pointers, tuple[int, ...]]:
+    """Returns the means and r [C] of the sources, and which sources are normalised."""
+    return _rows_of([source.statistics for source in sources], (0, 2), sources[0].x)
+
+
+def affines_of(sources: Sequence[Source]) -> tuple[Pointers, Pointers, tuple[int, ...]]:
+    """Returns gamma and beta [C] of the sources, and which have them."""
+    return _rows_of([source.affine for source in sources], (0, 1), sources[0].x)
+
+
+def _rows_of(
+    tensors: Sequence[Tensor | None], rows: tuple[int, int], otherwise: Tensor
+) -> tuple[Pointers, Pointers, tuple[int, ...]]:
+    """Returns two rows of each tensor, and which tensors there are. Where there is none, a tensor that is not
+    read stands in: a row of another, because a tuple of pointers has one type, or `otherwise`."""
+    stand_in = next((t[0] for t in tensors if t is not None), otherwise)
+    first, second = (tuple(stand_in if t is None else t[row] for t in tensors) for row in rows)
+    return first, second, tuple(int(t is not None) for t in tensors)
 
 
 def weights_row(weights: Iterable[Tensor | None]) -> int:
