@@ -42,7 +42,8 @@ def using(chosen: Backend) -> Iterator[None]:
 
 
 def used(device: torch.device, dtype: torch.dtype) -> str:
-    """What `backend` is, in a few words, and where it is not the fastest for its device: why."""
+    """The backend for this device and type in a few words; and why it is not the fastest one there, if it is
+    not."""
     level = native.level()
     if backend(device, dtype) is native and level is not None:
         return f"native (C++, {native.LEVELS[level]})"

@@ -55,7 +55,7 @@ class Parameter(NamedTuple):
 class Norm(NamedTuple):
     """A batch norm."""
 
-    number: int
+    number: int  # among all batch norms of the network
     affine: Parameter | None = None  # [2, C]: gamma, beta
 
 
@@ -110,7 +110,7 @@ Operation = Convolution | FactorizedReduce | FactorizedConvolution | Pool | Iden
 
 
 class Edge(NamedTuple):
-    """From a state to a node, with its operations (`none` is not among them)."""
+    """An edge from a state to a node, with its operations (`none` is not among them)."""
 
     source: int
     node: int
@@ -147,7 +147,8 @@ class Cell(NamedTuple):
         return 1 + max(edge.node for edge in self.edges)
 
     def stride(self, state: int) -> int:
-        """That of the edges which leave the state: they share what they compute of it."""
+        """The stride of the edges that leave the state. It is one, because they share what they compute of
+        the state."""
         (found,) = {edge.stride for edge in self.edges if edge.source == state}
         return found
 
@@ -188,17 +189,18 @@ class Sweeps:
         self.training = derivatives > 0
         self.calls: dict[str, list[Call]] = {}
         self.batch_statistics: dict[int, Tensor] = {}  # [3, C] by number of the batch norm, of this pass
-        self.values: dict[int, int] = {}  # images times pixels that these are of
-        self._gradient_parts: list[tuple[int, Parameter]] = []  # where a gradient lies in `gradients`
-        self._gradient_size = 0
+        self.values: dict[int, int] = {}  # by the same: images times pixels, of which they are
+        # First numbers in `gradients`, each with the weight whose gradient begins there
+        self._gradient_parts: list[tuple[int, Parameter]] = []
+        self._gradient_size = 0  # numbers in `gradients`
         lengths = {cell.kind: cell.weights for cell in cells if cell.kind is not None}
 
         with self._sweep("forward"):
             self.inputs = [self.image(shape) for shape in shapes]
             self.weights = self.numbers(parameters)
             self.p = {kind: self.numbers(length) for kind, length in lengths.items()}
-            # By edge, those of the first cell first. A row is a multiple of 64 bytes: no kernel in Triton is
-            # compiled anew for another number of images.
+            # A row an edge, those of the first cell first. A row is a multiple of 64 bytes, so that no kernel
+            # in Triton is compiled anew for another number of images.
             edges, n = sum(len(cell.edges) for cell in cells), shapes[0][0]
             self.path_weights = self.numbers(edges, -(-n // 16) * 16)[:, :n] if drop_path else None
             self.constants = None if self.training else self.numbers(3, sum(norms))
@@ -208,7 +210,7 @@ class Sweeps:
             self.p_gradients = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             self.p_seconds = {kind: self.numbers(cells_of[kind], n) for kind, n in lengths.items()}
             read = [Image(x) for x in self.inputs]
-            self._images = read.copy()  # these, then each cell's output
+            self._images = read.copy()  # what the first cell reads, then each cell's output
             read = read * 2 if len(read) == 1 else read
             self._cells: list[LoweredCell] = []
             for i, cell in enumerate(cells):
@@ -218,7 +220,8 @@ class Sweeps:
                 self._cells.append(lowered)
                 self._images.append(lowered.output)
                 read.append(lowered.output)
-            self._wanted = [len(shapes) + i for i in outputs or [len(cells) - 1]]  # of `_images`
+            # The numbers of the wanted outputs among `_images`
+            self._wanted = [len(shapes) + i for i in outputs or [len(cells) - 1]]
             self.outputs = [self._images[i].y for i in self._wanted]
         if self.training:
             self._differentiate()
@@ -269,7 +272,7 @@ class Sweeps:
     # What the parts make their tensors with
 
     def numbers(self, *shape: int) -> Tensor:
-        """Uninitialised sums, statistics or weights."""
+        """Uninitialised sums, statistics or weights, of the type that is beside the activations'."""
         return torch.empty(shape, dtype=self.wide, device="meta")
 
     def images(self, entries: int, shape: Sequence[int]) -> Tensor:
@@ -279,8 +282,8 @@ class Sweeps:
         return self.images(1, shape)[0]
 
     def sum(self, terms: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The sum of the adjoints that the readers of a tensor like this hand back: zeros if there are
-        none."""
+        """The sum of the adjoints that the readers of a tensor, of the shape of `like`, hand back; zeros if
+        there are none."""
         if len(terms) == 1:
             return terms[0]
         if not terms:
@@ -290,8 +293,8 @@ class Sweeps:
         return out
 
     def fan_out(self, read: Sequence[tuple[Sequence["Image"], Tensor]], second: bool) -> Tensor:
-        """The adjoints of tensors alike, or the second ones, [tensors, N, C, H, W]; each with the images as
-        which it is read, maybe none."""
+        """The adjoints of tensors of one shape, or the second ones, [tensors, N, C, H, W]. `read` has each
+        tensor with the images as which it is read: one, several with different batch norms, or none."""
         out = self.images(len(read), read[0][1].shape)
         sources = [images[0].source()._replace(affine=None) if images else Source(y) for images, y in read]
         readers = [
@@ -307,7 +310,8 @@ class Sweeps:
         return of[p.offset : p.offset + p.size].view(p.shape)
 
     def normalised(self, y: Tensor, norm: Norm, of_batch: Tensor | None) -> "Image":
-        """y, to be read through its batch norm; `of_batch` are the statistics of y, [3, C], in training."""
+        """The image y, which its readers normalise by `norm`; in training by `of_batch`, the statistics of y,
+        [3, C]."""
         if self.training:
             values = y.numel() // y.shape[1]
             refuse_single_value(values)
@@ -346,8 +350,8 @@ class Sweeps:
         return place
 
     def place_sums(self, read: Sequence["Image"]) -> Parameter | None:
-        """Where the sums [2, images, C] of a part that reads these images go, if they are gradients: those of
-        G are of beta, those of G u of gamma."""
+        """Where the sums [2, images, C] of a part that reads these images go, if some are gradients: a sum of
+        G is the gradient of beta, a sum of G u that of gamma. None: none is."""
         if all(image.affine is None for image in read):
             return None
         c = read[0].y.shape[1]
@@ -360,7 +364,7 @@ class Sweeps:
         return place
 
     def sums(self, place: Parameter | None, entries: int, c: int) -> Tensor:
-        """For the sums of G and G u, [2, entries, C]: where `place_sums` says."""
+        """A tensor for the sums of G and G u, [2, entries, C], at the place that `place_sums` gave."""
         return self.numbers(2, entries, c) if place is None else self.parameter(place, self.gradients)
 
     def gradient_order(self) -> Tensor:
@@ -414,7 +418,8 @@ class Image:
         )
 
     def tangent_sums(self) -> tuple[Tensor, ...]:
-        """Of each reader, [3, C]: the sums of the tangent that it needs, and that its writer takes."""
+        """For each reader its part [3, C] of the sums of the tangent, which whatever writes the tangent
+        computes for it."""
         found = []
         for part, i, _ in self.readers:
             assert part.tangent_sums is not None
@@ -429,7 +434,7 @@ class Image:
 
 
 class HalfTask(NamedTuple):
-    """A `types.Task` before its weights are tensors."""
+    """A `types.Task` with the places of its weights instead of the tensors."""
 
     source: int
     depthwise: Parameter | None
@@ -460,7 +465,7 @@ class Halves:
     def __init__(
         self, s: Sweeps, inputs: Sequence[Image], parts: Sequence[tuple[int, Half | FactorizedReduce]]
     ):
-        """`parts` are each with the number of the input that it reads."""
+        """`parts` are pairs: the number of the input that a part reads, and the part."""
         self.s, self.inputs = s, inputs
         specs = [tasks_of(part, source) for source, part in parts]
         flat = [spec for of_part in specs for spec in of_part]
@@ -497,7 +502,7 @@ class Halves:
         return self.s.numbers(rows, len(self.inputs), c) if self.normalised else None
 
     def backward(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
-        """H of each input, [inputs, N, C, H, W], plus its terms."""
+        """The adjoint H of each input plus its terms, [inputs, N, C, H, W]."""
         s = self.s
         self.adjoints, self.tangent_sums = self._adjoint(), self._sums(3)
         c = self.inputs[0].y.shape[1]
@@ -531,7 +536,7 @@ class Halves:
             image.tangent = tangent
 
     def second(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Hd of each input, plus its terms."""
+        """The second adjoint Hd of each input plus its terms, [inputs, N, C, H, W]."""
         self.seconds, self.second_sums = self._adjoint(), self._sums(2)
         self.s.k.sepconv_second(
             self.sources,
@@ -642,8 +647,8 @@ class Mix:
         self.output = Image(outs[0])
         for i, image in enumerate(candidates):
             image.readers.append((self, i, None if i in kept else p))
-        # The sums of how many candidates are taken: where p has a gradient of all, else up to the last that
-        # is normalised.
+        # How many candidates, from the first on, the sums are computed of: where p has a gradient all, else
+        # those up to the last that is normalised.
         self.summed = len(candidates)
         while not gradients and self.summed and candidates[self.summed - 1].statistics is None:
             self.summed -= 1
@@ -726,7 +731,8 @@ class Stage:
             self._add(inputs, {key: (i, halves[1]) for i, (key, halves) in enumerate(twice.items())})
 
     def _pools(self, pools: dict[tuple[int, int], Pool]) -> None:
-        # Of the maximum and of the average, each with its batch norms: one image, where all are alike.
+        # The images of the maximum, and those of the average: one where all edges read it alike, else one an
+        # edge.
         self.pools: tuple[list[Image], list[Image]] = [], []
         self.position = None
         if not pools:
@@ -743,7 +749,8 @@ class Stage:
             image = Image(y)
             if op.norm:
                 image = s.normalised(y, op.norm, None if statistics is None else statistics[op.kind])
-            # In training what has no parameters is alike on every edge; in evaluation each has statistics.
+            # In training a batch norm without parameters is alike on every edge; in evaluation each has its
+            # own statistics.
             alike = image.statistics is None or (s.training and image.affine is None)
             if not found or not alike:
                 found.append(image)
@@ -763,7 +770,7 @@ class Stage:
         if self.position is None:
             terms += self._adjoints_of_shared(second)[1]
         for halves in reversed(self.halves):
-            # The last of those that read the state takes the terms; of a pooled state its pools do.
+            # The last call of those that read the state adds the terms; of a pooled state its pools do.
             last = halves is self.halves[0] and self.position is None
             given = [terms if last else ()] + [()] * (len(halves.inputs) - 1)
             found = halves.second(given) if second else halves.backward(given)
@@ -908,12 +915,12 @@ class LoweredCell:
     output: Image
 
     def __init__(self, s: Sweeps, cell: Cell, inputs: Sequence[Image], row: int, path: int):
-        """`inputs` are the outputs of the two cells before; `row` is the cell's in the gradients of p, `path`
-        the row of its first edge in the weights of drop path."""
+        """`inputs` are the outputs of the two cells before; `row` is the cell's row in the gradients of p,
+        `path` the row of its first edge in the weights of drop path."""
         self.s, self.cell, self.inputs, self.row, self.path = s, cell, inputs, row, path
         self.partial = cell.partial_channels > 1
         self._preprocess()
-        # What each state is made of: itself; with partial channels, a node of its two sums
+        # The images that each state consists of: one; a node with partial channels of two, its sums
         states = [[image] for norms in self.norms for image in norms.outputs]
         n, c, height, width = self._node_shape(states[0][0])
         self.output = Image(s.image((n, len(cell.concat) * c, height, width)))
@@ -941,7 +948,7 @@ class LoweredCell:
         self.states = states
 
     def _noise(self, shape: tuple[int, int, int, int]) -> dict[tuple[int, int], Image]:
-        """By edge and number of the operation."""
+        """The noise of the cell, by edge and number of the operation."""
         keys = [
             (e, i)
             for e, edge in enumerate(self.cell.edges)
@@ -955,8 +962,9 @@ class LoweredCell:
         return {key: Image(y) for key, y in zip(keys, drawn, strict=True)}
 
     def _node(self, node: int, slot: Tensor | None, read: bool) -> list[Mix]:
-        """The sum over the node's edges of their operations; with partial channels also that of what passes
-        by, in place of writing `slot`. `read`: other nodes read it."""
+        """The sum over the node's edges of their operations, written into `slot`; with partial channels that
+        sum and the one of what passes by, and `slot` is written when both are shuffled. `read`: other nodes
+        read the node."""
         s, cell = self.s, self.cell
         numbers = [e for e, edge in enumerate(cell.edges) if edge.node == node]
         mixed = [image for e in numbers for image in self.candidates[e]]
@@ -1009,8 +1017,8 @@ class LoweredCell:
         return whole[:, i * c : (i + 1) * c]
 
     def backward(self, adjoint: Tensor, others: Sequence[Sequence[Tensor]], second: bool) -> list[Tensor]:
-        """The adjoints of both inputs, or the second ones, from that of the output; to each the others of it
-        are added."""
+        """The adjoints of both inputs, or the second ones, from that of the output. `others` are further
+        adjoints of each input, which are added."""
         of_states: list[Tensor] = []
         for state in reversed(range(len(self.states))):
             slot = self._slot(adjoint, state)

@@ -9,9 +9,9 @@ from torch.autograd.graph import Node
 
 
 class _Same(torch.autograd.Function):
-    """A tensor as it is; a node of the graph by which the function that uses it sees whether the pass under
-    way ends in its gradient. (`ctx.needs_input_grad` does not tell: it says what could be differentiated, not
-    what is, and weights always could.)"""
+    """Returns the tensor as it is. It is a node of the graph, from which the function that uses the tensor
+    sees whether the pass under way ends in its gradient. (`ctx.needs_input_grad` does not tell: it says what
+    could be differentiated, not what is, and weights always could.)"""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Plan:
         self.sweeps = s = Sweeps(cells, shapes, dtype, parameters, norms, derivatives, drop_path, outputs)
         self.backend, self.blocks = backend, blocks
         self._bound: dict[tuple, Bound] = {}
-        self.layouts: dict[str, Layout] = {}  # "exact": with a second derivative; "first order"
+        self.layouts: dict[str, Layout] = {}  # "exact", with a second derivative, and "first order", without
         extra = [*s.noise, *(t for t in (s.constants, s.path_weights) if t is not None)]
         given = [[*s.inputs, s.weights, *s.p.values(), *extra]]
         results = [[*s.outputs, *s.batch_statistics.values()]]
@@ -58,8 +58,8 @@ class Plan:
             given += [[*s.input_tangents, s.weight_tangents], s.seconds]
             results += [s.output_tangents, [*s.input_seconds, *s.p_seconds.values()]]
             exact = self.layouts["exact"] = place(names, calls, given, results)
-        # Without a second derivative the backward sweep keeps nothing. What the forward sweep keeps lies the
-        # same, because whether there will be one is not known then.
+        # Without a second derivative the backward sweep keeps nothing. What the forward sweep keeps lies in
+        # the same places, because it is not known then whether there will be a second derivative.
         kept = None
         if derivatives == 2:
             kept = {key: at for key, at in exact.places.items() if at.block == "forward kept"}
@@ -86,8 +86,9 @@ class Plan:
             end = max(end, start + 2 * c)
             order.append(torch.arange(start, start + 2 * c).view(2, c))
             unbiased.append(torch.full((c,), values / (values - 1), dtype=s.wide))
-        # int64 [2, channels of all batch norms]: which of the first numbers that the forward sweep keeps are
-        # their means, and biased variances; how many these are; unbiased variance / biased variance of each
+        # int64 [2, channels of all batch norms]: the places of their means and biased variances in what the
+        # forward sweep keeps; how many numbers from its first on have them all; the unbiased variance of each
+        # over its biased one
         self.statistics_order = torch.cat(order, dim=1).to(self.blocks.device)
         self.statistics_end = end
         self.unbiased = torch.cat(unbiased).to(self.blocks.device)

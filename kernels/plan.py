@@ -34,7 +34,7 @@ def _parameters(function: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 class Recorder:
-    """A `Backend` whose functions do nothing but note that they were called."""
+    """A `Backend` whose functions do nothing but record their calls."""
 
     def __init__(self):
         self.calls: list[Call] = []
@@ -77,13 +77,13 @@ class Layout(NamedTuple):
     sizes: dict[str, int]
 
     def number(self, t: Tensor) -> tuple[str, int]:
-        """The block of a tensor, and how many numbers of its type lie there before its first."""
+        """The block of a tensor, and the place of its first number there, in numbers of its type."""
         block, offset = self.places[_storage(t)]
         return block, offset // t.element_size() + int(t.storage_offset())
 
 
 class _Life(NamedTuple):
-    """Of a buffer, as (number of the sweep, number of the call)."""
+    """From when to when a buffer is in use; a time is (number of the sweep, number of the call in it)."""
 
     size: int
     first: tuple[int, int]  # when it is written
@@ -207,7 +207,7 @@ class Blocks:
         self._in_use: list[bool] = []
 
     def take(self, size: int) -> Tensor:
-        """Uninitialised bytes, at least so many: the smallest free block that has them, or a new one."""
+        """At least `size` uninitialised bytes: the smallest free block that has as many, or a new one."""
         free = [i for i, used in enumerate(self._in_use) if not used and self._blocks[i].numel() >= size]
         if free:
             i = min(free, key=lambda i: self._blocks[i].numel())
@@ -219,13 +219,13 @@ class Blocks:
         return self._blocks[-1]
 
     def give(self, block: Tensor) -> None:
-        """Back, for others to take."""
+        """Takes the block back, for others."""
         (i,) = (i for i, other in enumerate(self._blocks) if other is block)
         self._in_use[i] = False
 
 
 class Lease:
-    """A block, until nothing refers to this any more."""
+    """A block that is given back when nothing refers to this object any more."""
 
     def __init__(self, blocks: Blocks, size: int):
         self.block = blocks.take(size)
@@ -233,7 +233,7 @@ class Lease:
 
 
 class Binding:
-    """Real tensors in the place of meta tensors: those of blocks in which a layout places them."""
+    """Turns meta tensors into real ones, which lie in the blocks where a layout places them."""
 
     def __init__(self, layout: Layout, blocks: Mapping[str, Tensor]):
         self._layout, self._blocks = layout, blocks
@@ -242,7 +242,7 @@ class Binding:
         self._found: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, tree: Any) -> Any:
-        """The same nested tuples, lists and dictionaries, with real tensors."""
+        """The same nested tuples, lists and dictionaries, with real tensors in place of the meta ones."""
         if isinstance(tree, list):
             return [self(part) for part in tree]
         if isinstance(tree, Mapping):

@@ -17,7 +17,7 @@ def threads() -> int:
 
 
 def processors() -> int:
-    """Those that the system schedules this thread on, and no more than the quota."""
+    """How many processors the system schedules this thread on, but no more than the quota."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(min(found, quota()))
 
@@ -36,7 +36,8 @@ def quota(
 
 
 def _quotas(groups: Path, controllers: Path) -> Iterator[float]:
-    """Of this process's control group and of those around it, in versions 1 and 2."""
+    """The quotas, in processors, of this process's control group and of the groups around it, of versions 1
+    and 2 of control groups."""
     with suppress(OSError):
         for line in groups.read_text(errors="replace").splitlines():
             _, _, rest = line.partition(":")

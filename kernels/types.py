@@ -47,8 +47,9 @@ class Task(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """What reads a tensor y: candidate number `index` of a node, a source of second halves, or a
-    preprocessed state. It hands back the adjoint G of what it reads, so that dL/dy = gamma B(p G):
+    """A part of a cell that reads a tensor y: a node, of which y is a candidate, the second half of a
+    separable convolution, or the batch norm that preprocessing ends in; y is number `index` there. The part
+    hands back the adjoint G of what it reads, so that dL/dy = gamma B(p G):
 
         B(G) = r (G - mean(G) - u mean(G u)),    u = (y - mean) r
 
@@ -67,7 +68,8 @@ class Reader(NamedTuple):
 
 
 class SecondReader(NamedTuple):
-    """The same in the second backward sweep, where u is h: the derivative of p B(G) along v, which is
+    """A reader in the second backward sweep, where u is h. It hands back the derivative Gd of G along v, so
+    that the derivative of dL/dy is that of p B(G),
 
         p ( B(Gd) - r (t B(G) + s hd + u h) ),    t = mean(h yd), s = mean(G h), u = mean(G hd)
 
@@ -93,7 +95,7 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Of the distinct elements that it reads and writes: every kernel touches its tensors whole."""
+        """The bytes of the distinct elements that it reads and writes: a kernel touches its tensors whole."""
         found = {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in self.tensors}
         return sum(t.numel() * t.element_size() for t in found.values())
 
@@ -139,7 +141,7 @@ class Backend(Protocol):
         adjoint: Tensor,  # [sources, N, C, H, W]: H = dL/dh = [h > 0] (D' * P' Y), summed over the tasks
         sums: Tensor | None,  # [2, sources, C]: of H, H u; None: no source is normalised
         # [tasks, K C + C taps], taps being those of the call's largest kernel: dP [K, C], then dD [C, k k];
-        # the rest of a row is not written. None: the gradients are not wanted
+        # the rest of a row is undefined. None: the gradients are not wanted
         gradients: Tensor | None,
     ) -> Sequence[Launch]: ...
 
@@ -404,7 +406,7 @@ def row_stride(x: Tensor) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums, statistics and weights beside activations of this one."""
+    """The type of sums, statistics and weights where activations have this type: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -415,7 +417,7 @@ def images(entries: int, shape: Sequence[int], dtype: torch.dtype, device: Any =
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in nested tuples, lists and dictionaries, in order."""
+    """The tensors in nested tuples, lists and dictionaries, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):

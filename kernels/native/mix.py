@@ -130,7 +130,7 @@ def _mix(
     products: Tensor | None = None,
     weight_gradient: Tensor | None = None,
 ) -> Launch:
-    """What a function does not take is None."""
+    """The launch of the C++ function of this name, which reads only what is not None."""
     n, c, height, width = candidates[0].x.shape
     of_candidates = Table(
         [

@@ -96,7 +96,7 @@ def _sepconv(
     gradients: Tensor | None = None,
     tangent_sums: Sequence[Tensor] | None = None,
 ) -> list[Launch]:
-    """What a function does not take is None."""
+    """The launch of the C++ function of this name, which reads only what is not None."""
     read: Sequence[tuple] = [read_of(of_one) for of_one in readers or ()]
     if tangent_sums is not None:
         read = readers = [read_in_tangent(cast(Reader, of_one)) for of_one in readers or ()]

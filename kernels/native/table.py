@@ -179,13 +179,14 @@ class Launch(types.Launch):
 
 
 def read_of(reader: types.Reader | types.SecondReader) -> tuple:
-    """What is read of a reader: of one without statistics not y, nor what belongs to its batch norm."""
+    """What the backward sweeps read of a reader: where it has no statistics, neither y nor what belongs to a
+    batch norm."""
     first = reader.first if isinstance(reader, types.SecondReader) else reader
     return reader if first.statistics is not None else (reader.adjoint, first.weights)
 
 
 def read_in_tangent(reader: types.Reader) -> types.Reader:
-    """What the tangent sweep reads of a reader: y, also without statistics, and G."""
+    """What the tangent sweep reads of a reader: G and y, the latter also where there are no statistics."""
     return reader._replace(sums=None, weights=None)
 
 
@@ -202,7 +203,7 @@ def pixels(x: Tensor | None) -> Matrix:
 
 
 def image(x: Tensor | None) -> int:
-    """The same with all channels."""
+    """The address of such a tensor with all channels."""
     found = pixels(x)
     if x is not None and found.stride != x.shape[1]:
         raise ValueError(f"strides {x.stride()} of {tuple(x.shape)}: a slice of channels is not taken here")
@@ -219,7 +220,7 @@ def rows(x: Tensor | None) -> Matrix:
 
 
 def weight(weights: Tensor | None, entry: int) -> Matrix:
-    """p of an entry: [entries], one number for all images, or [entries, N]."""
+    """p of an entry, of [entries], one number for all images, or of [entries, N]."""
     if weights is None:
         return Matrix()
     of_entry = weights[entry]
@@ -236,7 +237,7 @@ def numbers(x: Tensor | None) -> int:
 
 
 def reader(read: types.Reader | types.SecondReader, tangent_sums: Tensor | None = None) -> Reader:
-    """What a reader hands back; and `tangent_sums` [3, C], which the tangent sweep writes for it."""
+    """The structure of a reader; `tangent_sums` [3, C] are those that the tangent sweep writes for it."""
     second = read if isinstance(read, types.SecondReader) else types.SecondReader(read, *[None] * 4)  # type: ignore[arg-type]
     first = second.first
 

@@ -97,12 +97,12 @@ def source(planned: Launch) -> ASTSource:
 
 
 def key(planned: Launch) -> str:
-    """The same for two launches where the second compiles nothing."""
+    """A text that two launches share if what is compiled for one serves the other."""
     return f"{planned.name} {signature(planned)} {attributes(planned)} {planned.constants}"
 
 
 def unique(launches: Iterable[types.Launch]) -> list[Launch]:
-    """Those of Triton that compile something else than the ones before them."""
+    """The launches of Triton without those for which one before them compiles everything."""
     found: dict[str, Launch] = {}
     for planned in launches:
         if isinstance(planned, Launch):  # else it is ATen's
@@ -116,7 +116,7 @@ def compiled(given: ASTSource, warps: int, arch: int) -> Any:
 
 
 def missing_for_launches() -> str | None:
-    """What Triton compiles its launchers with and does not find on this machine, in words; None: nothing."""
+    """What Triton needs to compile its launchers and this machine lacks, in words; None: nothing."""
     named = os.environ.get("CC")
     candidates = ("gcc", "clang") if named is None else (named,)
     if not any(map(shutil.which, candidates)):
@@ -131,13 +131,13 @@ def missing_for_launches() -> str | None:
 
 
 def processes() -> int:
-    """How many are worth having: one a processor that this process may use; each holds 0.75 GB."""
+    """How many processes compile at a time: one a processor that this one may use; each holds 0.75 GB."""
     return min(16, processors())
 
 
 def note(launches: Sequence[Launch], arch: int) -> Path:
-    """The file, in Triton's cache, that says that all of these were compiled for sm_<arch>. It is the caller
-    who writes it. Another Triton, another source of a kernel is another file."""
+    """The path of a file in Triton's cache that says, where the caller has made it, that all of these were
+    compiled for sm_<arch>. With another Triton or other sources of the kernels it is another path."""
     given = [triton.__version__, arch, *((source(planned).hash(), planned.warps) for planned in launches)]
     digest = hashlib.sha256(repr(given).encode()).hexdigest()
     return Path(triton.knobs.cache.dir) / f"darts_fast-{digest}"
@@ -150,10 +150,11 @@ def compile_ahead(
     then: Callable[[Launch, int, str], T],
     launchers: bool = False,
 ) -> Generator[T, None, None]:
-    """What `then` gives for each launch and architecture, in order. It is called, in one of `count` threads,
-    when a process has brought the kernel into Triton's cache, or with the reason why not, which whoever
-    launches it is told, too; else with "". With `launchers`, which need the driver's library, what launches
-    the kernel is brought there, too.
+    """Compiles each launch for each architecture in `count` processes, and yields, in order, what `then`
+    returns for it. `then` is called in a thread when the kernel is in Triton's cache, with the launch, the
+    architecture and ""; or, where it could not be compiled, with the reason (launching it would raise the
+    same). With `launchers`, which need the driver's library, Triton's launcher of the kernel is brought into
+    the cache, too.
 
     Raises:
         RuntimeError: a process that compiles ended.
@@ -214,7 +215,7 @@ def _plain(value: Any) -> Any:
 
 
 def _from_plain(value: Any) -> Any:
-    """Of JSON: its lists were tuples."""
+    """The value that `_plain` made JSON of, whose lists were tuples."""
     if isinstance(value, dict):
         return tl.dtype(value["dtype"])
     return tuple(map(_from_plain, value)) if isinstance(value, list) else value

@@ -273,7 +273,7 @@ def pointwise(
     depthwise, pointwise = call.weights()
 
     def of_sources(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Of each task's source, what the gradients are computed from."""
+        """The value of each task's source; without gradients stand-ins, which are not read."""
         return pointwise if gradients is None else call.of_tasks(values)
 
     p_terms, constants_of_terms = of_terms(terms, z)

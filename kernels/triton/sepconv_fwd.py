@@ -183,7 +183,7 @@ def sepconv_fwd_kernel(
 
 
 class Tangents(NamedTuple):
-    """What `sepconv_tangent` takes besides."""
+    """The arguments of `sepconv_tangent` that `sepconv_forward` does not have."""
 
     sources: Sequence[Tensor]
     source_sums: Tensor | None
