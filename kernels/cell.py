@@ -17,7 +17,7 @@ sweep. The forward sweep is its constructor.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -67,6 +67,7 @@ class Half(NamedTuple):
     norm: Norm
     stride: int = 1
     dilation: int = 1
+    offset: int = 0  # without a depthwise convolution, of the first pixel that is read
 
 
 class Convolution(NamedTuple):
@@ -80,6 +81,10 @@ class FactorizedReduce(NamedTuple):
 
     pointwise: tuple[Parameter, Parameter]
     norm: Norm
+
+    @property
+    def halves(self) -> tuple[Half, ...]:
+        return tuple(Half(None, p, self.norm, 2, offset=offset) for offset, p in enumerate(self.pointwise))
 
 
 class FactorizedConvolution(NamedTuple):
@@ -330,7 +335,12 @@ class Sweeps:
         self._gradient_size += -(-place.size // 4) * 4
         return place
 
-    def place_gradients(self, tasks: Sequence["HalfTask"]) -> Parameter:
+    def weights_of(self, half: Half, of: Tensor) -> Weights:
+        """Those of all weights, or of all tangents."""
+        depthwise = None if half.depthwise is None else self.parameter(half.depthwise, of)
+        return Weights(depthwise, self.parameter(half.pointwise, of))
+
+    def place_gradients(self, tasks: Sequence[Half]) -> Parameter:
         """Where the gradients of a call's weights go, a row a task."""
         k, c = tasks[0].pointwise.shape[:2]
         taps = max(1 if task.depthwise is None else math.prod(task.depthwise.shape[2:]) for task in tasks)
@@ -433,28 +443,6 @@ class Image:
         )
 
 
-class HalfTask(NamedTuple):
-    """A `types.Task` with the places of its weights instead of the tensors."""
-
-    source: int
-    depthwise: Parameter | None
-    pointwise: Parameter
-    stride: int = 1
-    dilation: int = 1
-    offset: int = 0
-
-    def weights(self, s: Sweeps, of: Tensor) -> Weights:
-        """Its weights among all weights, or their tangents among all tangents."""
-        depthwise = None if self.depthwise is None else s.parameter(self.depthwise, of)
-        return Weights(depthwise, s.parameter(self.pointwise, of))
-
-
-def tasks_of(part: Half | FactorizedReduce, source: int) -> list[HalfTask]:
-    if isinstance(part, FactorizedReduce):
-        return [HalfTask(source, None, p, 2, 1, offset) for offset, p in enumerate(part.pointwise)]
-    return [HalfTask(source, part.depthwise, part.pointwise, part.stride, part.dilation)]
-
-
 class Halves:
     """One call of halves of separable convolutions, 1x1 convolutions or factorized reduces, all of one stride
     and one number of output channels.
@@ -462,23 +450,21 @@ class Halves:
     y = P (D * relu(h)) of each; h is an input, or its batch norm.
     """
 
-    def __init__(
-        self, s: Sweeps, inputs: Sequence[Image], parts: Sequence[tuple[int, Half | FactorizedReduce]]
-    ):
-        """`parts` are pairs: the number of the input that a part reads, and the part."""
+    def __init__(self, s: Sweeps, inputs: Sequence[Image], parts: Sequence[Half | FactorizedReduce]):
+        """All parts read the only input, or each reads one of as many inputs."""
         self.s, self.inputs = s, inputs
-        specs = [tasks_of(part, source) for source, part in parts]
-        flat = [spec for of_part in specs for spec in of_part]
+        by_part = [part.halves if isinstance(part, FactorizedReduce) else (part,) for part in parts]
+        numbered = [(i % len(inputs), half) for i, halves in enumerate(by_part) for half in halves]
+        self.halves = [half for _, half in numbered]
         n, _, height, width = inputs[0].y.shape
-        stride = flat[0].stride
-        if flat[0].depthwise is None:
+        stride, k = self.halves[0].stride, self.halves[0].pointwise.shape[0]
+        if self.halves[0].depthwise is None:
             refuse_odd_size(height, width, stride)
-        shape = n, len(specs[0]) * flat[0].pointwise.shape[0], -(-height // stride), -(-width // stride)
-        self.specs = flat
+        shape = n, len(by_part[0]) * k, -(-height // stride), -(-width // stride)
         self.sources = tuple(image.source() for image in inputs)
         self.tasks = tuple(
-            Task(spec.source, spec.weights(s, s.weights), spec.stride, spec.dilation, spec.offset)
-            for spec in flat
+            Task(i, s.weights_of(half, s.weights), half.stride, half.dilation, half.offset)
+            for i, half in numbered
         )
         self.normalised = inputs[0].statistics is not None
         y = s.images(len(parts), shape)
@@ -486,9 +472,9 @@ class Halves:
         s.k.sepconv_forward(self.sources, self.tasks, y=y, statistics=statistics)
         self.outputs = [
             s.normalised(y[i], part.norm, None if statistics is None else statistics[i])
-            for i, (_, part) in enumerate(parts)
+            for i, part in enumerate(parts)
         ]
-        self.gradients_at = s.place_gradients(flat)
+        self.gradients_at = s.place_gradients(self.halves)
         if self.normalised:
             self.sums_at = s.place_sums(inputs)
             for i, image in enumerate(inputs):
@@ -520,7 +506,7 @@ class Halves:
 
     def tangent(self) -> None:
         s = self.s
-        self.weight_tangents = tuple(spec.weights(s, s.weight_tangents) for spec in self.specs)
+        self.weight_tangents = tuple(s.weights_of(half, s.weight_tangents) for half in self.halves)
         y = s.images(len(self.outputs), self.outputs[0].y.shape)
         s.k.sepconv_tangent(
             self.sources,
@@ -718,17 +704,17 @@ class Stage:
         reduces = {key: op for key, op in operations.items() if isinstance(op, FactorizedReduce)}
         self.halves: list[Halves] = []
         if reduces:
-            self._add([state], {key: (0, op) for key, op in reduces.items()})
+            self._add([state], reduces)
         parts = {key: op.halves for key, op in operations.items() if isinstance(op, Convolution)}
         if parts:
-            self._add([state], {key: (0, halves[0]) for key, halves in parts.items()})
+            self._add([state], {key: halves[0] for key, halves in parts.items()})
         twice = {key: halves for key, halves in parts.items() if len(halves) > 1}
         factorized = {key: op for key, op in operations.items() if isinstance(op, FactorizedConvolution)}
         self.factorized = [Factorized(s, state, op) for op in factorized.values()]
         self.candidates |= zip(factorized, (part.output for part in self.factorized), strict=True)
         if twice:
             inputs = [self.candidates[key] for key in twice]
-            self._add(inputs, {key: (i, halves[1]) for i, (key, halves) in enumerate(twice.items())})
+            self._add(inputs, {key: halves[1] for key, halves in twice.items()})
 
     def _pools(self, pools: dict[tuple[int, int], Pool]) -> None:
         # The images of the maximum, and those of the average: one where all edges read it alike, else one an
@@ -756,9 +742,7 @@ class Stage:
                 found.append(image)
             self.candidates[key] = found[-1]
 
-    def _add(
-        self, inputs: Sequence[Image], parts: dict[tuple[int, int], tuple[int, Half | FactorizedReduce]]
-    ) -> None:
+    def _add(self, inputs: Sequence[Image], parts: Mapping[tuple[int, int], Half | FactorizedReduce]) -> None:
         halves = Halves(self.s, inputs, list(parts.values()))
         self.halves.append(halves)
         self.candidates |= zip(parts, halves.outputs, strict=True)
@@ -997,10 +981,10 @@ class LoweredCell:
         )
         halves = [part.halves[0] if isinstance(part, Convolution) else part for part in parts]
         if alike:
-            self.preprocessing = [Halves(s, self.inputs, list(enumerate(halves)))]
+            self.preprocessing = [Halves(s, self.inputs, halves)]
         else:
             self.preprocessing = [
-                Halves(s, [image], [(0, part)]) for image, part in zip(self.inputs, halves, strict=True)
+                Halves(s, [image], [part]) for image, part in zip(self.inputs, halves, strict=True)
             ]
         self.norms = [Norms(s, halves.outputs) for halves in self.preprocessing]
 
