@@ -216,6 +216,7 @@ class FusedCells(ABC):
 
     # Statistics
 
+    @torch.inference_mode(False)  # what is made in that mode could not be trained
     def _join_statistics(self) -> None:
         """Makes the running means and variances one tensor [2, channels of all batch norms], and the numbers
         of batches one, of which the modules' own are views from here on: an update is a few operations, and

@@ -325,6 +325,20 @@ def test_fused_follows_its_buffers():
         assert relative_error(fused.eval()(images.double()), plain.eval()(images.double())) < 1e-9
 
 
+def test_fused_is_trained_after_an_evaluation_in_inference_mode():
+    """Which makes the running statistics one tensor, that the training updates."""
+    torch.manual_seed(0)
+    plain, fused = (network(NAMED["DARTS_V2"], 10, 4, 3, fused=f).double() for f in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        fused.eval()(images)
+    plain.train()(images), fused.train()(images).sum().backward()
+    expected = dict(plain.named_buffers())
+    for name, found in fused.named_buffers():
+        assert torch.equal(found, expected[name]) or relative_error(found, expected[name]) < 1e-9, name
+
+
 def test_fused_has_no_second_derivative():
     module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True)
     loss = module(torch.randn(2, 3, 8, 8)).sum()
