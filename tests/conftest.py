@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -27,6 +28,13 @@ settings.load_profile("darts_fast")
 if not torch.cuda.is_available():
     # Triton's kernels run under its interpreter here; read when they are decorated, so before any import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """Python's garbage collector leaves alone what is imported by now: to walk it takes 0.2 seconds or more,
+    in each full collection, and so at the beginning of each of the hundreds of small runs."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from processes import start_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import baseline  # noqa: E402
@@ -155,15 +156,15 @@ def test_what_differs_from_the_baseline_is_named():
 def test_a_dry_run_of_the_gpu_report(tmp_path):
     """Every section runs on a CPU at a tiny size, and the report says what each found."""
     # 60 minutes: on a busy machine, too, no section meets its limit.
-    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu", "--quick", "--minutes", "60"]
-    command += ["--out", str(tmp_path)]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    arguments = ["--device", "cpu", "--quick", "--minutes", "60", "--out", str(tmp_path)]
+    printed = tmp_path / "printed"
+    process = start_program(Path(gpu_report.__file__), *arguments, output=printed)
+    process.join()
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: part["state"] for name, part in report.items()} == dict.fromkeys(
         gpu_report.SECTIONS, "done"
     )
-    assert done.returncode == 0, done.stderr
+    assert process.exitcode == 0, printed.read_text()
     assert report["compilation"]["facts"]["kernels compiled"] == 2
     assert report["tests"]["facts"]["failed"] == 0 < report["tests"]["facts"]["skipped"]
     assert {r["variant"] for r in report["step"]["records"]} >= {"textbook", "fused, ATen"}

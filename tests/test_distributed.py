@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, log_lines, relative_error, same
 from PIL import Image
+from processes import start
 from test_capture import Driver, NothingFromTheHost, changed
 from test_derived import WITHOUT_NOISE, every_operation
 from test_run import load_program
@@ -56,31 +56,28 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 240  # seconds, also on a busy machine: what takes longer hangs
 
 
-def on_ranks(size, work, *arguments):
-    """Calls `work(*arguments)` in so many new processes, the ranks of one run; their exit codes. When one has
-    failed, the others are killed after some seconds."""
+def on_ranks(size, work, folder):
+    """Calls `work(folder)` in so many new processes, the ranks of one run; their exit codes. When one has
+    failed, the others are killed after some seconds. What they print, this process prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=one_rank, args=(rank, size, port, work, arguments)) for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
+    printed = folder / "printed"
+    ranks = [start(one_rank, rank, size, port, work, folder, output=printed) for rank in range(size)]
     for process in ranks:
         process.join(5 if any(other.exitcode for other in ranks) else LIMIT)
         if process.is_alive():
             process.kill()
             process.join()
+    print(printed.read_text())
     return [process.exitcode for process in ranks]
 
 
-def one_rank(rank, size, port, work, arguments):
+def one_rank(rank, size, port, work, folder):
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": port}.items()})
     torch.set_num_threads(1)
-    work(*arguments)
+    work(folder)
 
 
 # One step
@@ -228,14 +225,14 @@ def ranks_folder(tmp_path_factory):
     """A function: the folder that so many ranks, 2 or 3, left. They are started once."""
 
     @functools.cache
-    def start(size):
+    def left(size):
         folder = tmp_path_factory.mktemp("ranks")
         for kind in RUNS:
             (folder / kind).mkdir()
         assert on_ranks(size, on_two_ranks if size == 2 else on_three_ranks, folder) == [0] * size
         return folder
 
-    return start
+    return left
 
 
 def steps_of(folder, size):
@@ -548,9 +545,9 @@ def suspended(folder):
         ranks.largest(0)
 
 
-def test_a_suspended_rank_ends_the_others(tmp_path, capfd):
+def test_a_suspended_rank_ends_the_others(tmp_path, capsys):
     assert on_ranks(2, suspended, tmp_path) == [1, -signal.SIGKILL]  # which kills the suspended one
-    assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capfd.readouterr().err
+    assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capsys.readouterr().out
 
 
 # Sharing

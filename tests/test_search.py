@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, events, log_lines, relative_error, same
+from processes import kill_at_work, start_program
 from test_run import call
 
 from darts_fast import (
@@ -625,35 +625,16 @@ def test_a_checkpoint_is_never_unpickled_unsafely(data, finished, in_tmp):
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
     """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
     arguments = [*CHEAP, "--epochs", "5", "--fused"]
-
-    def start(*extra):
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *extra],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
     assert call(monkeypatch, capsys, *arguments, "--name", "whole")[0] == 0
     whole, cut = in_tmp / "searchs" / "whole", in_tmp / "searchs" / "cut"
     rng = random.Random(1)
-    process, kills = start(*arguments, "--name", "cut"), 0
-    while True:
-        while not (cut / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        seen = (cut / "checkpoint.pt").stat().st_mtime_ns
-        if kills < 2:  # kill it at some moment after it has written again
-            while (cut / "checkpoint.pt").stat().st_mtime_ns == seen and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.4)
-            assert process.poll() is None  # it is killed at work, not after it
-            process.kill()
-            process.wait()
-            kills += 1
-            checkpoint(cut)  # can be read whenever the kill came
-            process = start("--resume", "searchs/cut")
-        else:
-            assert process.wait() == 0
-            break
+    process = start_program(ROOT / "run.py", *arguments, "--name", "cut")
+    for _ in range(2):
+        kill_at_work(process, cut, rng.random() * 0.4)
+        checkpoint(cut)  # can be read whenever the kill came
+        process = start_program(ROOT / "run.py", "--resume", "searchs/cut")
+    process.join()
+    assert process.exitcode == 0
     assert_same_run(whole, cut)
 
 
@@ -661,12 +642,11 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, c
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_while_it_starts(monkeypatch, capsys, in_tmp):
     """Whatever is there by then, --resume goes on or says in one sentence why not."""
-    command = [sys.executable, str(ROOT / "run.py"), *CHEAP, "--name", "cut"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_program(ROOT / "run.py", *CHEAP, "--name", "cut")
     while not (in_tmp / "searchs" / "cut").exists():
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.0005)
     process.kill()
-    process.wait()
+    process.join()
     code, _, err = call(monkeypatch, capsys, "--resume", "searchs/cut")
     assert code == 0 or (code == 2 and err.startswith("run.py: ") and err.count("\n") == 1), err
