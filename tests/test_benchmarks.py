@@ -302,8 +302,11 @@ def test_a_training_step_has_the_launches_and_bytes_that_were_asked_for():
 
 def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "check", lambda *_: None)
-    # Counting takes seconds: the larger batch is given the counts of the smaller one.
-    of_two = lambda kernels, _, *sizes, **more: count(kernels, 2, *sizes, **more)  # noqa: E731
+
+    def of_two(kernels, _, *sizes, **more):
+        """Counting takes seconds, most on meta tensors: the counts of the smaller batch do for both."""
+        return count(kernels, 2, *sizes, device="cpu", **more)
+
     monkeypatch.setattr(race.Runner, "count", staticmethod(of_two))
     arguments = "--init_channels 2 --layers 3 --size 8 --repeats 2 --sweep batch_size=2,4 --only".split()
     arguments += ["textbook", "fused, ATen", "fused, Triton", "--results", str(tmp_path)]
