@@ -111,11 +111,10 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
 
 
 def derived(channels: int, layers: int, size: int, fused: bool, dtype: torch.dtype) -> DerivedNetwork:
-    """That of DARTS_V2, in training mode, with drop path."""
+    """The network of DARTS_V2, with the auxiliary head where images of this size are large enough for it."""
     torch.manual_seed(0)
     genotype, auxiliary = load_genotype("DARTS_V2"), auxiliary_fits(size, size, "cifar")
-    module = network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
-    return module
+    return network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
 
 
 # That the results agree

@@ -45,14 +45,16 @@ def pytest_addoption(parser):
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# For tests of what is around a step (epochs, checkpoints, reports): two nodes, so five edges a cell, and four
-# candidates an edge; a step in plain PyTorch takes a fifth of the time.
-SMALL_SPACE = json.dumps(
-    {
-        "nodes": 2,
-        **dict.fromkeys(("normal", "reduce"), ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"]),
-    }
-)
+
+def two_nodes(candidates):
+    """A space, as `--space FILE` reads it, of two nodes, and so of five edges a cell, each with these
+    candidates. With all eight, a step takes about a third of one in the paper's space of four nodes."""
+    return json.dumps({"nodes": 2, "normal": candidates, "reduce": candidates})
+
+
+# For tests of what is around a step (epochs, checkpoints, reports); a step in plain PyTorch takes a fifth of
+# the time.
+SMALL_SPACE = two_nodes(["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"])
 
 
 class Golden:

@@ -24,6 +24,7 @@ import gpu_report  # noqa: E402
 import race  # noqa: E402
 import race_tables  # noqa: E402
 import step  # noqa: E402
+import test_steps  # noqa: E402
 import traffic  # noqa: E402
 
 from darts_fast.kernels import native  # noqa: E402
@@ -108,9 +109,11 @@ def test_the_race_checks_its_results_first(monkeypatch):
         race.check()
 
 
-def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
-    import test_steps
+def test_the_benchmarks_of_steps_are_named_by_their_setting():
+    assert test_steps.words(test_steps.GPU) == "batch 64, 16 channels, 8 layers, 32x32"
 
+
+def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
     def late(*arguments, **options):
         raise TimeoutError("it took more than 120 s")
 
