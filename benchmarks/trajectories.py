@@ -52,7 +52,7 @@ def made(args: argparse.Namespace, kind: str, seed: int, copy: int = 0) -> Searc
 
 
 def peak_of_memory(args: argparse.Namespace, kind: str) -> int:
-    """Bytes."""
+    """Returns the bytes by which two steps raise the peak of this process's memory."""
     torch.set_num_threads(args.threads)
     with strict_float32():
         search = made(args, kind, 0)
@@ -64,7 +64,8 @@ def peak_of_memory(args: argparse.Namespace, kind: str) -> int:
 
 
 def cosines(args: argparse.Namespace, seed: int) -> list[list[float]]:
-    """Of all pairs of references, and of all pairs of a fused search with a reference."""
+    """Takes all steps of one seed's searches; returns the cosines of all pairs of references, and of all
+    pairs of a fused search with a reference."""
     searches = {(kind, copy): made(args, kind, seed, copy) for kind in KINDS for copy in range(args.copies)}
     start, spent = alphas(searches["reference", 0]), {kind: [0.0, 0.0] for kind in KINDS}
     for epoch, step in itertools.product(range(args.epochs), range(searches["fused", 0].steps_per_epoch)):
