@@ -141,8 +141,8 @@ def fast_interpreter(monkeypatch):
 
 @pytest.fixture
 def no_overflow_checks(fast_interpreter, monkeypatch):
-    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The float64
-    cases of tests/test_triton.py have them."""
+    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The larger
+    cases of tests/test_triton.py have them: those of several tiles, and of several blocks of channels."""
     from triton.runtime import interpreter
 
     monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)
