@@ -76,13 +76,13 @@ def test_the_peak_of_live_bytes_is_at_most_the_textbooks():
 
 
 def test_the_peak_has_the_blocks_of_the_plan():
-    """Two forward passes are alive at once: that of the training batch, and what follows the other."""
+    """The forward passes of the training and of the validation batch are alive at once, with a block each."""
     found = count("triton", 4, 8, 3, 16, "meta")
     assert found.peak > 2 * found.kept
 
 
 def test_with_amp_the_peak_of_live_bytes_is_at_most_half_the_textbooks():
-    """Of the committed counts, which the code is held to below."""
+    """By the counts in baseline.json, to which the code itself is held by a test below."""
     counts = json.loads(baseline.FILE.read_text())["counts"]
     peak = {name: counts[f"{name}: whole step"]["peak live bytes"] for name in traffic.VARIANTS}
     assert 0 < peak["fused, Triton, bfloat16"] <= peak["textbook"] / 2
@@ -138,7 +138,7 @@ def test_a_step_costs_what_the_committed_baseline_says():
 
 
 def test_saved_bytes_are_those_of_what_backward_reads():
-    """The textbook keeps each candidate's activations; the fused cells keep what edges share once."""
+    """The textbook keeps every candidate's activations, the fused cells keep once what edges share."""
     sizes = dict(baseline.SETTING)
     wide = traffic.count("triton", **sizes).kept
     assert 0 < wide < baseline.saved_by_the_textbook()
@@ -209,7 +209,8 @@ def test_the_gpu_report_survives_what_fails_hangs_or_crashes(tmp_path, monkeypat
 
 
 def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeypatch):
-    """In the order in which the kernels are launched; what is left is compiled then."""
+    """Kernels are compiled in the order of their launches; those for which no time is left are compiled when
+    they are launched."""
     from darts_fast.kernels.triton import compilation
 
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))  # which it takes away
@@ -234,7 +235,7 @@ def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeyp
 
 
 def test_the_first_sections_of_the_gpu_report_have_the_time_that_they_need(tmp_path, monkeypatch, capsys):
-    """And the later ones what is left."""
+    """Each of the first sections has its own limit, and the later ones have what time is left."""
     clock, given = [0.0], {}
 
     def supervised(name, args, parts, seconds):
@@ -297,7 +298,7 @@ def test_a_training_step_is_raced_with_an_evaluation():
 
 
 def test_a_training_step_has_the_launches_and_bytes_that_were_asked_for():
-    """At the paper's setting: 3,088 and 60.8 GB in plain PyTorch, before the plan 2,198 and 42.5."""
+    """At the paper's setting, where a step in plain PyTorch has 3,088 launches and 60.8 GB."""
     for dtype, most in ((torch.float32, 28e9), (torch.bfloat16, 15e9)):
         found = traffic.count("triton", 96, 36, 20, dtype=dtype, train=True).total
         assert found.launches <= 1200 and found.bytes <= most

@@ -135,7 +135,7 @@ def optimizers_of(step):
 
 
 def state_of(step):
-    """What decides the next step, by name, but running statistics."""
+    """Returns the tensors that decide the next step, by name, without running statistics."""
     found = dict(step.network.named_parameters())
     for number, optimizer in enumerate(optimizers_of(step)):
         for index, state in enumerate(optimizer.state.values()):
@@ -144,7 +144,7 @@ def state_of(step):
 
 
 def one_step(step, part):
-    """With momentum, on a pair of batches of which `part` takes a part; the loss and what the step led to."""
+    """Takes a step with momenta, on what `part` returns of each batch; returns loss and state after it."""
     generator = torch.Generator().manual_seed(5)
     for optimizer in optimizers_of(step):
         for state in optimizer.state.values():
@@ -159,7 +159,7 @@ def one_step(step, part):
 
 
 def on_two_ranks(folder):
-    """What the tests of two ranks look at, computed by one pair of processes."""
+    """Computes what the tests of two ranks look at, so that one pair of processes does for all of them."""
     steps_on_ranks(folder)
     captured_steps(folder)
     for kind in RUNS:
@@ -184,7 +184,8 @@ def steps_on_ranks(folder):
 
 
 def captured_steps(folder):
-    """Two epochs of four batches of 6 images and one of 5, of both of which rank 1 has 3; see `Driver`."""
+    """Takes two epochs of four batches of 6 images and one of 5, captured (see `Driver`) and uncaptured; of
+    each batch rank 1 has 3 images."""
     with joined() as ranks, using(aten_backend), pytest.MonkeyPatch.context() as patch:
         config = dataclasses.replace(TINY, batch_size=6, order=1)
         plain, captured = (Search(config, from_tensors(*data()), ranks) for _ in range(2))
@@ -203,7 +204,7 @@ def captured_steps(folder):
 
 
 def float16_step(ranks):
-    """In which the gradients of the last rank alone overflow."""
+    """Takes a step in which the gradients of the last rank alone overflow."""
     torch.manual_seed(0)
     config = SearchConfig(fused=True, amp_dtype="float16", order=1)
     module = Supernet(2, 4, 3, fused=True, space=read_space(SMALL_SPACE))
@@ -222,7 +223,7 @@ def float16_step(ranks):
 
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory):
-    """A function: the folder that so many ranks, 2 or 3, left. They are started once."""
+    """A function: the folder that 2 or 3 ranks wrote. They are started once."""
 
     @functools.cache
     def left(size):
@@ -313,7 +314,7 @@ def data(test=False):
 
 
 def whole_runs(kind, folder):
-    """Undisturbed; stopped by a SIGTERM to rank 1 alone in the fourth step, and resumed."""
+    """Runs once undisturbed, and once stopped by a SIGTERM to rank 1 alone in the fourth step and resumed."""
     rank = int(os.environ["RANK"])
     begin, go_on, config, loop = RUNS[kind]
     arguments = data(test=kind == "training")
@@ -363,7 +364,7 @@ def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks
 
 
 def test_the_ranks_metrics_are_of_all_images(two_ranks):
-    """Those of an epoch against the network that it left, tested by one process."""
+    """The metrics of an epoch, against the network at its end, tested by one process."""
     kind, folder = two_ranks
     if kind == "search":
         run = Search(TINY, from_tensors(*data()))

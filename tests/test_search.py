@@ -84,7 +84,7 @@ def finished(undisturbed, in_tmp):
     return shutil.copytree(undisturbed("first order").path, Path("searchs") / "tensors")
 
 
-# mid-epoch, between two lines of the log, last of an epoch
+# In the middle of an epoch, between two lines of the log, and in the last step of an epoch
 STOPS = [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)]
 
 
@@ -135,7 +135,7 @@ def test_a_signal_in_an_evaluation_saves_too(name, data, undisturbed, in_tmp, mo
 
 
 def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
-    """In which the optimizers' states stood with their settings, and no `final`."""
+    """An older checkpoint has the optimizers' settings beside their states, no `final`, no later setting."""
     signal_at(Search, 3, signal.SIGINT)
     with pytest.raises(Stopped):
         search(CONFIGS["first order"], data)
@@ -179,7 +179,7 @@ def test_every_step_is_recorded_once(undisturbed):
 
 @pytest.mark.parametrize("batch_size", [8, 30])  # four steps an epoch; one
 def test_the_rate_is_that_of_the_steps_taken(batch_size, data, in_tmp, monkeypatch):
-    """Without the first one, which is slower, unless it is alone."""
+    """The first step is slower, and counts only where the epoch has no other."""
     take, rates, clock = Search.take_step, [], [0.0]
 
     def slow(self, lr):
@@ -215,7 +215,8 @@ def test_what_each_epoch_says_of_its_cells(undisturbed):
 
 @pytest.mark.parametrize("collapse", [1, 2, 3, 4])
 def test_a_search_ends_at_skip_connections(collapse, data, in_tmp, monkeypatch, signal_at):
-    """Before the epoch that collapses its best genotype is found; nothing but that depends on the setting."""
+    """It ends after the epoch that collapses, with the best genotype of those before it; up to there its
+    steps are those of a search without the setting."""
     plain = Search.begin_epoch
 
     def begin_epoch(self):
@@ -322,7 +323,8 @@ RISING = [1.0] * 7 + [2.0] * 5
 
 @pytest.mark.parametrize("warm_up", [0, 1])
 def test_a_search_ends_where_the_eigenvalue_has_risen(warm_up, data, in_tmp, monkeypatch, signal_at):
-    """It goes back to the middle of the five epochs before; nothing but that depends on the setting."""
+    """It goes back to the middle of the five epochs before the rise; up to its end its steps are those of a
+    search without the setting."""
     values = [50.0] * warm_up + RISING
     monkeypatch.setattr(Search, "_eigenvalue", lambda self: values[self.epoch])
     config = dataclasses.replace(
@@ -537,7 +539,7 @@ def test_two_processes_never_write_one_folder(data, finished):
     assert resume_search(finished, data).path == finished
 
 
-# Per epoch two heat maps of alphas and one of the genotype.
+# An epoch has two heat maps of alphas and a picture of the genotype.
 @pytest.mark.parametrize(
     ("missing", "pictures"),
     [(["pygraphviz"], 1), (["graphviz"], 1), (["graphviz", "matplotlib"], 3)],

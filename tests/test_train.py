@@ -122,7 +122,7 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
 
 
 def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
-    """Without the settings that came later."""
+    """An older checkpoint lacks the settings that came later."""
     signal_at(Training, 3, signal.SIGTERM)
     with pytest.raises(Stopped):
         train(TINY, data)
