@@ -31,7 +31,7 @@ Counts = dict[str, dict[str, int]]  # by "variant: phase" or kernel, then by wha
 
 
 def counted() -> Counts:
-    """Of every variant and phase, of a search and of a training."""
+    """Counts every phase of a search step and of a training step, for each variant."""
     found = {}
     for variant, options in traffic.VARIANTS.items():
         step = traffic.count(**SETTING, **options)
@@ -49,7 +49,7 @@ def counted() -> Counts:
 
 
 def saved_by_the_textbook() -> int:
-    """Bytes that one forward pass keeps for its backward pass, weights and images left out."""
+    """Returns the bytes that one forward pass keeps for its backward pass, weights and images left out."""
     batch_size, channels, layers, size = SETTING.values()
     with torch.device("meta"):
         network = Supernet(channels, 10, layers)
@@ -71,7 +71,7 @@ def saved_by_the_textbook() -> int:
 
 
 def compiled() -> Counts:
-    """Of the first launch of every kernel at 16 channels."""
+    """Compiles the first launch of every kernel, at 16 channels."""
     from darts_fast.kernels.triton import aot
 
     first: dict[str, Any] = {}
@@ -86,14 +86,15 @@ def compiled() -> Counts:
 
 
 def versions() -> dict[str, str]:
-    """PyTorch composes its operations of others in each version, and Triton's compiler allots otherwise."""
+    """Returns the versions that the figures depend on: each of PyTorch may make an operation of others, and
+    each of Triton's compiler may allot other registers."""
     import triton
 
     return {"counts": f"torch {torch.__version__.split('+')[0]}", "compiled": f"triton {triton.__version__}"}
 
 
 def differences(now: Counts, before: Counts) -> list[str]:
-    """A line for each count that is not what it was."""
+    """Returns a line for each count that is not what it was."""
     lines = []
     for name in sorted({*now, *before}):
         for what in sorted({*now.get(name, {}), *before.get(name, {})}):

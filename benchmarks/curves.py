@@ -1,4 +1,5 @@
-"""Whether a fused search goes where the reference's does: the directions in which the alphas move.
+"""Whether the alphas of a fused search move as those of the reference's do, step by step: one search of each
+kind, in float32 and with 2-byte activations. (trajectories.py has more searches of each, and their spread.)
 
     python benchmarks/curves.py [--dataset cifar10 --data_path data --images 5000 --epochs 2]
         [--init_channels 4 --layers 3 --amp_dtype bfloat16 float16 --figure F]
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from darts_fast.config import SearchConfig
+from darts_fast.data import Dataset
 from darts_fast.datasets import load
 from darts_fast.loop import evaluated
 from darts_fast.precision import TYPES, strict_float32
@@ -33,14 +35,37 @@ Curve = list[tuple[float, float]]  # of each step: training loss, cosine of the 
 
 
 def alphas(search: Search) -> Tensor:
+    """A copy of all alphas, in a row."""
     return torch.cat([a.detach().reshape(-1) for a in search.network.alphas().values()])
+
+
+def first_images(dataset: str, args: argparse.Namespace) -> Dataset:
+    """The data set with the first `--images` of its training images."""
+    data = load(dataset, args.data_path)
+    assert isinstance(data.images, Tensor)
+    return dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
+
+
+def move_weights(search: Search, seed: int) -> None:
+    """Moves every weight by 1e-6, relative: less than a search in float32 can tell."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for w in search.network.weights().values():
+            w.mul_(1 + 1e-6 * torch.randn(w.shape, generator=generator))
+
+
+def take_step(search: Search, epoch: int, step: int) -> float:
+    """Takes a step of an epoch, both counted from 0; its training loss."""
+    search.epoch, search.step = epoch, step
+    if step == 0:
+        search.begin_epoch()
+    (loss, *_), _ = search.take_step(search.learning_rate())
+    return float(loss)
 
 
 def searches(dataset: str, args: argparse.Namespace) -> dict[str, Search]:
     """By name, the reference first."""
-    data = load(dataset, args.data_path)
-    assert isinstance(data.images, Tensor)
-    data = dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
+    data = first_images(dataset, args)
     variants: dict[str, dict[str, Any]] = {REFERENCE: {}, MOVED: {}, "fused, float32": {"fused": True}}
     variants |= {f"fused, {name}": {"fused": True, "amp_dtype": name} for name in args.amp_dtype}
     common = {name: getattr(args, name) for name in ("epochs", "init_channels", "layers")}
@@ -48,10 +73,7 @@ def searches(dataset: str, args: argparse.Namespace) -> dict[str, Search]:
         name: Search(SearchConfig(dataset=dataset, device="cpu", **common, **settings), data)
         for name, settings in variants.items()
     }
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for w in found[MOVED].network.weights().values():
-            w.mul_(1 + 1e-6 * torch.randn(w.shape, generator=generator))
+    move_weights(found[MOVED], 0)
     return found
 
 
@@ -64,15 +86,12 @@ def race(dataset: str, args: argparse.Namespace) -> dict[str, Curve]:
     for epoch in range(args.epochs):
         for step in range(reference.steps_per_epoch):
             for name, search in found.items():
-                search.epoch, search.step = epoch, step
-                if step == 0:
-                    search.begin_epoch()
                 before = time.process_time()
-                (loss, *_), _ = search.take_step(search.learning_rate())
+                loss = take_step(search, epoch, step)
                 seconds[name] += time.process_time() - before
                 moved, expected = ((alphas(s) - start).double() for s in (search, reference))
                 along = torch.cosine_similarity(moved, expected, dim=0)
-                curves[name].append((float(loss), float(along)))
+                curves[name].append((loss, float(along)))
         print(f"{dataset}, epoch {epoch + 1}, step {step + 1}:", flush=True)
         for name, search in found.items():
             loss, cosine = curves[name][-1]

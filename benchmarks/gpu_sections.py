@@ -160,7 +160,7 @@ def one_step(bench: Bench) -> None:
 
 
 def one_training_step(bench: Bench) -> None:
-    """The same of a training step of DARTS_V2, at the paper's setting, and of an evaluation."""
+    """The same race of a training step of DARTS_V2, at the paper's setting, and of an evaluation."""
     _race(bench, race.TrainingRunner, bench.setting if bench.quick else race.Setting(96, 36, 20))
 
 

@@ -30,6 +30,7 @@ from darts_fast.interop import load_official_search
 from darts_fast.precision import FIRST_LOSS_SCALE, strict_float32
 from darts_fast.search import SearchStep
 from darts_fast.supernet import Supernet
+from darts_fast.tables import markdown_table
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "official_search_c4_l4.npz"
 STEP = architect.VirtualStep(lr=0.025, momentum=0.9, weight_decay=3e-4)
@@ -185,13 +186,14 @@ def main() -> None:
         f"torch {torch.__version__}, CPU, one thread; {args.layers} layers, {args.channels} channels, batch "
         f"{args.batch_size}, after {args.steps} steps; medians of {args.batches} pairs of batches"
     )
-    print("| form, precision | cosine | error | seconds |")
-    print("|---|---|---|---|")
-    for name, row in found.items():
-        print(f"| {name} | {row.cosine:.4f} | {row.error:.2g} | {row.seconds:.2f} |")
+    rows = [
+        (name, f"{row.cosine:.4f}", f"{row.error:.2g}", f"{row.seconds:.2f}") for name, row in found.items()
+    ]
+    print(*markdown_table(("form, precision", "cosine", "error", "seconds"), rows), sep="\n")
 
 
 def epsilons() -> None:
+    """Prints the finite difference of ever smaller epsilons against the exact product."""
     arrays = np.load(GOLDEN)
     state = {}
     for name in arrays.files:
@@ -213,13 +215,13 @@ def epsilons() -> None:
     print(
         f"torch {torch.__version__}, float64, 4 layers, 4 channels, batch 8; exact: norm {exact.norm():.4g}"
     )
-    print("| epsilon * \\|v\\| | cosine with exact | norm / exact norm |")
-    print("|---|---|---|")
+    rows = []
     for size in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         found = architect.finite_difference_hvp(loss(0), architect.detached(weights), alphas, v, size)
         flat = torch.cat([t.flatten() for t in found.values()])
         cosine = torch.nn.functional.cosine_similarity(flat, exact, dim=0)
-        print(f"| {size:g} | {cosine:.3f} | {flat.norm() / exact.norm():.2f} |")
+        rows.append((f"{size:g}", f"{cosine:.3f}", f"{flat.norm() / exact.norm():.2f}"))
+    print(*markdown_table(("epsilon * |v|", "cosine with exact", "norm / exact norm"), rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TASKS = 4  # a call, all on one source
 
 
 def least(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of each."""
+    """Returns the least seconds of each function, called in turns."""
     found = [float("inf")] * len(functions)
     for _ in range(repeats + 1):
         for index, function in enumerate(functions):
@@ -74,7 +74,7 @@ def halves(kernel: int, dilation: int, n: int, c: int, size: int) -> dict[str, l
 
 
 def multiply_adds(sweep: str, kernel: int, n: int, c: int, size: int) -> int:
-    """Those of a sweep of `halves`."""
+    """Returns the multiply-adds of a sweep of `halves`, by its equations."""
     return (
         {"forward": 1, "backward": 2, "tangent": 2, "second": 2}[sweep]
         * TASKS
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def derived(repeats: int) -> None:
-    """Forward and backward of DARTS_V2 with auxiliary head and drop path."""
+    """Times forward and backward of DARTS_V2 with auxiliary head and drop path, and prints the ratios."""
     batch, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     modules = []
     for fused in (False, False, True):

@@ -44,8 +44,8 @@ Step = Callable[[Tensor, Tensor], None]
 
 @contextmanager
 def modules_of(folder: Path, *names: str) -> Iterator[list[ModuleType]]:
-    """Those modules of a checkout, imported. They and what they import from it are forgotten afterwards: two
-    checkouts have modules of the same names."""
+    """Within, these modules of a checkout are imported. They and what they import from it are forgotten
+    afterwards, because two checkouts have modules of the same names."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -124,7 +124,7 @@ def pt_darts(folder: Path, channels: int, layers: int) -> Step:
 
 
 def counted(step: Step, images: int) -> Count:
-    """Of a step that is not the first, which has no momenta."""
+    """Counts a second step: the optimizers have no momenta in the first one."""
     batch = torch.randn(images, 3, SIDE, SIDE), torch.zeros(images, dtype=torch.int64)
     step(*batch)
     with Traffic() as traffic:

@@ -68,7 +68,8 @@ VARIANTS = {
 
 
 class Setting(NamedTuple):
-    """Of one race; `size` is the side of the images, `partial_channels` PC-DARTS's K, of searches."""
+    """The sizes of one race. `size` is the side of the square images; `partial_channels` is PC-DARTS's K, for
+    searches alone."""
 
     batch_size: int = 16
     init_channels: int = 16
@@ -88,7 +89,7 @@ DIGITS = Setting(SearchConfig().batch_size, _SMALL["init_channels"], _SMALL["lay
 
 
 def missing(variant: Variant, device: torch.device) -> str | None:
-    """Why a variant cannot run here; None: it can."""
+    """Returns why a variant cannot run on this device; None where it can."""
     if variant.kernels == "triton" and device.type != "cuda":
         return "the Triton kernels run on CUDA"
     if variant.kernels == "native" and device.type != "cpu":
@@ -111,11 +112,10 @@ def batches(size: int, side: int, dtype: torch.dtype) -> list[Batch]:
 
 
 def derived(channels: int, layers: int, size: int, fused: bool, dtype: torch.dtype) -> DerivedNetwork:
-    """That of DARTS_V2, in training mode, with drop path."""
+    """The network of DARTS_V2, with the auxiliary head where images of this size are large enough for it."""
     torch.manual_seed(0)
     genotype, auxiliary = load_genotype("DARTS_V2"), auxiliary_fits(size, size, "cifar")
-    module = network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
-    return module
+    return network_of(genotype, 10, channels, layers, auxiliary=auxiliary, fused=fused).to(dtype)
 
 
 # That the results agree
@@ -321,8 +321,8 @@ class Runner:
 
 
 class TrainingRunner(Runner):
-    """The same of a training step of DARTS_V2, with the auxiliary head where images are large enough, and of
-    an evaluation of the same batch."""
+    """A `Runner` of a training step of DARTS_V2, with the auxiliary head where images are large enough for
+    it, and of an evaluation of the same batch."""
 
     count = staticmethod(partial(traffic.count, train=True))
 
@@ -359,7 +359,8 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     phases: bool = True,
 ) -> dict[str, float]:
-    """Seconds of each phase, if they are wanted, and of the whole step, on CUDA on the device's own clock."""
+    """Takes the step; returns the seconds of each phase, if they are wanted, and of the whole step, on CUDA
+    by the device's own clock."""
     marks = [("", _mark(device, clock))]
 
     def ended(name: str) -> None:
@@ -412,7 +413,7 @@ def runners(
     compile_seconds: int = 0,
     kind: type[Runner] = Runner,
 ) -> tuple[list[Runner], dict[str, str]]:
-    """Those that can run here, warmed up, and why the others are left out."""
+    """Returns the variants that can run here, warmed up, and why the others are left out."""
     found, left_out = [], {}
     for name in names:
         reason = missing(VARIANTS[name], device)
@@ -432,7 +433,7 @@ def runners(
 def race(
     entrants: list[Runner], repeats: int, after: Callable[[list[list[dict[str, float]]]], None] | None = None
 ) -> list[list[dict[str, float]]]:
-    """So many steps of each, in turns; `after` is told of what there is after each turn."""
+    """Takes `repeats` steps of each, in turns; `after` is called with all rows so far after each turn."""
     rows: list[list[dict[str, float]]] = [[] for _ in entrants]
     for _ in range(repeats):
         for runner, found in zip(entrants, rows, strict=True):
@@ -456,7 +457,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def counted(runner: Runner) -> traffic.Counted | None:
-    """By traffic.py; None where there is no count of the variant."""
+    """Counts the variant's step by traffic.py; None where traffic.py cannot count it."""
     setting, variant = runner.setting, runner.variant
     if variant.compiled or variant.channels_last or variant.kernels == "aten":
         return None

@@ -17,7 +17,7 @@ CPU, GPU = Setting(16, 16, 3, 16), Setting(64, 16, 8, 32)
 
 
 def words(setting):
-    batch, channels, layers, size, _ = setting
+    batch, channels, layers, size, *_ = setting
     return f"batch {batch}, {channels} channels, {layers} layers, {size}x{size}"
 
 

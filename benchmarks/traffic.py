@@ -57,8 +57,8 @@ class Counted(NamedTuple):
 
 
 def operations(launch: Any) -> tuple[int, int]:
-    """Of the depthwise and of the pointwise parts of a launch of Triton, by the equations (a multiply-add is
-    two); (0, 0) for the kernels that only move and add."""
+    """Returns the floating-point operations of the depthwise and of the pointwise convolutions in a launch of
+    Triton, by the equations (a multiply-add is two); (0, 0) for the kernels that only move and add."""
     constants = launch.constants
     if not {"KERNELS", "HAS_D", "C"} <= constants.keys():
         return 0, 0
@@ -81,7 +81,7 @@ class Idle:
 
 
 def temporaries(call: Call, found: Iterable[Launch]) -> int:
-    """Bytes of the storages in a call's launches that are none of the call's own tensors."""
+    """Returns the bytes that a call's launches allocate besides what the call reads and writes."""
     own = {t.untyped_storage()._cdata for t in tensors([call.reads, call.writes])}
     storages = [t.untyped_storage() for launch in found for t in launch.tensors]
     return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in own}.values())
@@ -104,7 +104,7 @@ def search_step(
     dtype: torch.dtype,
     partial_channels: int = 1,
 ) -> Step:
-    """With momenta as if it were not the first."""
+    """Makes a search step, whose optimizers have momenta as if it were not the first."""
     with torch.device(device):
         supernet = Supernet(
             channels, 10, layers, fused=kernels is not None, partial_channels=partial_channels
@@ -132,7 +132,8 @@ def training_step(
     device: str,
     dtype: torch.dtype,
 ) -> Step:
-    """Of DARTS_V2, with drop path, and with the auxiliary head where the images are large enough."""
+    """Makes a training step of DARTS_V2, with drop path, and with the auxiliary head where the images are
+    large enough for it."""
     auxiliary = auxiliary_fits(size, size, "cifar")
     with torch.device(device):
         module = network(
@@ -169,11 +170,12 @@ def count(
     train: bool = False,
     partial_channels: int = 1,
 ) -> Counted:
-    """The counts of one step of a search, or with `train` of a training, with the fused cells on the kernels
-    of this package ("triton", "native"), or of the textbook's. On a real device, too, the kernels compute
-    nothing.
+    """Counts one step of a search, or with `train` of a training.
 
-    With a 2-byte `dtype` the activations of the cells are of it.
+    Args:
+        kernels: "triton" or "native", on which the fused cells are counted; None: the textbook's step. On a
+            real device, too, these kernels compute nothing.
+        dtype: of the activations in the fused cells.
     """
     make: Callable[..., Step] = training_step if train else search_step
     traffic, marks = Traffic(), [("", 0, Count())]

@@ -1,4 +1,5 @@
-"""Whether a fused search goes where the reference's does: the directions in which the alphas move.
+"""Whether the alphas of fused searches end as near to those of references as references end to each other:
+several searches of each kind for every seed. (curves.py follows one search of each kind, step by step.)
 
     python benchmarks/trajectories.py [--data_path data --images 5000 --epochs 1 --init_channels 4 --layers 3]
 
@@ -14,34 +15,27 @@ beyond what it had before them.
 """
 
 import argparse
-import dataclasses
 import itertools
 import multiprocessing
 import resource
 import sys
 import time
+from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor
 
-from darts_fast.config import SearchConfig
-from darts_fast.datasets import load
-from darts_fast.precision import strict_float32
-from darts_fast.search import Search
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from curves import ALLOWANCE, alphas, first_images, move_weights, take_step  # noqa: E402
 
-ALLOWANCE = 0.02
+from darts_fast.config import SearchConfig  # noqa: E402
+from darts_fast.precision import strict_float32  # noqa: E402
+from darts_fast.search import Search  # noqa: E402
+
 KINDS = ("reference", "fused")
 
 
-def alphas(search: Search) -> Tensor:
-    return torch.cat([a.detach().reshape(-1) for a in search.network.alphas().values()])
-
-
 def made(args: argparse.Namespace, kind: str, seed: int, copy: int = 0) -> Search:
-    data = load("cifar10", args.data_path)
-    assert isinstance(data.images, Tensor)
-    data = dataclasses.replace(data, images=data.images[: args.images], labels=data.labels[: args.images])
     config = SearchConfig(
         dataset="cifar10",
         epochs=args.epochs,
@@ -51,23 +45,14 @@ def made(args: argparse.Namespace, kind: str, seed: int, copy: int = 0) -> Searc
         fused=kind == "fused",
         device="cpu",
     )
-    search, generator = Search(config, data), torch.Generator().manual_seed(copy)
+    search = Search(config, first_images("cifar10", args))
     if copy:
-        with torch.no_grad():
-            for w in search.network.weights().values():
-                w.mul_(1 + 1e-6 * torch.randn(w.shape, generator=generator))
+        move_weights(search, copy)
     return search
 
 
-def take_step(search: Search, epoch: int, step: int) -> None:
-    search.epoch, search.step = epoch, step
-    if step == 0:
-        search.begin_epoch()
-    search.take_step(search.learning_rate())
-
-
 def peak_of_memory(args: argparse.Namespace, kind: str) -> int:
-    """Bytes."""
+    """Returns the bytes by which two steps raise the peak of this process's memory."""
     torch.set_num_threads(args.threads)
     with strict_float32():
         search = made(args, kind, 0)
@@ -79,7 +64,8 @@ def peak_of_memory(args: argparse.Namespace, kind: str) -> int:
 
 
 def cosines(args: argparse.Namespace, seed: int) -> list[list[float]]:
-    """Of all pairs of references, and of all pairs of a fused search with a reference."""
+    """Takes all steps of one seed's searches; returns the cosines of all pairs of references, and of all
+    pairs of a fused search with a reference."""
     searches = {(kind, copy): made(args, kind, seed, copy) for kind in KINDS for copy in range(args.copies)}
     start, spent = alphas(searches["reference", 0]), {kind: [0.0, 0.0] for kind in KINDS}
     for epoch, step in itertools.product(range(args.epochs), range(searches["fused", 0].steps_per_epoch)):

@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -29,6 +30,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_finish():
+    """Python's garbage collector leaves alone what is imported by now: to walk it takes 0.2 seconds or more,
+    in each full collection, and so at the beginning of each of the hundreds of small runs."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--whole", action="store_true", help="of tests/ptx, everything, in place of what CI has time for"
@@ -37,14 +45,16 @@ def pytest_addoption(parser):
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# For tests of what is around a step (epochs, checkpoints, reports): two nodes, so five edges a cell, and four
-# candidates an edge; a step in plain PyTorch takes a fifth of the time.
-SMALL_SPACE = json.dumps(
-    {
-        "nodes": 2,
-        **dict.fromkeys(("normal", "reduce"), ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"]),
-    }
-)
+
+def two_nodes(candidates):
+    """A space, as `--space FILE` reads it, of two nodes, and so of five edges a cell, each with these
+    candidates. With all eight, a step takes about a third of one in the paper's space of four nodes."""
+    return json.dumps({"nodes": 2, "normal": candidates, "reduce": candidates})
+
+
+# For tests of what is around a step (epochs, checkpoints, reports); a step in plain PyTorch takes a fifth of
+# the time.
+SMALL_SPACE = two_nodes(["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"])
 
 
 class Golden:
@@ -131,8 +141,8 @@ def fast_interpreter(monkeypatch):
 
 @pytest.fixture
 def no_overflow_checks(fast_interpreter, monkeypatch):
-    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The float64
-    cases of tests/test_triton.py have them."""
+    """Triton's interpreter without its checks of integer overflow, half of the rest of its time. The larger
+    cases of tests/test_triton.py have them: those of several tiles, and of several blocks of channels."""
     from triton.runtime import interpreter
 
     monkeypatch.setitem(vars(interpreter.interpreter_builder.options), "sanitize_overflow", False)

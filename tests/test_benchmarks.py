@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from processes import start_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import baseline  # noqa: E402
@@ -23,6 +24,7 @@ import gpu_report  # noqa: E402
 import race  # noqa: E402
 import race_tables  # noqa: E402
 import step  # noqa: E402
+import test_steps  # noqa: E402
 import traffic  # noqa: E402
 
 from darts_fast.kernels import native  # noqa: E402
@@ -74,13 +76,13 @@ def test_the_peak_of_live_bytes_is_at_most_the_textbooks():
 
 
 def test_the_peak_has_the_blocks_of_the_plan():
-    """Two forward passes are alive at once: that of the training batch, and what follows the other."""
+    """The forward passes of the training and of the validation batch are alive at once, with a block each."""
     found = count("triton", 4, 8, 3, 16, "meta")
     assert found.peak > 2 * found.kept
 
 
 def test_with_amp_the_peak_of_live_bytes_is_at_most_half_the_textbooks():
-    """Of the committed counts, which the code is held to below."""
+    """By the counts in baseline.json, to which the code itself is held by a test below."""
     counts = json.loads(baseline.FILE.read_text())["counts"]
     peak = {name: counts[f"{name}: whole step"]["peak live bytes"] for name in traffic.VARIANTS}
     assert 0 < peak["fused, Triton, bfloat16"] <= peak["textbook"] / 2
@@ -107,9 +109,11 @@ def test_the_race_checks_its_results_first(monkeypatch):
         race.check()
 
 
-def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
-    import test_steps
+def test_the_benchmarks_of_steps_are_named_by_their_setting():
+    assert test_steps.words(test_steps.GPU) == "batch 64, 16 channels, 8 layers, 32x32"
 
+
+def test_a_variant_that_is_not_compiled_in_time_is_skipped(monkeypatch):
     def late(*arguments, **options):
         raise TimeoutError("it took more than 120 s")
 
@@ -134,7 +138,7 @@ def test_a_step_costs_what_the_committed_baseline_says():
 
 
 def test_saved_bytes_are_those_of_what_backward_reads():
-    """The textbook keeps each candidate's activations; the fused cells keep what edges share once."""
+    """The textbook keeps every candidate's activations, the fused cells keep once what edges share."""
     sizes = dict(baseline.SETTING)
     wide = traffic.count("triton", **sizes).kept
     assert 0 < wide < baseline.saved_by_the_textbook()
@@ -155,15 +159,15 @@ def test_what_differs_from_the_baseline_is_named():
 def test_a_dry_run_of_the_gpu_report(tmp_path):
     """Every section runs on a CPU at a tiny size, and the report says what each found."""
     # 60 minutes: on a busy machine, too, no section meets its limit.
-    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu", "--quick", "--minutes", "60"]
-    command += ["--out", str(tmp_path)]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    arguments = ["--device", "cpu", "--quick", "--minutes", "60", "--out", str(tmp_path)]
+    printed = tmp_path / "printed"
+    process = start_program(Path(gpu_report.__file__), *arguments, output=printed)
+    process.join()
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: part["state"] for name, part in report.items()} == dict.fromkeys(
         gpu_report.SECTIONS, "done"
     )
-    assert done.returncode == 0, done.stderr
+    assert process.exitcode == 0, printed.read_text()
     assert report["compilation"]["facts"]["kernels compiled"] == 2
     assert report["tests"]["facts"]["failed"] == 0 < report["tests"]["facts"]["skipped"]
     assert {r["variant"] for r in report["step"]["records"]} >= {"textbook", "fused, ATen"}
@@ -205,7 +209,8 @@ def test_the_gpu_report_survives_what_fails_hangs_or_crashes(tmp_path, monkeypat
 
 
 def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeypatch):
-    """In the order in which the kernels are launched; what is left is compiled then."""
+    """Kernels are compiled in the order of their launches; those for which no time is left are compiled when
+    they are launched."""
     from darts_fast.kernels.triton import compilation
 
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))  # which it takes away
@@ -230,7 +235,7 @@ def test_compiling_for_the_gpu_report_ends_before_it_is_killed(tmp_path, monkeyp
 
 
 def test_the_first_sections_of_the_gpu_report_have_the_time_that_they_need(tmp_path, monkeypatch, capsys):
-    """And the later ones what is left."""
+    """Each of the first sections has its own limit, and the later ones have what time is left."""
     clock, given = [0.0], {}
 
     def supervised(name, args, parts, seconds):
@@ -293,7 +298,7 @@ def test_a_training_step_is_raced_with_an_evaluation():
 
 
 def test_a_training_step_has_the_launches_and_bytes_that_were_asked_for():
-    """At the paper's setting: 3,088 and 60.8 GB in plain PyTorch, before the plan 2,198 and 42.5."""
+    """At the paper's setting, where a step in plain PyTorch has 3,088 launches and 60.8 GB."""
     for dtype, most in ((torch.float32, 28e9), (torch.bfloat16, 15e9)):
         found = traffic.count("triton", 96, 36, 20, dtype=dtype, train=True).total
         assert found.launches <= 1200 and found.bytes <= most
@@ -301,8 +306,11 @@ def test_a_training_step_has_the_launches_and_bytes_that_were_asked_for():
 
 def test_a_sweep_is_tabled_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "check", lambda *_: None)
-    # Counting takes seconds: the larger batch is given the counts of the smaller one.
-    of_two = lambda kernels, _, *sizes, **more: count(kernels, 2, *sizes, **more)  # noqa: E731
+
+    def of_two(kernels, _, *sizes, **more):
+        """Counting takes seconds, most on meta tensors: the counts of the smaller batch do for both."""
+        return count(kernels, 2, *sizes, device="cpu", **more)
+
     monkeypatch.setattr(race.Runner, "count", staticmethod(of_two))
     arguments = "--init_channels 2 --layers 3 --size 8 --repeats 2 --sweep batch_size=2,4 --only".split()
     arguments += ["textbook", "fused, ATen", "fused, Triton", "--results", str(tmp_path)]

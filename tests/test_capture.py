@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import SMALL_SPACE, same
+from conftest import SMALL_SPACE, same, two_nodes
 from test_derived import every_operation
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +17,7 @@ from darts_fast.kernels import aten as aten_backend
 from darts_fast.kernels.backends import using
 from darts_fast.precision import strict_float32
 from darts_fast.search import Search, SearchStep
+from darts_fast.space import CANDIDATES
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 from darts_fast.traffic import Traffic
@@ -39,6 +40,9 @@ HOST_READS = {
     aten.histc,
     aten.lift_fresh,  # torch.tensor(a number): a copy from the host
 }
+
+
+EVERY_CANDIDATE = two_nodes(list(CANDIDATES))
 
 
 class NothingFromTheHost(TorchDispatchMode):
@@ -78,7 +82,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_step_reads_nothing_back(settings):
-    step = stepper("darts", **settings)
+    step = stepper(EVERY_CANDIDATE, **settings)
     with using(aten_backend), NothingFromTheHost():
         step.take(**batches(1))
 
@@ -181,7 +185,7 @@ def changed(found):
     if isinstance(found, Search):
         step = found.search_step
         weights, generators, more = [step.network.flat_weights, *step.alphas.values()], [], []
-        if found.config.space == "s4":
+        if "noise" in found.config.space:
             generators = [step.network.noise_generator]
     else:
         step, network = found.train_step, found.network
@@ -200,13 +204,13 @@ WHOLE = [
     ("training", {"amp_dtype": "bfloat16"}),
     ("training", {"amp_dtype": "float16"}),
     ("training", {"aux_weight": 0.0, "ema": 0.9}),
-    ("search", {"space": "s4"}),
+    ("search", {"space": two_nodes(["sep_conv_3x3", "noise"])}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "settings"), WHOLE, ids=str)
 def test_a_whole_step_reads_nothing_back(kind, settings):
-    found = loop(kind, **{"space": "darts"} | settings)
+    found = loop(kind, **{"space": EVERY_CANDIDATE} | settings)
     with using(aten_backend), NothingFromTheHost():
         found._take(**inputs(kind, 1))
 

@@ -1,3 +1,5 @@
+"""Data sets in memory, and the augmentation of their batches."""
+
 import pytest
 import torch
 

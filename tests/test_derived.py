@@ -343,5 +343,5 @@ def test_fused_has_no_second_derivative():
     module = network(NAMED["DARTS_V2"], 10, 4, 3, fused=True)
     loss = module(torch.randn(2, 3, 8, 8)).sum()
     gradients = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.square().sum() for g in gradients).backward()

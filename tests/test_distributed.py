@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, log_lines, relative_error, same
 from PIL import Image
+from processes import start
 from test_capture import Driver, NothingFromTheHost, changed
 from test_derived import WITHOUT_NOISE, every_operation
 from test_run import load_program
@@ -56,31 +56,28 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 240  # seconds, also on a busy machine: what takes longer hangs
 
 
-def on_ranks(size, work, *arguments):
-    """Calls `work(*arguments)` in so many new processes, the ranks of one run; their exit codes. When one has
-    failed, the others are killed after some seconds."""
+def on_ranks(size, work, folder):
+    """Calls `work(folder)` in so many new processes, the ranks of one run; their exit codes. When one has
+    failed, the others are killed after some seconds. What they print, this process prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=one_rank, args=(rank, size, port, work, arguments)) for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
+    printed = folder / "printed"
+    ranks = [start(one_rank, rank, size, port, work, folder, output=printed) for rank in range(size)]
     for process in ranks:
         process.join(5 if any(other.exitcode for other in ranks) else LIMIT)
         if process.is_alive():
             process.kill()
             process.join()
+    print(printed.read_text())
     return [process.exitcode for process in ranks]
 
 
-def one_rank(rank, size, port, work, arguments):
+def one_rank(rank, size, port, work, folder):
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in {**own, "MASTER_PORT": port}.items()})
     torch.set_num_threads(1)
-    work(*arguments)
+    work(folder)
 
 
 # One step
@@ -138,7 +135,7 @@ def optimizers_of(step):
 
 
 def state_of(step):
-    """What decides the next step, by name, but running statistics."""
+    """Returns the tensors that decide the next step, by name, without running statistics."""
     found = dict(step.network.named_parameters())
     for number, optimizer in enumerate(optimizers_of(step)):
         for index, state in enumerate(optimizer.state.values()):
@@ -147,7 +144,7 @@ def state_of(step):
 
 
 def one_step(step, part):
-    """With momentum, on a pair of batches of which `part` takes a part; the loss and what the step led to."""
+    """Takes a step with momenta, on what `part` returns of each batch; returns loss and state after it."""
     generator = torch.Generator().manual_seed(5)
     for optimizer in optimizers_of(step):
         for state in optimizer.state.values():
@@ -162,7 +159,7 @@ def one_step(step, part):
 
 
 def on_two_ranks(folder):
-    """What the tests of two ranks look at, computed by one pair of processes."""
+    """Computes what the tests of two ranks look at, so that one pair of processes does for all of them."""
     steps_on_ranks(folder)
     captured_steps(folder)
     for kind in RUNS:
@@ -187,7 +184,8 @@ def steps_on_ranks(folder):
 
 
 def captured_steps(folder):
-    """Two epochs of four batches of 6 images and one of 5, of both of which rank 1 has 3; see `Driver`."""
+    """Takes two epochs of four batches of 6 images and one of 5, captured (see `Driver`) and uncaptured; of
+    each batch rank 1 has 3 images."""
     with joined() as ranks, using(aten_backend), pytest.MonkeyPatch.context() as patch:
         config = dataclasses.replace(TINY, batch_size=6, order=1)
         plain, captured = (Search(config, from_tensors(*data()), ranks) for _ in range(2))
@@ -206,7 +204,7 @@ def captured_steps(folder):
 
 
 def float16_step(ranks):
-    """In which the gradients of the last rank alone overflow."""
+    """Takes a step in which the gradients of the last rank alone overflow."""
     torch.manual_seed(0)
     config = SearchConfig(fused=True, amp_dtype="float16", order=1)
     module = Supernet(2, 4, 3, fused=True, space=read_space(SMALL_SPACE))
@@ -225,17 +223,17 @@ def float16_step(ranks):
 
 @pytest.fixture(scope="module")
 def ranks_folder(tmp_path_factory):
-    """A function: the folder that so many ranks, 2 or 3, left. They are started once."""
+    """A function: the folder that 2 or 3 ranks wrote. They are started once."""
 
     @functools.cache
-    def start(size):
+    def left(size):
         folder = tmp_path_factory.mktemp("ranks")
         for kind in RUNS:
             (folder / kind).mkdir()
         assert on_ranks(size, on_two_ranks if size == 2 else on_three_ranks, folder) == [0] * size
         return folder
 
-    return start
+    return left
 
 
 def steps_of(folder, size):
@@ -316,7 +314,7 @@ def data(test=False):
 
 
 def whole_runs(kind, folder):
-    """Undisturbed; stopped by a SIGTERM to rank 1 alone in the fourth step, and resumed."""
+    """Runs once undisturbed, and once stopped by a SIGTERM to rank 1 alone in the fourth step and resumed."""
     rank = int(os.environ["RANK"])
     begin, go_on, config, loop = RUNS[kind]
     arguments = data(test=kind == "training")
@@ -366,7 +364,7 @@ def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks
 
 
 def test_the_ranks_metrics_are_of_all_images(two_ranks):
-    """Those of an epoch against the network that it left, tested by one process."""
+    """The metrics of an epoch, against the network at its end, tested by one process."""
     kind, folder = two_ranks
     if kind == "search":
         run = Search(TINY, from_tensors(*data()))
@@ -548,9 +546,9 @@ def suspended(folder):
         ranks.largest(0)
 
 
-def test_a_suspended_rank_ends_the_others(tmp_path, capfd):
+def test_a_suspended_rank_ends_the_others(tmp_path, capsys):
     assert on_ranks(2, suspended, tmp_path) == [1, -signal.SIGKILL]  # which kills the suspended one
-    assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capfd.readouterr().err
+    assert "rank 0: rank 1 has not answered for 1 seconds; go on" in capsys.readouterr().out
 
 
 # Sharing

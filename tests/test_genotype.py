@@ -1,3 +1,5 @@
+"""Genotypes: how one is derived from the alphas, and random ones."""
+
 from collections import Counter
 
 import torch

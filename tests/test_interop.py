@@ -1,3 +1,5 @@
+"""Networks of the official code and of pt.darts, loaded as ours."""
+
 import json
 
 import numpy as np

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sweeps
 import torch
+from test_kernels import poisoned  # noqa: F401  (a fixture)
 
 from darts_fast import kernels
 from darts_fast.kernels import aten, backends, native, types
@@ -28,16 +29,6 @@ LARGE_CASES = {
     "large, odd channels": sweeps.Sepconv((20, 20, 31, 30), HALVES, norm="batch"),
     "large, joined": sweeps.Sepconv((14, 16, 64, 64), sweeps.PAIR, 2, joined=2, sliced=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that an allocation does not write is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 # Factorized convolutions are ATen's, whose sums are cut by the number of threads.

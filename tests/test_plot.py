@@ -1,3 +1,5 @@
+"""Pictures of genotypes, heat maps of the alphas, and curves."""
+
 import io
 import os
 import re

@@ -7,15 +7,15 @@ import random
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL_SPACE, same
+from processes import start
 
-from darts_fast import InputError, ProtocolConfig, RunError, SearchConfig, load_genotype
+from darts_fast import InputError, ProtocolConfig, RunError, SearchConfig, load_genotype, plot
 from darts_fast import protocol as module
 from darts_fast.protocol import compute, protocol, random_cell, resume_protocol
 from darts_fast.runs import METRICS, Locked, Run, Stopped, lock, run_program
@@ -172,23 +172,19 @@ SMALL = [
 ]
 
 
-# The program, which kills itself before a step, counted from 0, of one of its runs.
-KILLED = """
-import os, signal, sys
-from darts_fast import plot, protocol
-from darts_fast.search import Search
-from darts_fast.train import Training
+def kills_itself(run, number, arguments):
+    """The program, which kills itself before a step, counted from 0, of one of its runs."""
+    for loop in (Search, Training):
 
-run, number = sys.argv.pop(1), int(sys.argv.pop(1))
-for loop in (Search, Training):
-    def take_step(self, lr, plain=loop.take_step):
-        if str(self.folder.path).endswith(run) and self.steps_done == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, lr)
-    loop.take_step = take_step
-plot.alpha_heat_map = lambda *_: bytes(24)  # as in `no_heat_maps`
-protocol.main()
-"""
+        def take_step(self, lr, plain=loop.take_step):
+            if str(self.folder.path).endswith(run) and self.steps_done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, lr)
+
+        loop.take_step = take_step
+    plot.alpha_heat_map = lambda *_: bytes(24)  # as in `no_heat_maps`
+    sys.argv = ["protocol", *arguments]
+    module.main()
 
 
 # A kill that the program cannot catch is the point; Windows has no such signal.
@@ -206,8 +202,9 @@ def test_killed_and_resumed_gives_the_same_report(monkeypatch, capsys, in_tmp):
         ([f"trainings/{name}-seed-{seed}" for name in ("found", "random") for seed in (2, 3)], 2 * 6),
     ):
         run, number = drawn.choice(runs), drawn.randrange(1, steps)
-        command = [sys.executable, "-c", KILLED, run, str(number), *arguments]
-        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+        process = start(kills_itself, run, number, arguments)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         hours = json.loads((cut / "hours.json").read_text())
         assert list(hours)[-1] == run and hours[run]["since"] is not None
         arguments = ["--resume", "protocols/cut"]

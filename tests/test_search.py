@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, events, log_lines, relative_error, same
+from processes import kill_at_work, start_program
 from test_run import call
 
 from darts_fast import (
@@ -84,7 +84,7 @@ def finished(undisturbed, in_tmp):
     return shutil.copytree(undisturbed("first order").path, Path("searchs") / "tensors")
 
 
-# mid-epoch, between two lines of the log, last of an epoch
+# In the middle of an epoch, between two lines of the log, and in the last step of an epoch
 STOPS = [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM)]
 
 
@@ -135,7 +135,7 @@ def test_a_signal_in_an_evaluation_saves_too(name, data, undisturbed, in_tmp, mo
 
 
 def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
-    """In which the optimizers' states stood with their settings, and no `final`."""
+    """An older checkpoint has the optimizers' settings beside their states, no `final`, no later setting."""
     signal_at(Search, 3, signal.SIGINT)
     with pytest.raises(Stopped):
         search(CONFIGS["first order"], data)
@@ -179,7 +179,7 @@ def test_every_step_is_recorded_once(undisturbed):
 
 @pytest.mark.parametrize("batch_size", [8, 30])  # four steps an epoch; one
 def test_the_rate_is_that_of_the_steps_taken(batch_size, data, in_tmp, monkeypatch):
-    """Without the first one, which is slower, unless it is alone."""
+    """The first step is slower, and counts only where the epoch has no other."""
     take, rates, clock = Search.take_step, [], [0.0]
 
     def slow(self, lr):
@@ -215,7 +215,8 @@ def test_what_each_epoch_says_of_its_cells(undisturbed):
 
 @pytest.mark.parametrize("collapse", [1, 2, 3, 4])
 def test_a_search_ends_at_skip_connections(collapse, data, in_tmp, monkeypatch, signal_at):
-    """Before the epoch that collapses its best genotype is found; nothing but that depends on the setting."""
+    """It ends after the epoch that collapses, with the best genotype of those before it; up to there its
+    steps are those of a search without the setting."""
     plain = Search.begin_epoch
 
     def begin_epoch(self):
@@ -322,7 +323,8 @@ RISING = [1.0] * 7 + [2.0] * 5
 
 @pytest.mark.parametrize("warm_up", [0, 1])
 def test_a_search_ends_where_the_eigenvalue_has_risen(warm_up, data, in_tmp, monkeypatch, signal_at):
-    """It goes back to the middle of the five epochs before; nothing but that depends on the setting."""
+    """It goes back to the middle of the five epochs before the rise; up to its end its steps are those of a
+    search without the setting."""
     values = [50.0] * warm_up + RISING
     monkeypatch.setattr(Search, "_eigenvalue", lambda self: values[self.epoch])
     config = dataclasses.replace(
@@ -537,7 +539,7 @@ def test_two_processes_never_write_one_folder(data, finished):
     assert resume_search(finished, data).path == finished
 
 
-# Per epoch two heat maps of alphas and one of the genotype.
+# An epoch has two heat maps of alphas and a picture of the genotype.
 @pytest.mark.parametrize(
     ("missing", "pictures"),
     [(["pygraphviz"], 1), (["graphviz"], 1), (["graphviz", "matplotlib"], 3)],
@@ -625,35 +627,16 @@ def test_a_checkpoint_is_never_unpickled_unsafely(data, finished, in_tmp):
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
     """From the first write of the run folder to the last: a kill may fall into a checkpoint's write."""
     arguments = [*CHEAP, "--epochs", "5", "--fused"]
-
-    def start(*extra):
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *extra],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
     assert call(monkeypatch, capsys, *arguments, "--name", "whole")[0] == 0
     whole, cut = in_tmp / "searchs" / "whole", in_tmp / "searchs" / "cut"
     rng = random.Random(1)
-    process, kills = start(*arguments, "--name", "cut"), 0
-    while True:
-        while not (cut / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        seen = (cut / "checkpoint.pt").stat().st_mtime_ns
-        if kills < 2:  # kill it at some moment after it has written again
-            while (cut / "checkpoint.pt").stat().st_mtime_ns == seen and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(rng.random() * 0.4)
-            assert process.poll() is None  # it is killed at work, not after it
-            process.kill()
-            process.wait()
-            kills += 1
-            checkpoint(cut)  # can be read whenever the kill came
-            process = start("--resume", "searchs/cut")
-        else:
-            assert process.wait() == 0
-            break
+    process = start_program(ROOT / "run.py", *arguments, "--name", "cut")
+    for _ in range(2):
+        kill_at_work(process, cut, rng.random() * 0.4)
+        checkpoint(cut)  # can be read whenever the kill came
+        process = start_program(ROOT / "run.py", "--resume", "searchs/cut")
+    process.join()
+    assert process.exitcode == 0
     assert_same_run(whole, cut)
 
 
@@ -661,12 +644,11 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, c
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_while_it_starts(monkeypatch, capsys, in_tmp):
     """Whatever is there by then, --resume goes on or says in one sentence why not."""
-    command = [sys.executable, str(ROOT / "run.py"), *CHEAP, "--name", "cut"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_program(ROOT / "run.py", *CHEAP, "--name", "cut")
     while not (in_tmp / "searchs" / "cut").exists():
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.0005)
     process.kill()
-    process.wait()
+    process.join()
     code, _, err = call(monkeypatch, capsys, "--resume", "searchs/cut")
     assert code == 0 or (code == 2 and err.startswith("run.py: ") and err.count("\n") == 1), err

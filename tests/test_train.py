@@ -7,15 +7,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, checkpoint, events, relative_error, same
+from processes import kill_at_work, start_program
 from test_run import call
 
 from darts_fast import (
@@ -123,7 +122,7 @@ def test_a_signal_saves_and_resume_gives_the_same_bits(at, number, data, undistu
 
 
 def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, in_tmp, signal_at):
-    """Without the settings that came later."""
+    """An older checkpoint lacks the settings that came later."""
     signal_at(Training, 3, signal.SIGTERM)
     with pytest.raises(Stopped):
         train(TINY, data)
@@ -447,30 +446,16 @@ def test_the_program_trains_and_evaluates(monkeypatch, capsys, in_tmp):
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL, a POSIX signal")
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, capsys, in_tmp):
     arguments = [*CHEAP, "--epochs", "8", "--drop_path_prob", "0.2", "--cutout_length", "2"]
-
-    def start(*extra):
-        command = [sys.executable, str(ROOT / "run_from.py"), *extra]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
     assert call(monkeypatch, capsys, *arguments, "--name", "whole", program="run_from")[0] == 0
     whole, cut = in_tmp / "augments" / "whole", in_tmp / "augments" / "cut"
     rng = random.Random(1)
-    process = start(*arguments, "--name", "cut")
+    process = start_program(ROOT / "run_from.py", *arguments, "--name", "cut")
     for _ in range(2):
-        while not (cut / "checkpoint.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        seen = (cut / "checkpoint.pt").stat().st_mtime_ns
-        while (cut / "checkpoint.pt").stat().st_mtime_ns == seen:
-            assert process.poll() is None
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.2)
-        assert process.poll() is None  # it is killed at work, not after it
-        process.kill()
-        process.wait()
+        kill_at_work(process, cut, rng.random() * 0.2)
         checkpoint(cut)  # can be read whenever the kill came
-        process = start("--resume", "augments/cut")
-    assert process.wait() == 0
+        process = start_program(ROOT / "run_from.py", "--resume", "augments/cut")
+    process.join()
+    assert process.exitcode == 0
     assert_same_run(whole, cut)
 
 

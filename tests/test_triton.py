@@ -44,7 +44,8 @@ pytestmark = [
 ]
 
 # What sweeps.CASES are too small for: at least three programs of float64 add to every sum, and the last of
-# them has a tile that is not full.
+# them has a tile that is not full. The interpreter checks these for integer overflow, too, as it does those
+# of several blocks of channels.
 SEVERAL_PROGRAMS = {
     "halves of several tiles": Sepconv((2, 3, 7, 10), (Kind(3), Kind(3, 2)), norm="batch"),
     "1x1 of several tiles": Sepconv((2, 3, 7, 10), (Kind(0),), in_mix=False),
@@ -87,6 +88,7 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sweeps.CASES)
+@pytest.mark.usefixtures("no_overflow_checks")
 def test_function(name):
     sweeps.check(triton, torch.float64, sweeps.CASES[name])
 
