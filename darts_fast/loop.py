@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from darts_fast.data import (
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import DamagedImage, InputError, RunError, first_line
+from darts_fast.evaluation import Means, evaluated
 from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.process import freed_memory_kept, nothing_old_collected, within_quota
@@ -63,10 +63,6 @@ MOVABLE = (
     "no_graph",
     "profile",
 )  # settings that a resumed run may change
-
-EVALUATION_NOISE = 0  # seeds what networks with the operation `noise` draw in an evaluation
-
-Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
 RUNNING = ("running_mean", "running_var")  # the last names of batch norm's running statistics
 RANKS, STATISTICS = "ranks", "statistics"  # keys of a checkpoint of several ranks: what each of them had
@@ -387,7 +383,7 @@ class Loop(ABC):
     def walk(self, order: Tensor, stream: int) -> Walk:
         """This rank's part of every batch of this epoch, from this step on: images (uint8) and labels, on the
         device. `order`: of the epoch's images, drawn from `stream` (the second number of a seed)."""
-        parts = batch_parts(len(order), self.config.batch_size, self.ranks)[self.step :]
+        parts = self.ranks.parts(len(order), self.config.batch_size)[self.step :]
         found = self.batches.picked(order, parts, (self.config.seed, stream, self.epoch))
         self.walks.append(found)
         return found
@@ -860,42 +856,6 @@ class Loop(ABC):
         self.folder.scalars(self.steps_done, {f"{name}/{what}": v for (name, what), v in values.items()})
 
 
-@torch.no_grad()
-def evaluated(
-    network: Any,  # a module with a `noise_generator`
-    batches: Batches,
-    order: Tensor,
-    batch_size: int,
-    after_batch: Callable[[int], None] = lambda images: None,
-    training: bool = False,
-    ranks: Ranks | None = None,
-) -> Means:
-    """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
-    (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
-    takes a part of each batch, which may be empty. What the network draws (`noise_generator`) is the same in
-    every evaluation, and nothing of the training's."""
-    ranks = ranks or Ranks()
-    before, drawn_from = network.training, network.noise_generator
-    network.train(training)
-    network.noise_generator = seeded(batches.device, EVALUATION_NOISE, ranks.rank)
-    sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    picked = batches.picked(order, batch_parts(len(order), batch_size, ranks))
-    try:
-        for images, labels in picked:
-            if len(images):
-                logits = network(batches.prepared(images, augment=False))
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss, *hits(logits, labels)])
-            done = min(done + batch_size, len(order))
-            after_batch(done)
-    finally:
-        picked.close()
-        network.noise_generator = drawn_from
-    network.train(before)
-    loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
-    return loss, top1, top5
-
-
 def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
     moments before the first step; a search had no `final`, and some settings were not there."""
@@ -931,11 +891,6 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
     return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
 
 
-def batch_parts(images: int, batch_size: int, ranks: Ranks) -> list[range]:
-    """This rank's part of each batch that so many images are cut into, as positions; it may be empty."""
-    return [ranks.part(range(images)[start : start + batch_size]) for start in range(0, images, batch_size)]
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -955,12 +910,6 @@ def refusing_what_does_not_fit(what: str, device: torch.device) -> Iterator[None
         raise InputError(
             f"{what} cannot be made on {device} ({first_line(error)}); choose a smaller one"
         ) from error
-
-
-def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels are the first, and among the first five, of the logits [N, classes]: two scalars."""
-    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return ranked[:, 0].sum(), ranked.sum()
 
 
 def cosine(high: float, low: float, epoch: int, epochs: int) -> float:

@@ -38,15 +38,18 @@ from darts_fast import (
 from darts_fast import distributed as distributed_module
 from darts_fast.data import from_tensors, seeded
 from darts_fast.distributed import Ranks, joined
+from darts_fast.evaluation import evaluated
 from darts_fast.kernels import aten as aten_backend
 from darts_fast.kernels.backends import using
-from darts_fast.loop import RANKS, Loop, check_shares, evaluated
+from darts_fast.loop import RANKS, Loop, check_shares
 from darts_fast.protocol import protocol, resume_protocol
 from darts_fast.runs import CHECKPOINT, METRICS, Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
-from darts_fast.train import Training, TrainStep
+from darts_fast.train import Training
+from darts_fast.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from conftest import relative_error
 from official import everything, official_network, three_steps
 
 from darts_fast.config import SearchConfig
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.supernet import Supernet
 
 

@@ -12,7 +12,7 @@ from darts_fast.genotype import derive
 from darts_fast.kernels import aten, native, triton
 from darts_fast.kernels.backends import using
 from darts_fast.reference import MixedOp, edge_weights
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES, DARTS, EDGES, Space
 from darts_fast.supernet import Supernet
 

@@ -33,7 +33,8 @@ from darts_fast.data import Batches
 from darts_fast.diagnosis import KINDS
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 

@@ -106,7 +106,7 @@ def test_derive_takes_only_what_an_edge_has():
                 alphas = []
                 for name in network.ALPHAS:
                     torch.nn.init.normal_(getattr(network, name))
-                    alphas.append(network.present_alphas(name))
+                    alphas.append(network.present(network.alphas())[name])
                 genotype = derive(*alphas, rule, space)
                 kinds = ((genotype.normal, space.normal), (genotype.reduce, space.reduce))
                 for gene, candidates in kinds:

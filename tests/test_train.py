@@ -32,7 +32,8 @@ from darts_fast import (
 )
 from darts_fast.data import from_tensors, permutation
 from darts_fast.runs import METRICS, Stopped
-from darts_fast.train import TRAIN_ORDER, Training, TrainStep, scheduled
+from darts_fast.train import TRAIN_ORDER, Training, scheduled
+from darts_fast.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainConfig(
@@ -241,23 +242,6 @@ def test_a_recipe_yields_to_what_is_given_beside_it():
     assert all(other[name] == value for name, value in given.items())
     with pytest.raises(InputError, match="recipe must be imagenet, not 'cifar'"):
         TrainConfig.of_recipe("cifar")
-
-
-def test_label_smoothing_is_that_of_the_paper(data):
-    """Szegedy et al. (arXiv 1512.00567, section 7): the label's share is 1 - s + s / K, the others' s / K."""
-    module = network(load_genotype("DARTS_V1"), 6, 2, 3, auxiliary=True).double()
-    config = dataclasses.replace(TINY, label_smoothing=0.3, aux_weight=0.4, drop_path_prob=0.0)
-    step = TrainStep(module, config)
-    images, labels = data[0][:8].double() / 255, data[1][:8]
-    share = torch.full((8, 6), 0.3 / 6, dtype=torch.float64)
-    share[torch.arange(8), labels] += 0.7
-    parts = [-(share * logits.log_softmax(1)).sum(1).mean() for logits in module(images)]
-    expected = torch.autograd.grad(parts[0] + 0.4 * parts[1], step.parameters)
-    norm = torch.stack([g.norm() for g in expected]).norm()
-    loss, *_ = step.take(images, labels)
-    assert relative_error(loss, (parts[0] + 0.4 * parts[1]).detach()) < 1e-12
-    for found, g in zip(step.gradients, expected, strict=True):
-        assert relative_error(found, g * min(1, 5 / (norm + 1e-6))) < 1e-9
 
 
 def test_the_moving_average_is_that_of_the_steps(data, in_tmp, signal_at):
