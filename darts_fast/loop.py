@@ -6,6 +6,7 @@ The position in the epoch is state: a loop that is stopped or killed anywhere go
 import dataclasses
 import math
 import reprlib
+import shutil
 import time
 import zlib
 from abc import ABC, abstractmethod
@@ -89,6 +90,8 @@ LATER_SETTINGS = {
     "warmup_epochs": 0,
     "stream": False,
     "color_jitter": 0.0,
+    "amp": False,
+    "amp_dtype": None,
 }
 
 # What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
@@ -330,6 +333,8 @@ class Loop(ABC):
                 ) from error
             finally:
                 self._end_walks()
+                if self.profiler is not None:
+                    self.profiler.stop()
         return self.result()
 
     def buffers(self, size: int) -> tuple[Tensor, Tensor]:
@@ -431,9 +436,15 @@ class Loop(ABC):
         """After an epoch: the mean over the ranks, on all of them."""
         if self.ranks.size == 1:
             return
+        flat = torch.cat([tensor.flatten() for tensor in self._statistics()])
+        first, *others = self.ranks.gathered(flat)
+        if all(torch.equal(first, other) for other in others):
+            return  # They are the mean: the run was stopped in the evaluation. (x + x + x) / 3 need not be x.
+        self._set_statistics(self.ranks.sum(flat) / self.ranks.size)
+
+    def _set_statistics(self, flat: Tensor) -> None:
         own = self._statistics()
-        mean = self.ranks.sum(torch.cat([tensor.flatten() for tensor in own])) / self.ranks.size
-        for tensor, part in zip(own, mean.split([tensor.numel() for tensor in own]), strict=True):
+        for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def _compare_ranks(self) -> None:
@@ -504,8 +515,11 @@ class Loop(ABC):
         if self.ranks.rank:  # it was recorded so that the ranks take the same steps
             return
         path = self.folder.path / FOLDER
+        partial = path.with_name(f"{FOLDER}.partial")  # what is killed leaves this one, and no `path`
         with writing(path):
-            sentence = write_report(profiler, path, dataclasses.asdict(self.config), self.captured)
+            shutil.rmtree(partial, ignore_errors=True)
+            sentence = write_report(profiler, partial, dataclasses.asdict(self.config), self.captured)
+            partial.rename(path)
         self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
     def _finish_epoch(self, found: dict[str, Means]) -> None:
@@ -680,10 +694,7 @@ class Loop(ABC):
     def _load_statistics(self, of_ranks: list[Tensor]) -> None:
         """This rank's own; with another number of ranks than saved them, their mean."""
         same = len(of_ranks) == self.ranks.size
-        flat = of_ranks[self.ranks.rank] if same else torch.stack(of_ranks).mean(dim=0)
-        own = self._statistics()
-        for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        self._set_statistics(of_ranks[self.ranks.rank] if same else torch.stack(of_ranks).mean(dim=0))
 
     def _save(self) -> None:
         """Raises RunError, and keeps the checkpoint before, where a tensor is not finite."""
@@ -856,13 +867,19 @@ class Loop(ABC):
         self.folder.scalars(self.steps_done, {f"{name}/{what}": v for (name, what), v in values.items()})
 
 
+def with_later_settings(found: Any, settings: dict[str, Any]) -> Any:
+    """The settings that a run or a protocol of before has saved, with those of `settings` that came later."""
+    if not isinstance(found, dict):
+        return found
+    return {name: value for name, value in LATER_SETTINGS.items() if name in settings} | found
+
+
 def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
     moments before the first step; a search had no `final`, and some settings were not there."""
     found = {"final": None, **checkpoint}
-    if isinstance(found.get("settings"), dict):
-        later = {name: value for name, value in LATER_SETTINGS.items() if name in settings}
-        found["settings"] = later | found["settings"]
+    if "settings" in found:
+        found["settings"] = with_later_settings(found["settings"], settings)
     begins = (found.get("epoch"), found.get("step")) == (0, 0)
     for name in own:
         if isinstance(found.get(name), dict) and found[name].keys() == {"state", "param_groups"}:

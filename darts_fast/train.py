@@ -43,8 +43,6 @@ TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT, NOISE = range(5)
 
 BEST, FINAL, AVERAGE = "best.pt", "final.pt", "ema.pt"
 
-NO_TEST_IMAGES = "data has no test images; give them and their labels as its third and fourth tensor"
-
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # training images and labels, test images and labels
 
 
@@ -118,8 +116,7 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
-    if not len(dataset.test_labels):
-        raise InputError(NO_TEST_IMAGES)
+    check_test_images(dataset)
     checksum, found = fingerprint(dataset), {}
     for name in files:
         module, content = unpacked(path / name)
@@ -140,6 +137,15 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
         with strict_float32(), refusing_what_does_not_fit(what, where):
             found[name] = evaluated(module.to(where), batches, order, config.batch_size)
     return found
+
+
+def check_test_images(dataset: Dataset) -> None:
+    """Raises InputError where there are none."""
+    if not len(dataset.test_labels):
+        remedy = "give them and their labels as the third and fourth tensor of data"
+        if dataset.name == "folder":
+            remedy = "put some into test/CLASS/, or at least five images into a CLASS/"
+        raise InputError(f"{dataset.name} has no test images; {remedy}")
 
 
 def split(images: int, train_portion: float) -> tuple[Tensor, Tensor]:
@@ -191,8 +197,8 @@ class Training(Loop):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks | None = None):
         check_for_network(dataset, SIZE_MULTIPLE[config.stem])
-        if config.train_portion == 1 and not len(dataset.test_labels):
-            raise InputError(NO_TEST_IMAGES)
+        if config.train_portion == 1:
+            check_test_images(dataset)
         config = config.resolved(dataset.name)
         self.train_part, held_out = split(len(dataset.labels), config.train_portion)
         super().__init__(config, dataset, ranks or Ranks(), len(self.train_part), config.seed, AUGMENTATION)

@@ -579,6 +579,29 @@ def test_batches_that_cannot_be_shared():
         check_shares(64, 129, 2)
 
 
+class ThreeAlike(Ranks):
+    """Three ranks whose tensors are the same, in one process."""
+
+    def __init__(self):
+        super().__init__(0, 3)
+
+    def sum(self, tensor):
+        return tensor.copy_(tensor + tensor + tensor)
+
+    def gathered(self, tensor):
+        return [tensor] * 3
+
+
+def test_statistics_that_are_averaged_stay_as_they_are():
+    """A run that was stopped in an evaluation resumes there, with what was averaged before it."""
+    images = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
+    config = SearchConfig(batch_size=6, init_channels=2, layers=3, space=SMALL_SPACE)
+    run = Search(config, from_tensors(images, torch.arange(24) % 3), ThreeAlike())
+    before = [tensor.uniform_(0.5, 1.5).clone() for tensor in run._statistics()]
+    run._average_statistics()
+    assert all(map(torch.equal, run._statistics(), before))
+
+
 def test_one_process_exchanges_nothing(monkeypatch):
     monkeypatch.setattr(distributed_module, "dist", None)
     for name in distributed_module.VARIABLES:

@@ -578,7 +578,7 @@ def test_refusals_of_resume_change_nothing(data, finished):
     whole = (path / "checkpoint.pt").read_bytes()
     for damaged in (whole[:1000], b"", b"\x00" * 1000):
         (path / "checkpoint.pt").write_bytes(damaged)
-        refused("cannot be read as a checkpoint", path, data)
+        refused("cannot be read as a checkpoint .*; put the run's own back, or start", path, data)
     (path / "checkpoint.pt").unlink()
     refused("stopped before its first step", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
@@ -588,7 +588,7 @@ def test_refusals_of_resume_change_nothing(data, finished):
         refused("checkpoint.pt does not fit the settings beside it", path, data)
     for junk in (3, {"lengths": 3}, {"lengths": {METRICS: 1}}):
         torch.save(junk, path / "checkpoint.pt")
-        refused("cannot be read as a checkpoint", path, data)
+        refused("cannot be read as a checkpoint .*; put the run's own back, or start", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
     config = json.loads((path / "config.json").read_text())
     for name, value in (

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, checkpoint, events, relative_error, same
+from PIL import Image
 from test_run import call
 
 from darts_fast import (
@@ -132,7 +133,7 @@ def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, i
     state, settings = checkpoint(path), json.loads((path / "config.json").read_text())
     later = {
         "label_smoothing": 0.0, "ema": 0.0, "train_portion": 1.0, "schedule": "cosine", "warmup_epochs": 0,
-        "stream": False, "color_jitter": 0.0,
+        "stream": False, "color_jitter": 0.0, "amp": False, "amp_dtype": None,
     }  # fmt: skip
     for name, value in later.items():
         assert state["settings"].pop(name) == settings.pop(name) == value
@@ -295,6 +296,17 @@ def test_drop_path_rises_linearly_and_the_first_epoch_has_none(data, in_tmp, mon
     assert seen == [0.0] * 4 + [pytest.approx(0.15)] * 4
 
 
+def test_classes_too_small_for_a_test_split_are_refused(in_tmp):
+    for file in ("a/0", "a/1", "b/0", "b/1"):
+        (in_tmp / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(in_tmp / "data" / f"{file}.png")
+    with pytest.raises(
+        InputError, match="^folder has no test images; put some into test/CLASS/, or at least"
+    ):
+        train(dataclasses.replace(TINY, dataset="folder"))
+    assert not (in_tmp / "augments").exists()
+
+
 def test_a_genotype_object_and_an_imagenet_stem(in_tmp):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -331,7 +343,7 @@ def test_refusals(data, undisturbed, in_tmp):
         assert "\n" not in str(error.value)
 
     refused("genotype must be given", train, TrainConfig())
-    refused("no test images", train, TINY, data[:2])
+    refused("tensors has no test images; give them .* third and fourth tensor", train, TINY, data[:2])
     assert os.listdir(in_tmp) == []
     path = shutil.copytree(undisturbed.path, Path("augments") / "tensors")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
