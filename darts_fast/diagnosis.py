@@ -12,9 +12,6 @@ from torch import Tensor
 from darts_fast.genotype import Gene
 from darts_fast.space import DARTS, Names
 
-# Of the operations that a cell can keep, skips first
-KINDS = tuple(dict.fromkeys(DARTS.names.kinds.values()))
-
 
 class Diagnosis(NamedTuple):
     """Of the cells of one kind."""

@@ -272,17 +272,30 @@ class Search(Loop):
         epoch, genotype = self.epoch + 1, self._genotype()
         self.folder.log(f"genotype = {genotype}", shown=False)
         self._diagnose(genotype, epoch)
-        if self.eigenvalue is not None:
-            self.folder.log(
-                "largest eigenvalue of the Hessian of the validation loss in the alphas: "
-                f"{self.eigenvalue:.4g}"
-            )
-            self.folder.metrics(epoch=epoch, step=self.steps_done, eigenvalue=self.eigenvalue)
-            self.folder.scalars(self.steps_done, {"val/eigenvalue": self.eigenvalue})
+        self._record_eigenvalue(epoch)
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
+        why = self._choose(final)
+        if why is not None:
+            self.folder.log(f"The search ends here: {why}")
+        stopped = {} if why is None else {"stopped": why}
+        self.folder.write_json("genotype.json", {"best": self.best, "final": final, **stopped})
+
+    def _record_eigenvalue(self, epoch: int) -> None:
+        if self.eigenvalue is None:
+            return
+        self.folder.log(
+            f"largest eigenvalue of the Hessian of the validation loss in the alphas: {self.eigenvalue:.4g}"
+        )
+        self.folder.metrics(epoch=epoch, step=self.steps_done, eigenvalue=self.eigenvalue)
+        self.folder.scalars(self.steps_done, {"val/eigenvalue": self.eigenvalue})
+
+    def _choose(self, final: dict[str, Any]) -> str | None:
+        """Makes `best` the record of the genotype that the search takes if no other epoch follows this one,
+        whose record is `final`. Returns why no other one follows, in words."""
+        epoch = final["epoch"]
         if epoch > self.config.alpha_warmup:
             if self.best is not None and self.best["epoch"] <= self.config.alpha_warmup:
                 self.best = None  # the genotype of alphas that were not trained
@@ -295,10 +308,7 @@ class Search(Loop):
             self.best = {name: self.recent[MIDDLE][name] for name in final}
         if self.decisions and epoch == self.epochs:
             self.best = final
-        if why is not None:
-            self.folder.log(f"The search ends here: {why}")
-        stopped = {} if why is None else {"stopped": why}
-        self.folder.write_json("genotype.json", {"best": self.best, "final": final, **stopped})
+        return why
 
     def _why_it_ends(self, epochs: int) -> str | None:
         """Why no other epoch begins after so many, in words. (In the warm-up the alphas say nothing.)"""
@@ -434,52 +444,60 @@ class Search(Loop):
         )
 
     def engine(self) -> dict[str, str]:
-        config, activations = self.config, self.search_step.activations
-        form = "first order"
-        if config.order == 2:
-            form = f"second order, {config.hvp} Hessian-vector product"
-            if activations is not None and config.hvp == "finite-difference":
-                form += ", in float32: in 2 bytes the differences would be rounding"
-        cells = "reference cells"
-        if config.fused:
-            dtype = activations or torch.float32
-            cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
-        if config.partial_channels > 1:
-            cells += f"; candidates read 1/{config.partial_channels} of the channels"
-        weighed = []
-        if config.partial_channels > 1:
-            weighed.append("edges by softmaxed betas")
-        if config.auxiliary_skip:
-            weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
-        if config.perturb:
-            weighed.append(
-                f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}"
-            )
-        if config.macs_weight:
-            form += f", plus {config.macs_weight} times the expected multiply-adds, relative to "
-            target = config.macs_target
-            form += "those of equal alphas" if target is None else f"{target} M where above it"
-        if config.beta_decay:
-            form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
-        warm_up = {}
+        config, lines = (
+            self.config,
+            {
+                "device": environment(self.config.device)["device"],
+                "cells": self._cells_in_words(),
+                "precision": precision.in_words(self.config.amp, self.activations),
+            },
+        )
+        beside = self._weights_beside_in_words()
+        if beside:
+            lines["weights beside the softmaxed alphas"] = "; ".join(beside)
+        lines["architecture gradient"] = self._gradient_in_words()
         if config.alpha_warmup:
-            warm_up["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
-        decided = {}
+            lines["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
         if self.decisions is not None:
-            decided["genotype"] = (
+            lines["genotype"] = (
                 f"decided by perturbation after epoch {config.epochs}, in {rounds(self.space)} rounds with "
                 f"{config.projection_epochs} epochs between two"
             )
-        return {
-            "device": environment(config.device)["device"],
-            "cells": cells,
-            "precision": precision.in_words(config.amp, activations),
-            **({"weights beside the softmaxed alphas": "; ".join(weighed)} if weighed else {}),
-            "architecture gradient": form,
-            **warm_up,
-            **decided,
-            "step": capture.in_words(self.captured),
-        }
+        lines["step"] = capture.in_words(self.captured)
+        return lines
+
+    def _cells_in_words(self) -> str:
+        cells, partial_channels = "reference cells", self.config.partial_channels
+        if self.config.fused:
+            cells = f"fused cells, kernels: {kernels_on(self.device, self.activations or torch.float32)}"
+        if partial_channels > 1:
+            cells += f"; candidates read 1/{partial_channels} of the channels"
+        return cells
+
+    def _weights_beside_in_words(self) -> list[str]:
+        """What weighs candidates and edges beside the softmaxed alphas."""
+        config, found = self.config, []
+        if config.partial_channels > 1:
+            found.append("edges by softmaxed betas")
+        if config.auxiliary_skip:
+            found.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
+        if config.perturb:
+            found.append(f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}")
+        return found
+
+    def _gradient_in_words(self) -> str:
+        config, form = self.config, "first order"
+        if config.order == 2:
+            form = f"second order, {config.hvp} Hessian-vector product"
+            if self.activations is not None and config.hvp == "finite-difference":
+                form += ", in float32: in 2 bytes the differences would be rounding"
+        if config.macs_weight:
+            target = config.macs_target
+            relative_to = "those of equal alphas" if target is None else f"{target} M where above it"
+            form += f", plus {config.macs_weight} times the expected multiply-adds, relative to {relative_to}"
+        if config.beta_decay:
+            form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
+        return form
 
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]

@@ -16,7 +16,6 @@ from darts_fast.flat import FlatNetwork
 from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
-from darts_fast.state import copy_state
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, noise
 
@@ -53,10 +52,15 @@ class SearchStep:
         flat = network.flat_weights
         self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
         self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
-        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
         self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
         self.epsilon = torch.tensor(config.perturb_epsilon, dtype=flat.dtype, device=flat.device)
         self.beta = torch.zeros_like(self.lr)  # strength of `beta_decay`'s penalty, which an epoch sets
+        self._make_optimizers()
+
+    def _make_optimizers(self) -> None:
+        """With gradients and all state, which stay where they are."""
+        config, flat = self.config, self.network.flat_weights
+        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
         self.weight_optimizer = torch.optim.SGD(
             [flat],
             self.lr if fused else config.w_lr,
@@ -135,10 +139,6 @@ class SearchStep:
             state["loss_scale"] = self.loss_scale.value
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies what `state_dict` gave in its place."""
-        copy_state(self.state_dict(), state)
-
     def loss(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Loss:
         """Of a batch, as a function of weights and alphas, for the architecture step."""
         # Differences of 2-byte losses along a step of 0.01 are rounding (docs/differences.md).
@@ -162,7 +162,8 @@ class SearchStep:
                 )
             else:
                 step = architect.VirtualStep(self.lr, self.config.w_momentum, self.config.w_weight_decay)
-                arguments = (train_loss, validation_loss, self.weights, self.alphas, self._momenta(), step)
+                momenta = {"weights": self.momentum_buffer}
+                arguments = train_loss, validation_loss, self.weights, self.alphas, momenta, step
                 if self.config.hvp == "exact":
                     found = architect.second_order_exact(*arguments, self.scale, self.average)
                 else:
@@ -223,9 +224,6 @@ class SearchStep:
 
         with network.frozen_statistics():
             return adversarial_perturbation(loss, p, epsilon, generator, self.average)
-
-    def _momenta(self) -> architect.Tensors:
-        return {"weights": self.momentum_buffer}
 
     @property
     def momentum_buffer(self) -> Tensor:

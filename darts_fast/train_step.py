@@ -12,7 +12,6 @@ from darts_fast.derived import DerivedNetwork
 from darts_fast.evaluation import hits
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
-from darts_fast.state import copy_state
 
 
 class TrainStep:
@@ -142,10 +141,6 @@ class TrainStep:
         if self.average is not None:
             state["average"] = self.average.state_dict()
         return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies what `state_dict` gave in its place."""
-        copy_state(self.state_dict(), state)
 
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor:

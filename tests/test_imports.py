@@ -32,7 +32,6 @@ ALLOWED = {
         "darts_fast.perturb",
         "darts_fast.precision",
         "darts_fast.profiling",
-        "darts_fast.state",
     },
     "darts_fast.train_step": {
         "darts_fast.architect",
@@ -41,7 +40,6 @@ ALLOWED = {
         "darts_fast.evaluation",
         "darts_fast.precision",
         "darts_fast.profiling",
-        "darts_fast.state",
     },
     "darts_fast.cost": {"darts_fast.genotype", "darts_fast.space"},
     "darts_fast.projection": {"darts_fast.architect", "darts_fast.genotype", "darts_fast.space"},

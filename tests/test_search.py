@@ -30,7 +30,7 @@ from darts_fast import (
 )
 from darts_fast.curvature import largest_eigenvalue
 from darts_fast.data import Batches
-from darts_fast.diagnosis import KINDS
+from darts_fast.diagnosis import operations
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
 from darts_fast.search import Search
@@ -169,7 +169,9 @@ def test_every_step_is_recorded_once(undisturbed):
     tags = {tag for _, tag, _ in events(path)}
     assert {"train/lr", "train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} <= tags
     of_cells = {
-        f"x_cells/{cell}_{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
+        f"x_cells/{cell}_{what}"
+        for cell in ("normal", "reduce")
+        for what in (*operations([]), "entropy", "none")
     } | {"x_cells/macs", "x_cells/expected_macs"}
     assert of_cells <= tags and "z_alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags
     assert len(tags) == 7 + len(of_cells) + 2 * 14 * 8
