@@ -274,7 +274,6 @@ class Loop(ABC):
 
     def run(self) -> Any:
         """From where it stands to the end."""
-        total = self.epochs * self.steps_per_epoch
         with (
             strict_float32(),
             within_quota() as fewer_threads,
@@ -282,60 +281,67 @@ class Loop(ABC):
             freed_memory_kept(),
             StopSignal() as self.stop,
             tqdm(
-                total=total,
+                total=self.epochs * self.steps_per_epoch,
                 initial=self.steps_done,
                 unit="step",
                 disable=None if self.ranks.rank == 0 else True,
                 dynamic_ncols=True,
             ) as self.bar,
+            self._failures_in_words(),
         ):
-            try:
-                self._check_same_data()
-                if fewer_threads:
-                    self.folder.log(fewer_threads)
-                if not self._is_there(CHECKPOINT):
-                    self.announce()
-                    self._save()
-                else:
-                    self._compile_kernels()
-                if self.config.profile and not self._is_there(FOLDER):
-                    trial = self.take.trial if self.captured else None
-                    self.profiler = Profiler(self.config.profile, self.device, trial)
-                while self.epoch < self.epochs and not self.ends_early():
-                    self._train_epoch()
-                    self._average_statistics()
-                    self._compare_ranks()
-                    started = time.perf_counter()
-                    found = self.evaluate()
-                    self.evaluation_seconds = time.perf_counter() - started
-                    self._finish_epoch(found)
-                self.bar.total = self.steps_done
-                self.bar.refresh()
-                self._write_profile()
-            except DamagedImage as error:  # found before the step, or in an evaluation: nothing is half done
-                self._read_metrics()
+            self._check_same_data()
+            if fewer_threads:
+                self.folder.log(fewer_threads)
+            if not self._is_there(CHECKPOINT):
+                self.announce()
                 self._save()
-                raise DamagedImage(
-                    f"{error}; the run was saved after {self.steps_done} steps: put an intact image in its "
-                    f"place and go on with {self.folder.path} by --resume"
-                ) from error
-            except RuntimeError as error:
-                if is_lost_worker(error):
-                    raise RunError(
-                        f"a process that decodes images has ended after step {self.steps_done} "
-                        f"({first_line(error)}); go on from the last checkpoint by --resume"
-                    ) from error
-                if not is_out_of_memory(error):
-                    raise
-                raise RunError(
-                    f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
-                    f"--batch_size, --init_channels or --layers ({first_line(error)})"
-                ) from error
-            finally:
-                self._end_walks()
-                if self.profiler is not None:
-                    self.profiler.stop()
+            else:
+                self._compile_kernels()
+            if self.config.profile and not self._is_there(FOLDER):
+                trial = self.take.trial if self.captured else None
+                self.profiler = Profiler(self.config.profile, self.device, trial)
+            while self.epoch < self.epochs and not self.ends_early():
+                self._train_epoch()
+                self._average_statistics()
+                self._compare_ranks()
+                started = time.perf_counter()
+                found = self.evaluate()
+                self.evaluation_seconds = time.perf_counter() - started
+                self._finish_epoch(found)
+            self.bar.total = self.steps_done
+            self.bar.refresh()
+            self._write_profile()
         return self.result()
+
+    @contextmanager
+    def _failures_in_words(self) -> Iterator[None]:
+        """Within, whatever ends the run ends its workers and its recording, too. Damaged images, workers that
+        were killed and too little memory are sentences that say how the run goes on."""
+        try:
+            yield
+        except DamagedImage as error:  # found before the step, or in an evaluation: nothing is half done
+            self._read_metrics()
+            self._save()
+            raise DamagedImage(
+                f"{error}; the run was saved after {self.steps_done} steps: put an intact image in its "
+                f"place and go on with {self.folder.path} by --resume"
+            ) from error
+        except RuntimeError as error:
+            if is_lost_worker(error):
+                raise RunError(
+                    f"a process that decodes images has ended after step {self.steps_done} "
+                    f"({first_line(error)}); go on from the last checkpoint by --resume"
+                ) from error
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
+                f"--batch_size, --init_channels or --layers ({first_line(error)})"
+            ) from error
+        finally:
+            self._end_walks()
+            if self.profiler is not None:
+                self.profiler.stop()
 
     def buffers(self, size: int) -> tuple[Tensor, Tensor]:
         """For a captured step: zeros of so many images (uint8) and labels, on the device."""
@@ -576,19 +582,14 @@ class Loop(ABC):
             self._check_position(checkpoint)
             if of_ranks is not None:
                 self._check_ranks(of_ranks, checkpoint)
-                self.began_with_ranks = len(of_ranks)
-            else:
-                self.began_with_ranks = 1
-            drawn = checkpoint if of_ranks is None else of_ranks[self.ranks.rank % len(of_ranks)]
-            for name, (generator, seed) in self.generators().items():
-                position = checkpoint["epoch"], checkpoint["step"]
-                if self.began_with_ranks != self.ranks.size and name not in self.common_generators():
-                    reseeded(generator, *seed, *position)
-                else:
-                    self.reseeded |= not restored(generator, drawn[name], *seed, *position)
+            self.began_with_ranks = 1 if of_ranks is None else len(of_ranks)
+            self._restore_generators(
+                checkpoint if of_ranks is None else of_ranks[self.ranks.rank % len(of_ranks)],
+                (checkpoint["epoch"], checkpoint["step"]),
+            )
+        except InputError:
+            raise
         except (RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(
                 f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)}); "
                 "put the run's own back, or start a new run"
@@ -599,6 +600,19 @@ class Loop(ABC):
         self.epoch, self.step, self.totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
         self.best, self.final = checkpoint["best"], checkpoint["final"]
         self.folder.cut_back(checkpoint["lengths"])
+        self._log_resumed()
+
+    def _restore_generators(self, saved: dict[str, Any], position: tuple[int, int]) -> None:
+        """From this rank's saved states, by name. What cannot be restored begins anew, from the seed and the
+        position (epoch, step)."""
+        for name, (generator, seed) in self.generators().items():
+            if self.began_with_ranks != self.ranks.size and name not in self.common_generators():
+                reseeded(generator, *seed, *position)
+            else:
+                self.reseeded |= not restored(generator, saved[name], *seed, *position)
+
+    def _log_resumed(self) -> None:
+        """Where the run goes on, and why its bits may differ from those of a run that never stopped."""
         self.folder.log(f"Resumed after {self.steps_done} steps (epoch {self.epoch + 1}, step {self.step})")
         changed = differences(self.folder.environment, environment(self.config.device))
         if changed:
