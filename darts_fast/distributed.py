@@ -137,7 +137,7 @@ class Ranks:
         return float(found)
 
     def bytes_of_first(self, content: bytes) -> bytes:
-        """Rank 0's; what the others give is not used."""
+        """Rank 0's bytes; those of the other ranks are not used."""
         if self.size == 1:
             return content
         length = int(self.of_first(len(content)))

@@ -10,12 +10,12 @@ from torch import Tensor
 from darts_fast.data import Batches, seeded
 from darts_fast.distributed import Ranks
 
-Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
+Metrics = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
 
 EVALUATION_NOISE = 0  # seeds what networks with the operation `noise` draw in an evaluation
 
 
-def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def num_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """How many labels are the first, and among the first five, of the logits [N, classes]: two scalars."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return ranked[:, 0].sum(), ranked.sum()
@@ -30,7 +30,7 @@ def evaluated(
     after_batch: Callable[[int], None] = lambda images: None,
     training: bool = False,
     ranks: Ranks | None = None,
-) -> Means:
+) -> Metrics:
     """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
     (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
     takes a part of each batch, which may be empty. What the network draws (`noise_generator`) is the same in
@@ -46,7 +46,7 @@ def evaluated(
             if len(images):
                 logits = network(batches.prepared(images, augment=False))
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss, *hits(logits, labels)])
+                sums += torch.stack([loss, *num_correct(logits, labels)])
             done = min(done + batch_size, len(order))
             after_batch(done)
     finally:

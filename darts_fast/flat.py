@@ -53,7 +53,7 @@ class FlatNetwork(nn.Module):
         self.flat_weights = flat.requires_grad_()
 
     def _modules_of_aten(self) -> Iterator[nn.Module]:
-        """Those that are called as modules."""
+        """The modules that are called as such, and not computed by the kernels."""
         return self.modules()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlatNetwork":
@@ -80,7 +80,7 @@ class FlatNetwork(nn.Module):
         return {name: getattr(self, name) for name in self.ALPHAS}
 
     def present(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of ALPHAS, -inf where an edge does not have the candidate."""
+        """The tensors of ALPHAS out of `alphas`, by name; -inf where an edge does not have the candidate."""
         return {name: alphas[name] for name in self.ALPHAS}
 
     def probabilities(self, alphas: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:

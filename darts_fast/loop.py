@@ -35,7 +35,7 @@ from darts_fast.data import (
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import DamagedImage, InputError, RunError, first_line
-from darts_fast.evaluation import Means, evaluated
+from darts_fast.evaluation import Metrics, evaluated
 from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.process import freed_memory_kept, nothing_old_collected, within_quota
@@ -68,7 +68,7 @@ MOVABLE = (
 RUNNING = ("running_mean", "running_var")  # the last names of batch norm's running statistics
 RANKS, STATISTICS = "ranks", "statistics"  # keys of a checkpoint of several ranks: what each of them had
 
-# Settings that runs of before do not have, and what they were
+# Settings that older checkpoints lack, with the values that those runs had
 LATER_SETTINGS = {
     "space": "darts",
     "partial_channels": 1,
@@ -94,7 +94,7 @@ LATER_SETTINGS = {
     "amp_dtype": None,
 }
 
-# What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
+# What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and its name in the log
 MEASURED = {"val": "validation", "test": "test", "ema": "moving average:"}
 
 
@@ -148,16 +148,19 @@ class Loop(ABC):
         self.walks: list[Walk] = []  # of this epoch
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
-        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
+        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, correct top-1, correct top-5, images
         # What is kept of an epoch: of the best accuracy so far, and of the last one, once it has ended.
         self.best: dict[str, Any] | None = None
         self.final: dict[str, Any] | None = None
         self.reseeded = False  # generators were, because they were saved on another kind of device
         self.began_with_ranks = ranks.size  # the checkpoint that was loaded did
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
-        # Whether a step was taken; whether the first is unread, and how long it took
+        # The first step of a process is slow: whether it was taken, whether it is in `unread` (1 or 0), its
+        # seconds.
         self.warm, self.cold_steps, self.cold_seconds = False, 0, 0.0
-        self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
+        # Of the steps since the last line of the log: [loss, correct top-1, correct top-5] on the device; the
+        # batch's size.
+        self.unread: list[tuple[Tensor, int]] = []
 
     @classmethod
     def begin(cls, config: RunConfig, data: tuple[Tensor, ...] | None, parent: str | Path | None) -> Any:
@@ -206,12 +209,13 @@ class Loop(ABC):
 
     @staticmethod
     def files(config: Any) -> Sequence[tuple[str, str]]:
-        """Those that a run has written as soon as its checkpoint has this record: names, records."""
+        """Files of the run folder that a resumed run needs: their names, each with the record ("best" or
+        "final") of the checkpoint that is saved after the file."""
         return ()
 
     @property
     def epochs(self) -> int:
-        """Of the whole run."""
+        """The number of epochs of the whole run."""
         return self.config.epochs
 
     @abstractmethod
@@ -220,32 +224,33 @@ class Loop(ABC):
 
     @abstractmethod
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        """Step number `self.step` of the epoch: [loss, top-1 hits, top-5 hits] on the device, and the number
-        of images."""
+        """Takes step number `self.step` of the epoch. Returns [loss, correct top-1, correct top-5] on the
+        device, and the number of images."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         """After an epoch, see `measured`."""
 
     @abstractmethod
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records what `evaluate` gave, and calls `keep`."""
 
     def ends_early(self) -> bool:
-        """Whether no other epoch begins, though there are some left: depends on what a checkpoint holds."""
+        """Whether no other epoch begins, though there are some left. It depends on what a checkpoint holds
+        alone, so that a resumed run decides the same."""
         return False
 
     @abstractmethod
     def result(self) -> Any:
-        """After the last epoch: the log's closing lines, and what the caller gets."""
+        """Called after the last epoch: logs the closing lines, and returns what the caller gets."""
 
     @abstractmethod
     def learning_rate(self) -> float:
-        """Of the weights, in this epoch."""
+        """The learning rate of the weights in this epoch."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Every tensor that changes in a run, itself, in nested dictionaries."""
+        """Every tensor that changes in a run, in nested dictionaries: the tensors themselves, no copies."""
 
     @abstractmethod
     def check_record(self, record: Any, name: str) -> None:
@@ -255,12 +260,12 @@ class Loop(ABC):
     @property
     @abstractmethod
     def activations(self) -> torch.dtype | None:
-        """Of the cells, where it is not float32."""
+        """The 2-byte type of the cells' activations; None: float32."""
 
     @abstractmethod
     def rehearse(self) -> None:
-        """A step's passes, and those of an evaluation, with batches of each size, on tensors without data;
-        PyTorch's default device is its meta device."""
+        """Runs the passes of a step and of an evaluation, with batches of each size, on tensors without data:
+        what they launch is compiled ahead. Called with the meta device as PyTorch's default device."""
 
     @abstractmethod
     def announcement(self) -> str:
@@ -268,7 +273,7 @@ class Loop(ABC):
 
     @abstractmethod
     def engine(self) -> dict[str, str]:
-        """What computes a step, and how: the lines of a block, by what they are about."""
+        """What computes a step, and how, for the log: lines by their titles."""
 
     # The loop
 
@@ -352,7 +357,7 @@ class Loop(ABC):
         )
 
     def traffic(self) -> str:
-        """Of a step, in words; the step leaves no trace."""
+        """The launches and bytes of a step, in words. The step is taken, and undone."""
         dtype = self.activations or torch.float32
 
         def second(step: Callable[[], object]) -> Any:
@@ -363,7 +368,7 @@ class Loop(ABC):
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
     def _compile_kernels(self) -> None:
-        """On CUDA, before the first launch."""
+        """Compiles all Triton kernels of the run ahead of the first launch; on other devices nothing."""
         if self.config.fused and self.device.type == "cuda":
             # Ranks do not compile side by side, so within it they cannot agree on stopping.
             each = self._stop_if_asked if self.ranks.size == 1 else lambda: None
@@ -374,9 +379,9 @@ class Loop(ABC):
         return self.epoch * self.steps_per_epoch + self.step
 
     def keep(self, record: dict[str, Any], eligible: bool = True) -> None:
-        """What is remembered of this epoch if it is the best so far, or the last: plain values, among them
-        `epoch`, from 1, and `top1`, which is compared. The best is one of the eligible epochs, if there is
-        any."""
+        """Makes the record of this epoch `best` if its accuracy is the highest so far, and `final` if it is
+        the last one. A record is plain values, among them `epoch`, from 1, and `top1`, which is compared. The
+        best is one of the eligible epochs, if there is any."""
         if self.best is None or (eligible and record["top1"] > self.best["top1"]):
             self.best = record
         if record["epoch"] == self.epochs:
@@ -388,7 +393,7 @@ class Loop(ABC):
         return {"augmentation": (self.augmentation, self.augmentation_seed)}
 
     def common_generators(self) -> tuple[str, ...]:
-        """Those of which all ranks draw the same."""
+        """Names of the generators from which all ranks draw the same numbers."""
         return ()
 
     def walk(self, order: Tensor, stream: int) -> Walk:
@@ -400,7 +405,7 @@ class Loop(ABC):
         return found
 
     def _end_walks(self) -> None:
-        """And their workers, before they have come to their ends."""
+        """Closes the batches of this epoch, also before their end, which ends their workers."""
         for walk in self.walks:
             walk.close()
         self.walks = []
@@ -420,7 +425,7 @@ class Loop(ABC):
         return (*seed, self.ranks.rank) if self.ranks.size > 1 else seed
 
     def _is_there(self, name: str) -> bool:
-        """In the run folder, which only rank 0 may see."""
+        """Whether a file of this name is in the run folder, which only rank 0 may see."""
         return bool(self.ranks.of_first((self.folder.path / name).exists()))
 
     def _check_same_data(self) -> None:
@@ -493,7 +498,7 @@ class Loop(ABC):
 
     def measured(
         self, networks: Mapping[str, nn.Module], batches: Batches, order: Tensor, training: bool = False
-    ) -> dict[str, Means]:
+    ) -> dict[str, Metrics]:
         """`evaluated` of each, by its name; the bar shows how far it is, a signal stops it between two
         batches."""
 
@@ -528,7 +533,7 @@ class Loop(ABC):
             partial.rename(path)
         self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
-    def _finish_epoch(self, found: dict[str, Means]) -> None:
+    def _finish_epoch(self, found: dict[str, Metrics]) -> None:
         for loss, _, _ in found.values():
             if not math.isfinite(loss):
                 raise self._not_finite(f"the loss after the epoch is {loss}", self.steps_done)
@@ -795,7 +800,7 @@ class Loop(ABC):
         lr = self.learning_rate()
         stacked = torch.stack([values for values, _ in self.unread])
         if self.ranks.size > 1:
-            # Hits of all ranks, and the mean of their losses weighted by their shares
+            # What is correct on all ranks, and the mean of their losses weighted by their shares
             shares = [self.ranks.share_of(images) for _, images in self.unread]
             stacked[:, 0] *= torch.tensor(shares, dtype=stacked.dtype, device=stacked.device)
         rows = self.ranks.sum(stacked).tolist()
@@ -810,7 +815,7 @@ class Loop(ABC):
             )
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
-        # Without a first step, unless it is all there is.
+        # The rate leaves out the slow first step, unless there is no other.
         timed, seconds = self.unread[self.cold_steps :], time.perf_counter() - self.read_at
         if self.cold_steps and timed:
             seconds -= self.cold_seconds
@@ -830,7 +835,7 @@ class Loop(ABC):
         self.unread.clear()
         self._start_clock()
 
-    def epoch_means(self) -> Means:
+    def epoch_means(self) -> Metrics:
         """Of this epoch's steps so far, on the augmented images."""
         loss, top1, top5, images = self.totals
         return loss / images, top1 / images, top5 / images
@@ -860,7 +865,7 @@ class Loop(ABC):
         except Exception as error:
             self.folder.log(f"no picture {file_name}: {error}")
 
-    def record_evaluation(self, found: dict[str, Means]) -> None:
+    def record_evaluation(self, found: dict[str, Metrics]) -> None:
         """The epoch's line of the log, its scalars and its line of metrics.jsonl; `found` is by a key of
         MEASURED."""
         epoch = self.epoch + 1

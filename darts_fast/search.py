@@ -17,7 +17,7 @@ from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
-from darts_fast.evaluation import Means
+from darts_fast.evaluation import Metrics
 from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, in_short
@@ -38,7 +38,8 @@ SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION, NO
 # and last the alphas, of which there are 224 in the paper's space.
 CELLS, LAST = "x_cells", "z_"
 
-MIDDLE = curvature.WINDOW // 2  # of the earlier window: the epoch that `stop_at_eigenvalue` goes back to
+# Index in the earlier window of the epoch that `stop_at_eigenvalue` goes back to
+MIDDLE = curvature.WINDOW // 2
 
 
 class SearchResult(NamedTuple):
@@ -152,7 +153,7 @@ class Search(Loop):
         self._set_strengths()
 
     def _set_strengths(self) -> None:
-        """What grows or falls with the epochs, in place: a captured step reads it."""
+        """Sets the strengths that grow or fall with the epochs; in place, as a captured step reads them."""
         config, epochs = self.config, self.config.epochs
         done = min(self.epoch / epochs, 1)
         self.search_step.epsilon.fill_(config.perturb_epsilon * (0.1 + 0.9 * done))
@@ -186,7 +187,7 @@ class Search(Loop):
             train = self.batches.prepared(train_images, True)
         return self.search_step.take_weights(train, train_labels)
 
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         found = self.measured({"val": self.network}, self.batches, self.validation_half)
         past = self.epoch + 1 - self.config.epochs
         if self.decisions and past >= 0 and past % self.config.projection_epochs == 0:
@@ -248,12 +249,13 @@ class Search(Loop):
 
     @property
     def space(self) -> Space:
-        """Of the cells of DARTS."""
+        """The search space of DARTS's cells; those of NAS-Bench-201 have none."""
         assert isinstance(self.cells, DartsCells)
         return self.cells.space
 
     def _commit_decisions(self) -> None:
-        """Those of this epoch, in place; the first ones begin a new descent of the weights."""
+        """Takes over this epoch's decisions of DARTS-PT, in place. After the first ones a new descent of the
+        weights begins: the momentum is set to 0."""
         if self.decided is None:
             return
         (decisions, said), self.decided = self.decided, None
@@ -265,7 +267,7 @@ class Search(Loop):
         for sentence in said:
             self.folder.log(sentence)
 
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records the epoch, and keeps its genotype if it is the best so far."""
         self.record_evaluation(found)
         self._commit_decisions()
@@ -550,8 +552,8 @@ class Search(Loop):
         self.folder.scalars(self.steps_done, {f"{CELLS}/{name}": value for name, value in values.items()})
 
     def _costs(self, genotype: Any) -> dict[str, float]:
-        """Multiply-adds of the genotype's network at the search's own size, and expected ones, by their names
-        in metrics.jsonl."""
+        """By their names in metrics.jsonl, the multiply-adds of the genotype's network at the search's own
+        size, and the expected ones of the alphas; {} of NAS-Bench-201."""
         if self.cost is None or self.search_step.cost is None:
             return {}
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from darts_fast import architect, precision
 from darts_fast.config import SearchConfig
 from darts_fast.cost import Cost
-from darts_fast.evaluation import hits
+from darts_fast.evaluation import num_correct
 from darts_fast.flat import FlatNetwork
 from darts_fast.perturb import adversarial_perturbation, random_perturbation
 from darts_fast.precision import LossScale
@@ -101,7 +101,8 @@ class SearchStep:
         validation_images: Tensor,
         validation_labels: Tensor,
     ) -> Tensor:
-        """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
+        """Both steps. Returns the loss of the training batch in the weight step, and how many of its images
+        are correct by top-1 and by top-5, [3], on the device."""
         train = self._batch(train_images, train_labels)
         self._architecture_step(train, self._batch(validation_images, validation_labels))
         with phase("weight update"):
@@ -113,11 +114,11 @@ class SearchStep:
             return self._weight_step(*self._batch(train_images, train_labels))
 
     def _batch(self, images: Tensor, labels: Tensor) -> Batch:
-        """With the noise that all passes of the batch see in this step."""
+        """The batch with the noise that all its passes see in this step."""
         return images, labels, self.network.noise(images)
 
     def tensors(self) -> list[Tensor]:
-        """All that `take` changes, but gradients."""
+        """Every tensor that `take` changes, except gradients."""
         moments = [
             tensor
             for optimizer in (self.weight_optimizer, self.alpha_optimizer)
@@ -140,7 +141,7 @@ class SearchStep:
         return state
 
     def loss(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Loss:
-        """Of a batch, as a function of weights and alphas, for the architecture step."""
+        """The loss of a batch as a function of weights and alphas, for the architecture step."""
         # Differences of 2-byte losses along a step of 0.01 are rounding (docs/differences.md).
         differences = self.config.order == 2 and self.config.hvp == "finite-difference"
         activations = None if differences else self.activations
@@ -193,7 +194,7 @@ class SearchStep:
         self.alpha_optimizer.step()
 
     def _weight_step(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
+        """SGD on the weights at the new alphas; returns what `take` returns."""
         alphas, network = architect.detached(self.alphas), self.network
         with network.perturbed(self._perturbation(images, labels, noise)):
             logits = network.logits(images, self.weights, alphas, self.activations, noise)
@@ -204,7 +205,7 @@ class SearchStep:
             self.loss_scale.check(self.weight_optimizer)
         torch.nn.utils.clip_grad_norm_([network.flat_weights], self.config.w_grad_clip)
         self.weight_optimizer.step()
-        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+        return torch.stack([loss.detach(), *num_correct(logits.detach(), labels)])
 
     def _perturbation(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Tensors:
         """The delta of SmoothDARTS for this batch, see `perturb`; {} where the settings ask for none."""

@@ -27,7 +27,7 @@ from darts_fast.derived import (
 )
 from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
-from darts_fast.evaluation import Means, evaluated
+from darts_fast.evaluation import Metrics, evaluated
 from darts_fast.fused import kernels_on, missing_on
 from darts_fast.loop import MEASURED, Loop, cosine, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
@@ -91,7 +91,7 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
     return Training.go_on(TrainConfig, path, data, device)
 
 
-def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
+def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Metrics]:
     """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images, also
     where it was trained on a part of the training images and judged by the others.
 
@@ -267,13 +267,13 @@ class Training(Loop):
             images = self.batches.prepared(images, augment=True)
         return self.train_step.take(images, labels)
 
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         networks, average = {self.judge: self.network}, self.train_step.average
         if average is not None:
             networks["ema"] = average
         return self.measured(networks, self.judge_batches, self.judge_order)
 
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records the epoch; keeps its network where it is the best so far, or the last."""
         self.record_evaluation(found)
         tested = {
@@ -349,7 +349,7 @@ class Training(Loop):
                 module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:
-        """A new one, on PyTorch's default device."""
+        """A new network of the genotype, on PyTorch's default device."""
         config, dataset = self.config, self.dataset
         return network(
             self.genotype,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from darts_fast import architect, precision
 from darts_fast.config import TrainConfig
 from darts_fast.derived import DerivedNetwork
-from darts_fast.evaluation import hits
+from darts_fast.evaluation import num_correct
 from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 
@@ -78,7 +78,8 @@ class TrainStep:
                 self._averaged.append([weights, *(t for t in module.buffers() if t.is_floating_point())])
 
     def take(self, images: Tensor, labels: Tensor) -> Tensor:
-        """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
+        """The step on a batch of normalised images. Returns its loss, and how many of its images are correct
+        by top-1 and by top-5, [3], on the device."""
         with phase("forward"):
             outputs = self.network(images, self.activations, self.cells)
             logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -103,7 +104,7 @@ class TrainStep:
             self.optimizer.step()
             if self.average is not None:
                 self._move_average()
-            return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
+            return torch.stack([loss.detach(), *num_correct(logits.detach(), labels)])
 
     def set_average_share(self, steps: int) -> None:
         """The share by which the step after so many steps moves the average, 1 - decay. The decay begins as
@@ -118,7 +119,7 @@ class TrainStep:
         torch._foreach_add_(averages, differences)
 
     def tensors(self) -> list[Tensor]:
-        """All that `take` changes, but gradients and the drop path's generator."""
+        """Every tensor that `take` changes, except gradients and the state of the drop path's generator."""
         momentum = self.optimizer.state[self.weights]["momentum_buffer"]
         scale = [] if self.loss_scale is None else [self.loss_scale.value]
         average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from darts_fast.data import Batches, channel_statistics, seeded
-from darts_fast.evaluation import evaluated, hits
+from darts_fast.evaluation import evaluated, num_correct
 
 
 class Linear(nn.Linear):
@@ -36,6 +36,6 @@ def test_the_mean_over_all_images_in_batches_of_any_size():
     assert done[22:25] == [8, 16, 22]
 
 
-def test_hits_of_fewer_than_five_classes():
+def test_of_fewer_than_five_classes():
     logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 2.0]])
-    assert list(map(int, hits(logits, torch.tensor([1, 0])))) == [1, 2]
+    assert list(map(int, num_correct(logits, torch.tensor([1, 0])))) == [1, 2]
