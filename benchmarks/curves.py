@@ -24,7 +24,7 @@ from torch import Tensor
 from darts_fast.config import SearchConfig
 from darts_fast.data import Dataset
 from darts_fast.datasets import load
-from darts_fast.loop import evaluated
+from darts_fast.evaluation import evaluated
 from darts_fast.precision import TYPES, strict_float32
 from darts_fast.search import Search
 

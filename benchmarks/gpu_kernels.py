@@ -17,7 +17,7 @@ from darts_fast.config import SearchConfig
 from darts_fast.kernels.backends import collected, using
 from darts_fast.kernels.types import Call, launches
 from darts_fast.precision import TYPES, strict_float32
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 
 
 def compilation(bench: Bench) -> None:

@@ -22,7 +22,7 @@ from darts_fast.config import SearchConfig, TrainConfig
 from darts_fast.data import Dataset
 from darts_fast.precision import FIRST_LOSS_SCALE, TYPES, strict_float32
 from darts_fast.report import write_report
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 
 ROOT = Path(__file__).resolve().parent.parent
 

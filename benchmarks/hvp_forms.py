@@ -28,7 +28,7 @@ from darts_fast.data import channel_statistics, permutation
 from darts_fast.datasets import read_data
 from darts_fast.interop import load_official_search
 from darts_fast.precision import FIRST_LOSS_SCALE, strict_float32
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.supernet import Supernet
 from darts_fast.tables import markdown_table
 

@@ -32,9 +32,9 @@ from darts_fast.kernels.backends import using
 from darts_fast.kernels.types import Backend, Call
 from darts_fast.profiling import observed_phases
 from darts_fast.runs import processor
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.supernet import Supernet
-from darts_fast.train import TrainStep
+from darts_fast.train_step import TrainStep
 
 LR = 0.025
 TOLERANCE = 1e-9  # relative norm, float64

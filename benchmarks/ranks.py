@@ -22,7 +22,7 @@ from darts_fast.config import SearchConfig  # noqa: E402
 from darts_fast.distributed import joined  # noqa: E402
 from darts_fast.precision import strict_float32  # noqa: E402
 from darts_fast.process import freed_memory_kept, nothing_old_collected  # noqa: E402
-from darts_fast.search import SearchStep  # noqa: E402
+from darts_fast.search_step import SearchStep  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -38,11 +38,11 @@ from darts_fast.kernels.backends import collected, using  # noqa: E402
 from darts_fast.kernels.types import Call, Launch, launches, tensors  # noqa: E402
 from darts_fast.precision import type_name  # noqa: E402
 from darts_fast.profiling import observed_phases  # noqa: E402
-from darts_fast.search import SearchStep  # noqa: E402
+from darts_fast.search_step import SearchStep  # noqa: E402
 from darts_fast.space import STEM_MULTIPLIER, reduction_layers  # noqa: E402
 from darts_fast.supernet import Supernet  # noqa: E402
 from darts_fast.traffic import Count, Traffic  # noqa: E402
-from darts_fast.train import TrainStep  # noqa: E402
+from darts_fast.train_step import TrainStep  # noqa: E402
 
 
 class Counted(NamedTuple):

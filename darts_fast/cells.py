@@ -24,7 +24,7 @@ class DartsCells:
         self.names = self.space.names
 
     def network(self, config: SearchConfig, dataset: Dataset) -> Supernet:
-        """A new one, on PyTorch's default device."""
+        """A new supernet, on PyTorch's default device."""
         image_channels = dataset.images.shape[1]
         return Supernet(
             config.init_channels,
@@ -37,7 +37,7 @@ class DartsCells:
         )
 
     def cost(self, config: SearchConfig, dataset: Dataset) -> Cost:
-        """Of what is derived, at the search's own size."""
+        """The cost of what is derived from a supernet of these settings, at the supernet's own size."""
         image_channels, height, width = dataset.images.shape[1:]
         return cost(
             self.space,
@@ -67,12 +67,12 @@ class NasBench201Cells:
         return SearchNetwork(config.init_channels, dataset.classes, config.layers, dataset.images.shape[1])
 
     def cost(self, config: SearchConfig, dataset: Dataset) -> None:
-        """It is not counted."""
+        """None: the cost of these cells is not computed."""
 
     def derive(self, network: FlatNetwork, rule: str) -> Cell:
         return nasbench201.derive(network.alphas()["alphas_normal"])
 
 
 def cells_of(space: str) -> DartsCells | NasBench201Cells:
-    """Those of the setting `space`. Raises InputError where there is no such space."""
+    """The cells that the setting `space` names. Raises InputError where there is no such space."""
     return NasBench201Cells() if space == nasbench201.NAME else DartsCells(space)

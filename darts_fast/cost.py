@@ -18,7 +18,7 @@ from darts_fast.space import INPUTS, PRIMITIVES, STEM_MULTIPLIER, Space, reducti
 
 
 class Cost(NamedTuple):
-    """Of the network of `channels` and `layers` that a search would derive, in multiply-adds of an image."""
+    """The multiply-adds of one image in the networks that a search may derive."""
 
     fixed: float
     normal: Tensor  # M [edges, candidates], float64 or the alphas' dtype
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
         return self.fixed + (normal * self.normal).sum() + (reduce * self.reduce).sum()
 
     def of(self, genotype: Genotype, space: Space) -> float:
-        """Those of the network of a genotype."""
+        """The multiply-adds of the network of a genotype."""
         found = self.fixed
         for m, gene in ((self.normal, genotype.normal), (self.reduce, genotype.reduce)):
             for node, pairs in enumerate(gene):
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 def cost(
     space: Space, channels: int, layers: int, image_channels: int, classes: int, height: int, width: int
 ) -> Cost:
-    """Of the network with the CIFAR stem for images of this size."""
+    """The cost of networks with the CIFAR stem, of these sizes, for images of `height` x `width`."""
     shares = _shares(space)
     shape = len(space.edges), len(space.candidates)
     found = {kind: torch.zeros(shape, dtype=torch.float64, device="cpu") for kind in (False, True)}
@@ -70,7 +70,7 @@ def cost(
 
 
 def _shares(space: Space) -> list[float]:
-    """Of each edge, how many of those that enter its node a genotype keeps."""
+    """For each edge, the share of its node's incoming edges that a genotype keeps."""
     return [EDGES_KEPT / len(space.incoming(node)) for _, node in space.edges]
 
 

@@ -12,12 +12,9 @@ from torch import Tensor
 from darts_fast.genotype import Gene
 from darts_fast.space import DARTS, Names
 
-# Of the operations that a cell can keep, skips first
-KINDS = tuple(dict.fromkeys(DARTS.names.kinds.values()))
-
 
 class Diagnosis(NamedTuple):
-    """Of the cells of one kind."""
+    """What is seen of the cells of one kind, normal or reduction."""
 
     operations: dict[str, int]  # how many of the genotype's are of each kind
     # Of the softmaxed alphas of an edge, the mean over edges, in nats: at most ln 8 = 2.079 of 8 candidates
@@ -40,7 +37,7 @@ def operations(gene: Gene, names: Names = DARTS.names) -> dict[str, int]:
 
 
 def diagnosis(gene: Gene, p: Tensor, names: Names = DARTS.names) -> Diagnosis:
-    """Of one of a genotype's cells, and the softmaxed alphas of its kind, [edges, candidates]."""
+    """The diagnosis of a genotype's cell and of the softmaxed alphas [edges, candidates] of its kind."""
     return Diagnosis(
         operations(gene, names),
         float(-(p * p.log()).nansum(dim=-1).mean()),  # of p = 0 nothing is added

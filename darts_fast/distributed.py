@@ -76,6 +76,12 @@ class Ranks:
         start, end = self._bounds(len(images))
         return images[start:end]
 
+    def parts(self, images: int, batch_size: int) -> list[range]:
+        """This rank's part of each batch that so many images are cut into, as positions; it may be empty."""
+        return [
+            self.part(range(images)[start : start + batch_size]) for start in range(0, images, batch_size)
+        ]
+
     def share_of(self, images: int) -> float:
         """This rank's share, 0 to 1, of a batch of so many images."""
         start, end = self._bounds(images)
@@ -131,7 +137,7 @@ class Ranks:
         return float(found)
 
     def bytes_of_first(self, content: bytes) -> bytes:
-        """Rank 0's; what the others give is not used."""
+        """Rank 0's bytes; those of the other ranks are not used."""
         if self.size == 1:
             return content
         length = int(self.of_first(len(content)))

@@ -157,10 +157,10 @@ def export(
         )
     out = Path(FOLDER, trained.config.name) if out is None else Path(out)
     deployed = Deployed(trained.module, trained.content["mean"], trained.content["std"], dtype, output)
-    partial = out.with_name(f"{out.name}.partial")  # what is killed leaves this one
     with torch.no_grad(), within_quota(), writing(out):
         if os.path.lexists(out):
             raise InputError(f"{out} exists and is not overwritten; choose another --out")
+        partial = out.with_name(f"{out.name}.partial")  # what is killed leaves this one
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """A network whose weights are one tensor, called as a function of weights and alphas: a supernet."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ class FlatNetwork(nn.Module):
     `kept` and `added` are empty unless something other than the softmax weighs the candidates, see `mixture`.
     `noise_generator` (of the device; None: PyTorch's own) is what `noise` draws from.
 
-    A subclass names its alphas, calls `_flatten()` when it has made its parameters, and has a
-    `forward(images, activations, noise)` that returns logits.
+    A subclass names its alphas and their columns, calls `_flatten()` when it has made its parameters, and has
+    a `forward(images, activations, noise)` that returns logits.
     """
 
     ALPHAS: tuple[str, ...]  # names of the parameters that weigh the candidates
+    candidates: tuple[str, ...]  # names of the candidates, in the order of the alphas' columns
 
     def __init__(self):
         super().__init__()
@@ -52,7 +53,7 @@ class FlatNetwork(nn.Module):
         self.flat_weights = flat.requires_grad_()
 
     def _modules_of_aten(self) -> Iterator[nn.Module]:
-        """Those that are called as modules."""
+        """The modules that are called as such, and not computed by the kernels."""
         return self.modules()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlatNetwork":
@@ -79,12 +80,8 @@ class FlatNetwork(nn.Module):
         return {name: getattr(self, name) for name in self.ALPHAS}
 
     def present(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of ALPHAS, -inf where an edge does not have the candidate."""
+        """The tensors of ALPHAS out of `alphas`, by name; -inf where an edge does not have the candidate."""
         return {name: alphas[name] for name in self.ALPHAS}
-
-    def present_alphas(self, name: str) -> Tensor:
-        """The network's own of this name, -inf where an edge does not have the candidate."""
-        return self.present(self.alphas())[name]
 
     def probabilities(self, alphas: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The softmax over an edge's candidates of these alphas (by name; None: the network's own), for each
@@ -93,21 +90,21 @@ class FlatNetwork(nn.Module):
         return tuple(of_kind.softmax(dim=-1) for of_kind in present.values())
 
     def mixture(self) -> tuple[Tensor, ...]:
-        """What the candidates are weighed by: `kept` times the probabilities plus `added`, where these are
-        there; the paper's are the probabilities alone."""
-        found = []
-        for name, p in zip(self.ALPHAS, self.probabilities(), strict=True):
-            if name in self.kept:
-                p = p * self.kept[name]
-            if name in self.added:
-                p = p + self.added[name]
-            found.append(p)
-        return tuple(found)
+        """The weights of the candidates in the mixed operations, for each of ALPHAS and shaped as they:
 
-    def noise(self, images: Tensor) -> Tensor | None:
-        """What the `noise` candidates give for a batch of images, drawn anew; None: there are no such
-        candidates. All passes of a batch that are compared with each other are given the same."""
-        return None
+            kept * softmax(alpha) + added
+
+        In the paper they are the probabilities softmax(alpha) alone. `kept` is 0 for what DARTS-PT has left
+        out or decided, and 1 else. `added` is the sum of what DARTS-PT has decided on, the auxiliary skip
+        connection and, within `perturbed`, a perturbation.
+        """
+        p = self.kept_probabilities()
+        return tuple(p[name] + self.added[name] if name in self.added else p[name] for name in self.ALPHAS)
+
+    def kept_probabilities(self) -> dict[str, Tensor]:
+        """The term of `mixture` that depends on the alphas, by the names of these."""
+        p = dict(zip(self.ALPHAS, self.probabilities(), strict=True))
+        return {name: p[name] * self.kept[name] if name in self.kept else p[name] for name in p}
 
     @contextmanager
     def weighed(self, kept: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> Iterator[None]:
@@ -117,6 +114,27 @@ class FlatNetwork(nn.Module):
             yield
         finally:
             self.kept, self.added = own
+
+    def perturbed(self, delta: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within, delta is a part of `added`: a tensor for each of ALPHAS, shaped as they; or {}."""
+        added = {name: self.added[name] + d if name in self.added else d for name, d in delta.items()}
+        return self.weighed(self.kept, {**self.added, **added})
+
+    @torch.no_grad()
+    def set_auxiliary_skip(self, beta: float) -> None:
+        """The auxiliary skip connection of DARTS- (arXiv 2009.01027): on every edge that has the candidate,
+        `added` is beta for it; in place, because a captured step reads it."""
+        if not self.added:
+            self.added = {name: torch.zeros_like(getattr(self, name)) for name in self.ALPHAS}
+        skips = [candidate == "skip_connect" for candidate in self.candidates]
+        for name, present in self.present(self.alphas()).items():
+            is_skip = torch.tensor(skips, device=present.device)
+            self.added[name].copy_(present.isfinite() & is_skip).mul_(beta)
+
+    def noise(self, images: Tensor) -> Tensor | None:
+        """What the `noise` candidates give for a batch of images, drawn anew; None: there are no such
+        candidates. All passes of a batch that are compared with each other are given the same."""
+        return None
 
     def logits(
         self,

@@ -6,6 +6,7 @@ The position in the epoch is state: a loop that is stopped or killed anywhere go
 import dataclasses
 import math
 import reprlib
+import shutil
 import time
 import zlib
 from abc import ABC, abstractmethod
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +35,7 @@ from darts_fast.data import (
 from darts_fast.datasets import read_data
 from darts_fast.distributed import Ranks, joined
 from darts_fast.errors import DamagedImage, InputError, RunError, first_line
+from darts_fast.evaluation import Metrics, evaluated
 from darts_fast.fused import compile_kernels, counted, missing_on
 from darts_fast.precision import strict_float32
 from darts_fast.process import freed_memory_kept, nothing_old_collected, within_quota
@@ -64,14 +65,10 @@ MOVABLE = (
     "profile",
 )  # settings that a resumed run may change
 
-EVALUATION_NOISE = 0  # seeds what networks with the operation `noise` draw in an evaluation
-
-Means = tuple[float, float, float]  # loss, top-1 and top-5 accuracy (0 to 1), over some images
-
 RUNNING = ("running_mean", "running_var")  # the last names of batch norm's running statistics
 RANKS, STATISTICS = "ranks", "statistics"  # keys of a checkpoint of several ranks: what each of them had
 
-# Settings that runs of before do not have, and what they were
+# Settings that older checkpoints lack, with the values that those runs had
 LATER_SETTINGS = {
     "space": "darts",
     "partial_channels": 1,
@@ -93,9 +90,11 @@ LATER_SETTINGS = {
     "warmup_epochs": 0,
     "stream": False,
     "color_jitter": 0.0,
+    "amp": False,
+    "amp_dtype": None,
 }
 
-# What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and what the log calls it
+# What is measured after an epoch: its key in metrics.jsonl and TensorBoard, and its name in the log
 MEASURED = {"val": "validation", "test": "test", "ema": "moving average:"}
 
 
@@ -149,16 +148,19 @@ class Loop(ABC):
         self.walks: list[Walk] = []  # of this epoch
 
         self.epoch = self.step = 0  # both finished: `step` steps of epoch number `epoch`, from 0
-        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, top-1 hits, top-5 hits, images
+        self.totals = [0.0] * 4  # of this epoch's steps: loss * images, correct top-1, correct top-5, images
         # What is kept of an epoch: of the best accuracy so far, and of the last one, once it has ended.
         self.best: dict[str, Any] | None = None
         self.final: dict[str, Any] | None = None
         self.reseeded = False  # generators were, because they were saved on another kind of device
         self.began_with_ranks = ranks.size  # the checkpoint that was loaded did
         self.evaluation_seconds = 0.0  # of the last epoch's evaluation, for the time left
-        # Whether a step was taken; whether the first is unread, and how long it took
+        # The first step of a process is slow: whether it was taken, whether it is in `unread` (1 or 0), its
+        # seconds.
         self.warm, self.cold_steps, self.cold_seconds = False, 0, 0.0
-        self.unread: list[tuple[Tensor, int]] = []  # [loss, hits, hits] on the device, and the batch's size
+        # Of the steps since the last line of the log: [loss, correct top-1, correct top-5] on the device; the
+        # batch's size.
+        self.unread: list[tuple[Tensor, int]] = []
 
     @classmethod
     def begin(cls, config: RunConfig, data: tuple[Tensor, ...] | None, parent: str | Path | None) -> Any:
@@ -207,12 +209,13 @@ class Loop(ABC):
 
     @staticmethod
     def files(config: Any) -> Sequence[tuple[str, str]]:
-        """Those that a run has written as soon as its checkpoint has this record: names, records."""
+        """Files of the run folder that a resumed run needs: their names, each with the record ("best" or
+        "final") of the checkpoint that is saved after the file."""
         return ()
 
     @property
     def epochs(self) -> int:
-        """Of the whole run."""
+        """The number of epochs of the whole run."""
         return self.config.epochs
 
     @abstractmethod
@@ -221,32 +224,33 @@ class Loop(ABC):
 
     @abstractmethod
     def take_step(self, lr: float) -> tuple[Tensor, int]:
-        """Step number `self.step` of the epoch: [loss, top-1 hits, top-5 hits] on the device, and the number
-        of images."""
+        """Takes step number `self.step` of the epoch. Returns [loss, correct top-1, correct top-5] on the
+        device, and the number of images."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         """After an epoch, see `measured`."""
 
     @abstractmethod
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records what `evaluate` gave, and calls `keep`."""
 
     def ends_early(self) -> bool:
-        """Whether no other epoch begins, though there are some left: depends on what a checkpoint holds."""
+        """Whether no other epoch begins, though there are some left. It depends on what a checkpoint holds
+        alone, so that a resumed run decides the same."""
         return False
 
     @abstractmethod
     def result(self) -> Any:
-        """After the last epoch: the log's closing lines, and what the caller gets."""
+        """Called after the last epoch: logs the closing lines, and returns what the caller gets."""
 
     @abstractmethod
     def learning_rate(self) -> float:
-        """Of the weights, in this epoch."""
+        """The learning rate of the weights in this epoch."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Every tensor that changes in a run, itself, in nested dictionaries."""
+        """Every tensor that changes in a run, in nested dictionaries: the tensors themselves, no copies."""
 
     @abstractmethod
     def check_record(self, record: Any, name: str) -> None:
@@ -256,12 +260,12 @@ class Loop(ABC):
     @property
     @abstractmethod
     def activations(self) -> torch.dtype | None:
-        """Of the cells, where it is not float32."""
+        """The 2-byte type of the cells' activations; None: float32."""
 
     @abstractmethod
     def rehearse(self) -> None:
-        """A step's passes, and those of an evaluation, with batches of each size, on tensors without data;
-        PyTorch's default device is its meta device."""
+        """Runs the passes of a step and of an evaluation, with batches of each size, on tensors without data:
+        what they launch is compiled ahead. Called with the meta device as PyTorch's default device."""
 
     @abstractmethod
     def announcement(self) -> str:
@@ -269,13 +273,12 @@ class Loop(ABC):
 
     @abstractmethod
     def engine(self) -> dict[str, str]:
-        """What computes a step, and how: the lines of a block, by what they are about."""
+        """What computes a step, and how, for the log: lines by their titles."""
 
     # The loop
 
     def run(self) -> Any:
         """From where it stands to the end."""
-        total = self.epochs * self.steps_per_epoch
         with (
             strict_float32(),
             within_quota() as fewer_threads,
@@ -283,58 +286,67 @@ class Loop(ABC):
             freed_memory_kept(),
             StopSignal() as self.stop,
             tqdm(
-                total=total,
+                total=self.epochs * self.steps_per_epoch,
                 initial=self.steps_done,
                 unit="step",
                 disable=None if self.ranks.rank == 0 else True,
                 dynamic_ncols=True,
             ) as self.bar,
+            self._failures_in_words(),
         ):
-            try:
-                self._check_same_data()
-                if fewer_threads:
-                    self.folder.log(fewer_threads)
-                if not self._is_there(CHECKPOINT):
-                    self.announce()
-                    self._save()
-                else:
-                    self._compile_kernels()
-                if self.config.profile and not self._is_there(FOLDER):
-                    trial = self.take.trial if self.captured else None
-                    self.profiler = Profiler(self.config.profile, self.device, trial)
-                while self.epoch < self.epochs and not self.ends_early():
-                    self._train_epoch()
-                    self._average_statistics()
-                    self._compare_ranks()
-                    started = time.perf_counter()
-                    found = self.evaluate()
-                    self.evaluation_seconds = time.perf_counter() - started
-                    self._finish_epoch(found)
-                self.bar.total = self.steps_done
-                self.bar.refresh()
-                self._write_profile()
-            except DamagedImage as error:  # found before the step, or in an evaluation: nothing is half done
-                self._read_metrics()
+            self._check_same_data()
+            if fewer_threads:
+                self.folder.log(fewer_threads)
+            if not self._is_there(CHECKPOINT):
+                self.announce()
                 self._save()
-                raise DamagedImage(
-                    f"{error}; the run was saved after {self.steps_done} steps: put an intact image in its "
-                    f"place and go on with {self.folder.path} by --resume"
-                ) from error
-            except RuntimeError as error:
-                if is_lost_worker(error):
-                    raise RunError(
-                        f"a process that decodes images has ended after step {self.steps_done} "
-                        f"({first_line(error)}); go on from the last checkpoint by --resume"
-                    ) from error
-                if not is_out_of_memory(error):
-                    raise
-                raise RunError(
-                    f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
-                    f"--batch_size, --init_channels or --layers ({first_line(error)})"
-                ) from error
-            finally:
-                self._end_walks()
+            else:
+                self._compile_kernels()
+            if self.config.profile and not self._is_there(FOLDER):
+                trial = self.take.trial if self.captured else None
+                self.profiler = Profiler(self.config.profile, self.device, trial)
+            while self.epoch < self.epochs and not self.ends_early():
+                self._train_epoch()
+                self._average_statistics()
+                self._compare_ranks()
+                started = time.perf_counter()
+                found = self.evaluate()
+                self.evaluation_seconds = time.perf_counter() - started
+                self._finish_epoch(found)
+            self.bar.total = self.steps_done
+            self.bar.refresh()
+            self._write_profile()
         return self.result()
+
+    @contextmanager
+    def _failures_in_words(self) -> Iterator[None]:
+        """Within, whatever ends the run ends its workers and its recording, too. Damaged images, workers that
+        were killed and too little memory are sentences that say how the run goes on."""
+        try:
+            yield
+        except DamagedImage as error:  # found before the step, or in an evaluation: nothing is half done
+            self._read_metrics()
+            self._save()
+            raise DamagedImage(
+                f"{error}; the run was saved after {self.steps_done} steps: put an intact image in its "
+                f"place and go on with {self.folder.path} by --resume"
+            ) from error
+        except RuntimeError as error:
+            if is_lost_worker(error):
+                raise RunError(
+                    f"a process that decodes images has ended after step {self.steps_done} "
+                    f"({first_line(error)}); go on from the last checkpoint by --resume"
+                ) from error
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"{self.device} ran out of memory after step {self.steps_done}; try a smaller "
+                f"--batch_size, --init_channels or --layers ({first_line(error)})"
+            ) from error
+        finally:
+            self._end_walks()
+            if self.profiler is not None:
+                self.profiler.stop()
 
     def buffers(self, size: int) -> tuple[Tensor, Tensor]:
         """For a captured step: zeros of so many images (uint8) and labels, on the device."""
@@ -345,7 +357,7 @@ class Loop(ABC):
         )
 
     def traffic(self) -> str:
-        """Of a step, in words; the step leaves no trace."""
+        """The launches and bytes of a step, in words. The step is taken, and undone."""
         dtype = self.activations or torch.float32
 
         def second(step: Callable[[], object]) -> Any:
@@ -356,7 +368,7 @@ class Loop(ABC):
         return f"{found.launches:,} launches, {found.bytes / 1e9:.3g} GB read and written"
 
     def _compile_kernels(self) -> None:
-        """On CUDA, before the first launch."""
+        """Compiles all Triton kernels of the run ahead of the first launch; on other devices nothing."""
         if self.config.fused and self.device.type == "cuda":
             # Ranks do not compile side by side, so within it they cannot agree on stopping.
             each = self._stop_if_asked if self.ranks.size == 1 else lambda: None
@@ -367,9 +379,9 @@ class Loop(ABC):
         return self.epoch * self.steps_per_epoch + self.step
 
     def keep(self, record: dict[str, Any], eligible: bool = True) -> None:
-        """What is remembered of this epoch if it is the best so far, or the last: plain values, among them
-        `epoch`, from 1, and `top1`, which is compared. The best is one of the eligible epochs, if there is
-        any."""
+        """Makes the record of this epoch `best` if its accuracy is the highest so far, and `final` if it is
+        the last one. A record is plain values, among them `epoch`, from 1, and `top1`, which is compared. The
+        best is one of the eligible epochs, if there is any."""
         if self.best is None or (eligible and record["top1"] > self.best["top1"]):
             self.best = record
         if record["epoch"] == self.epochs:
@@ -381,19 +393,19 @@ class Loop(ABC):
         return {"augmentation": (self.augmentation, self.augmentation_seed)}
 
     def common_generators(self) -> tuple[str, ...]:
-        """Those of which all ranks draw the same."""
+        """Names of the generators from which all ranks draw the same numbers."""
         return ()
 
     def walk(self, order: Tensor, stream: int) -> Walk:
         """This rank's part of every batch of this epoch, from this step on: images (uint8) and labels, on the
         device. `order`: of the epoch's images, drawn from `stream` (the second number of a seed)."""
-        parts = batch_parts(len(order), self.config.batch_size, self.ranks)[self.step :]
+        parts = self.ranks.parts(len(order), self.config.batch_size)[self.step :]
         found = self.batches.picked(order, parts, (self.config.seed, stream, self.epoch))
         self.walks.append(found)
         return found
 
     def _end_walks(self) -> None:
-        """And their workers, before they have come to their ends."""
+        """Closes the batches of this epoch, also before their end, which ends their workers."""
         for walk in self.walks:
             walk.close()
         self.walks = []
@@ -413,7 +425,7 @@ class Loop(ABC):
         return (*seed, self.ranks.rank) if self.ranks.size > 1 else seed
 
     def _is_there(self, name: str) -> bool:
-        """In the run folder, which only rank 0 may see."""
+        """Whether a file of this name is in the run folder, which only rank 0 may see."""
         return bool(self.ranks.of_first((self.folder.path / name).exists()))
 
     def _check_same_data(self) -> None:
@@ -435,9 +447,15 @@ class Loop(ABC):
         """After an epoch: the mean over the ranks, on all of them."""
         if self.ranks.size == 1:
             return
+        flat = torch.cat([tensor.flatten() for tensor in self._statistics()])
+        first, *others = self.ranks.gathered(flat)
+        if all(torch.equal(first, other) for other in others):
+            return  # They are the mean: the run was stopped in the evaluation. (x + x + x) / 3 need not be x.
+        self._set_statistics(self.ranks.sum(flat) / self.ranks.size)
+
+    def _set_statistics(self, flat: Tensor) -> None:
         own = self._statistics()
-        mean = self.ranks.sum(torch.cat([tensor.flatten() for tensor in own])) / self.ranks.size
-        for tensor, part in zip(own, mean.split([tensor.numel() for tensor in own]), strict=True):
+        for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def _compare_ranks(self) -> None:
@@ -480,7 +498,7 @@ class Loop(ABC):
 
     def measured(
         self, networks: Mapping[str, nn.Module], batches: Batches, order: Tensor, training: bool = False
-    ) -> dict[str, Means]:
+    ) -> dict[str, Metrics]:
         """`evaluated` of each, by its name; the bar shows how far it is, a signal stops it between two
         batches."""
 
@@ -508,11 +526,14 @@ class Loop(ABC):
         if self.ranks.rank:  # it was recorded so that the ranks take the same steps
             return
         path = self.folder.path / FOLDER
+        partial = path.with_name(f"{FOLDER}.partial")  # what is killed leaves this one, and no `path`
         with writing(path):
-            sentence = write_report(profiler, path, dataclasses.asdict(self.config), self.captured)
+            shutil.rmtree(partial, ignore_errors=True)
+            sentence = write_report(profiler, partial, dataclasses.asdict(self.config), self.captured)
+            partial.rename(path)
         self.folder.log(f"Profile of {profiler.recorded} steps: {path / 'report.html'}; {sentence}")
 
-    def _finish_epoch(self, found: dict[str, Means]) -> None:
+    def _finish_epoch(self, found: dict[str, Metrics]) -> None:
         for loss, _, _ in found.values():
             if not math.isfinite(loss):
                 raise self._not_finite(f"the loss after the epoch is {loss}", self.steps_done)
@@ -566,19 +587,14 @@ class Loop(ABC):
             self._check_position(checkpoint)
             if of_ranks is not None:
                 self._check_ranks(of_ranks, checkpoint)
-                self.began_with_ranks = len(of_ranks)
-            else:
-                self.began_with_ranks = 1
-            drawn = checkpoint if of_ranks is None else of_ranks[self.ranks.rank % len(of_ranks)]
-            for name, (generator, seed) in self.generators().items():
-                position = checkpoint["epoch"], checkpoint["step"]
-                if self.began_with_ranks != self.ranks.size and name not in self.common_generators():
-                    reseeded(generator, *seed, *position)
-                else:
-                    self.reseeded |= not restored(generator, drawn[name], *seed, *position)
+            self.began_with_ranks = 1 if of_ranks is None else len(of_ranks)
+            self._restore_generators(
+                checkpoint if of_ranks is None else of_ranks[self.ranks.rank % len(of_ranks)],
+                (checkpoint["epoch"], checkpoint["step"]),
+            )
+        except InputError:
+            raise
         except (RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(
                 f"{self.folder.path / CHECKPOINT} does not fit the settings beside it ({first_line(error)}); "
                 "put the run's own back, or start a new run"
@@ -589,6 +605,19 @@ class Loop(ABC):
         self.epoch, self.step, self.totals = (checkpoint[name] for name in ("epoch", "step", "totals"))
         self.best, self.final = checkpoint["best"], checkpoint["final"]
         self.folder.cut_back(checkpoint["lengths"])
+        self._log_resumed()
+
+    def _restore_generators(self, saved: dict[str, Any], position: tuple[int, int]) -> None:
+        """From this rank's saved states, by name. What cannot be restored begins anew, from the seed and the
+        position (epoch, step)."""
+        for name, (generator, seed) in self.generators().items():
+            if self.began_with_ranks != self.ranks.size and name not in self.common_generators():
+                reseeded(generator, *seed, *position)
+            else:
+                self.reseeded |= not restored(generator, saved[name], *seed, *position)
+
+    def _log_resumed(self) -> None:
+        """Where the run goes on, and why its bits may differ from those of a run that never stopped."""
         self.folder.log(f"Resumed after {self.steps_done} steps (epoch {self.epoch + 1}, step {self.step})")
         changed = differences(self.folder.environment, environment(self.config.device))
         if changed:
@@ -684,10 +713,7 @@ class Loop(ABC):
     def _load_statistics(self, of_ranks: list[Tensor]) -> None:
         """This rank's own; with another number of ranks than saved them, their mean."""
         same = len(of_ranks) == self.ranks.size
-        flat = of_ranks[self.ranks.rank] if same else torch.stack(of_ranks).mean(dim=0)
-        own = self._statistics()
-        for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        self._set_statistics(of_ranks[self.ranks.rank] if same else torch.stack(of_ranks).mean(dim=0))
 
     def _save(self) -> None:
         """Raises RunError, and keeps the checkpoint before, where a tensor is not finite."""
@@ -774,7 +800,7 @@ class Loop(ABC):
         lr = self.learning_rate()
         stacked = torch.stack([values for values, _ in self.unread])
         if self.ranks.size > 1:
-            # Hits of all ranks, and the mean of their losses weighted by their shares
+            # What is correct on all ranks, and the mean of their losses weighted by their shares
             shares = [self.ranks.share_of(images) for _, images in self.unread]
             stacked[:, 0] *= torch.tensor(shares, dtype=stacked.dtype, device=stacked.device)
         rows = self.ranks.sum(stacked).tolist()
@@ -789,7 +815,7 @@ class Loop(ABC):
             )
             for index, value in enumerate((loss * images, row[1], row[2], images)):
                 self.totals[index] += value
-        # Without a first step, unless it is all there is.
+        # The rate leaves out the slow first step, unless there is no other.
         timed, seconds = self.unread[self.cold_steps :], time.perf_counter() - self.read_at
         if self.cold_steps and timed:
             seconds -= self.cold_seconds
@@ -809,7 +835,7 @@ class Loop(ABC):
         self.unread.clear()
         self._start_clock()
 
-    def epoch_means(self) -> Means:
+    def epoch_means(self) -> Metrics:
         """Of this epoch's steps so far, on the augmented images."""
         loss, top1, top5, images = self.totals
         return loss / images, top1 / images, top5 / images
@@ -839,7 +865,7 @@ class Loop(ABC):
         except Exception as error:
             self.folder.log(f"no picture {file_name}: {error}")
 
-    def record_evaluation(self, found: dict[str, Means]) -> None:
+    def record_evaluation(self, found: dict[str, Metrics]) -> None:
         """The epoch's line of the log, its scalars and its line of metrics.jsonl; `found` is by a key of
         MEASURED."""
         epoch = self.epoch + 1
@@ -860,49 +886,19 @@ class Loop(ABC):
         self.folder.scalars(self.steps_done, {f"{name}/{what}": v for (name, what), v in values.items()})
 
 
-@torch.no_grad()
-def evaluated(
-    network: Any,  # a module with a `noise_generator`
-    batches: Batches,
-    order: Tensor,
-    batch_size: int,
-    after_batch: Callable[[int], None] = lambda images: None,
-    training: bool = False,
-    ranks: Ranks | None = None,
-) -> Means:
-    """Mean loss and accuracies of a network in evaluation mode, or in training mode, on the images of `order`
-    (int64, on the host), not augmented. `after_batch` is told how many are done. Of several `ranks` each
-    takes a part of each batch, which may be empty. What the network draws (`noise_generator`) is the same in
-    every evaluation, and nothing of the training's."""
-    ranks = ranks or Ranks()
-    before, drawn_from = network.training, network.noise_generator
-    network.train(training)
-    network.noise_generator = seeded(batches.device, EVALUATION_NOISE, ranks.rank)
-    sums, done = torch.zeros(3, dtype=torch.float64, device=batches.device), 0
-    picked = batches.picked(order, batch_parts(len(order), batch_size, ranks))
-    try:
-        for images, labels in picked:
-            if len(images):
-                logits = network(batches.prepared(images, augment=False))
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums += torch.stack([loss, *hits(logits, labels)])
-            done = min(done + batch_size, len(order))
-            after_batch(done)
-    finally:
-        picked.close()
-        network.noise_generator = drawn_from
-    network.train(before)
-    loss, top1, top5 = (ranks.sum(sums) / len(order)).tolist()
-    return loss, top1, top5
+def with_later_settings(found: Any, settings: dict[str, Any]) -> Any:
+    """The settings that a run or a protocol of before has saved, with those of `settings` that came later."""
+    if not isinstance(found, dict):
+        return found
+    return {name: value for name, value in LATER_SETTINGS.items() if name in settings} | found
 
 
 def as_saved_now(checkpoint: dict[str, Any], own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint in today's form. Once the optimizers' states stood in it with their settings, and without
     moments before the first step; a search had no `final`, and some settings were not there."""
     found = {"final": None, **checkpoint}
-    if isinstance(found.get("settings"), dict):
-        later = {name: value for name, value in LATER_SETTINGS.items() if name in settings}
-        found["settings"] = later | found["settings"]
+    if "settings" in found:
+        found["settings"] = with_later_settings(found["settings"], settings)
     begins = (found.get("epoch"), found.get("step")) == (0, 0)
     for name in own:
         if isinstance(found.get(name), dict) and found[name].keys() == {"state", "param_groups"}:
@@ -931,11 +927,6 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
     return sorted({min(images, batch_size), images % batch_size} - {0}, reverse=True)
 
 
-def batch_parts(images: int, batch_size: int, ranks: Ranks) -> list[range]:
-    """This rank's part of each batch that so many images are cut into, as positions; it may be empty."""
-    return [ranks.part(range(images)[start : start + batch_size]) for start in range(0, images, batch_size)]
-
-
 def is_out_of_memory(error: BaseException | None) -> bool:
     """CUDA has an exception of its own; on the host it is told by its text."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -955,12 +946,6 @@ def refusing_what_does_not_fit(what: str, device: torch.device) -> Iterator[None
         raise InputError(
             f"{what} cannot be made on {device} ({first_line(error)}); choose a smaller one"
         ) from error
-
-
-def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels are the first, and among the first five, of the logits [N, classes]: two scalars."""
-    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return ranked[:, 0].sum(), ranked.sum()
 
 
 def cosine(high: float, low: float, epoch: int, epochs: int) -> float:

@@ -158,6 +158,7 @@ class SearchNetwork(FlatNetwork):
     """
 
     ALPHAS = ("alphas_normal",)
+    candidates = CANDIDATES
 
     def __init__(self, channels: int, classes: int, cells: int, image_channels: int = 3):
         super().__init__()

@@ -146,7 +146,11 @@ def render(dot_source: str, file_format: str) -> bytes:
     """
     if shutil.which("dot"):
         done = subprocess.run(
-            ["dot", f"-T{file_format}"], input=dot_source.encode(), capture_output=True, check=False
+            ["dot", f"-T{file_format}"],
+            input=dot_source.encode(),
+            capture_output=True,
+            check=False,
+            start_new_session=True,  # Ctrl-C, by which a run finishes its step, does not end the drawing
         )
         if done.returncode:
             raise RuntimeError(f"dot failed: {done.stderr.decode(errors='replace').strip()}")

@@ -40,6 +40,7 @@ class Decisions(NamedTuple):
 
 
 def nothing_decided(like: Tensors) -> Decisions:
+    """The decisions before the first round, shaped as the alphas `like`."""
     return Decisions(
         {name: torch.ones_like(tensor) for name, tensor in like.items()},
         {name: torch.zeros_like(tensor) for name, tensor in like.items()},
@@ -47,7 +48,7 @@ def nothing_decided(like: Tensors) -> Decisions:
 
 
 def rounds(space: Space) -> int:
-    """An edge each, then each node of more than two edges."""
+    """The number of rounds: one for each edge, then one for each node of more than two edges."""
     return len(space.edges) + space.nodes - 1  # the first node has two
 
 
@@ -71,7 +72,7 @@ def decided_round(
 
 
 def all_decided(decisions: Decisions, space: Space) -> bool:
-    """Whether every edge is, and every node has its two."""
+    """Whether every edge is decided, and every node has no more edges than a genotype keeps."""
     return not any(kept.any() for kept in decisions.kept.values()) and all(
         len(_edges_of(node, added, space)) <= EDGES_KEPT
         for added in decisions.added.values()
@@ -80,7 +81,7 @@ def all_decided(decisions: Decisions, space: Space) -> bool:
 
 
 def genotype_of(decisions: Decisions, space: Space) -> Genotype:
-    """When all is decided."""
+    """The genotype of decisions that are all made."""
     normal, reduce = (_gene(added, space) for added in decisions.added.values())
     return Genotype(normal, space.concat, reduce, space.concat)
 

@@ -27,7 +27,7 @@ from darts_fast.distributed import refuse_ranks
 from darts_fast.errors import InputError, RunError, one_line
 from darts_fast.files import Unreadable, read_json
 from darts_fast.genotype import Genotype, random_genotype
-from darts_fast.loop import MOVABLE, duration, is_lost_worker, is_out_of_memory
+from darts_fast.loop import MOVABLE, duration, is_lost_worker, is_out_of_memory, with_later_settings
 from darts_fast.protocol_report import Candidate, Group, Outcome, in_words, write_report
 from darts_fast.runs import (
     CHECKPOINT,
@@ -341,7 +341,8 @@ class Protocol:
 
     def _end_hours(self, key: str) -> None:
         known = self.hours[key]
-        self.hours[key] = {"hours": known["hours"] + (time.time() - known["since"]) / 3600, "since": None}
+        hours = max(0.0, time.time() - known["since"]) / 3600  # a clock may be set back
+        self.hours[key] = {"hours": known["hours"] + hours, "since": None}
         write_json(self.path / HOURS, self.hours)
 
     def _hours_in_words(self) -> str:
@@ -362,6 +363,7 @@ class Protocol:
         if os.path.lexists(self.path / RUNS):
             with _reading(self.path / RUNS) as content:
                 check_keys(content, (*self.origin, "runs"), "it")
+                content["settings"] = with_later_settings(content["settings"], self.origin["settings"])
                 check_keys(content["settings"], self.origin["settings"], "settings")
                 if not isinstance(content["runs"], dict):
                     raise ValueError("runs is no dictionary")

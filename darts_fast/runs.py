@@ -213,10 +213,9 @@ class RunFolder:
             check_keys(checkpoint.get("lengths"), self._files, "lengths")
             for name, length in checkpoint["lengths"].items():
                 check_number(length, int, 0, math.inf, f"lengths.{name}")
-        except Unreadable as error:
-            raise InputError(f"{path} {error}; put the run's own back, or start a new run") from error
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read as a checkpoint ({error})") from error
+        except (Unreadable, ValueError) as error:
+            why = error if isinstance(error, Unreadable) else f"cannot be read as a checkpoint ({error})"
+            raise InputError(f"{path} {why}; put the run's own back, or start a new run") from error
         for name, length in checkpoint["lengths"].items():
             size = os.path.getsize(self.path / name)
             if size < length:

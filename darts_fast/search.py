@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from darts_fast import architect, capture, curvature, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.cells import DartsCells, cells_of
 from darts_fast.config import SearchConfig
-from darts_fast.cost import Cost
 from darts_fast.data import Dataset, check_for_network, permutation, seeded
 from darts_fast.diagnosis import diagnosis, operations
 from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
+from darts_fast.evaluation import Metrics
 from darts_fast.flat import FlatNetwork
 from darts_fast.fused import kernels_on
 from darts_fast.genotype import Genotype, in_short
-from darts_fast.loop import Loop, Means, cosine, hits, refusing_what_does_not_fit
+from darts_fast.loop import Loop, cosine, refusing_what_does_not_fit
 from darts_fast.nasbench201 import Cell
-from darts_fast.perturb import adversarial_perturbation, random_perturbation
-from darts_fast.precision import LossScale
 from darts_fast.profiling import phase
 from darts_fast.projection import Decisions, all_decided, decided_round, genotype_of, nothing_decided, rounds
 from darts_fast.runs import environment
+from darts_fast.search_step import SearchStep
 from darts_fast.space import Space
 from darts_fast.state import check_keys, check_number, copy_state
 from darts_fast.supernet import Supernet
@@ -36,13 +34,12 @@ from darts_fast.supernet import Supernet
 # Streams of random numbers, told apart by the second number of a seed.
 SPLIT, TRAIN_ORDER, VALIDATION_ORDER, AUGMENTATION, PERTURBATION, PROJECTION, NOISE = range(7)
 
-Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, noise
-
 # TensorBoard sorts groups of tags by name: train and val come first, then what an epoch says of its cells,
 # and last the alphas, of which there are 224 in the paper's space.
 CELLS, LAST = "x_cells", "z_"
 
-MIDDLE = curvature.WINDOW // 2  # of the earlier window: the epoch that `stop_at_eigenvalue` goes back to
+# Index in the earlier window of the epoch that `stop_at_eigenvalue` goes back to
+MIDDLE = curvature.WINDOW // 2
 
 
 class SearchResult(NamedTuple):
@@ -85,223 +82,6 @@ def resume_search(
     return Search.go_on(SearchConfig, path, data, device)
 
 
-class SearchStep:
-    """One step of the search on a supernet: architecture step, then weight step, with both optimizers.
-
-    Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
-    rate and the optimizers' counters are on the device, and weights, alphas, their gradients and moments
-    stay where they are.
-
-    Args:
-        network: the supernet, of any floating dtype.
-        config: learning rates, order, form of the Hessian-vector product, precision.
-        generator: of the device; what `config.perturb` draws from. None: PyTorch's own.
-        cost: of the cells; needed where `config.macs_weight` is not 0.
-        average: of a batch shared among several processes, see `architect`: all gradients are averaged.
-    """
-
-    def __init__(
-        self,
-        network: FlatNetwork,
-        config: SearchConfig,
-        generator: torch.Generator | None = None,
-        cost: Cost | None = None,
-        average: architect.Average = architect.alone,
-    ):
-        self.network, self.config, self.generator, self.average = network, config, generator, average
-        self.cost = None if cost is None else cost.to(network.flat_weights)
-        if self.cost is not None and config.macs_weight:
-            equal = {name: torch.zeros_like(alphas) for name, alphas in network.alphas().items()}
-            self.equal_cost = self.cost.expected(*network.probabilities(equal))
-        self.weights, self.alphas = {"weights": network.flat_weights}, network.alphas()
-        flat = network.flat_weights
-        self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
-        self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
-        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
-        self.lr = torch.tensor(config.w_lr, dtype=flat.dtype, device=flat.device)
-        self.epsilon = torch.tensor(config.perturb_epsilon, dtype=flat.dtype, device=flat.device)
-        self.beta = torch.zeros_like(self.lr)  # strength of `beta_decay`'s penalty, which an epoch sets
-        self.weight_optimizer = torch.optim.SGD(
-            [flat],
-            self.lr if fused else config.w_lr,
-            config.w_momentum,
-            weight_decay=config.w_weight_decay,
-            fused=fused,
-        )
-        self.alpha_optimizer = torch.optim.Adam(
-            self.alphas.values(),
-            config.alpha_lr,
-            (0.5, 0.999),
-            weight_decay=config.alpha_weight_decay,
-            fused=fused,
-            capturable=fused,
-        )
-        # The optimizers would make these in their first step.
-        self.weight_optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
-        for alpha in self.alphas.values():
-            self.alpha_optimizer.state[alpha] = {
-                "step": torch.zeros((), device=alpha.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(alpha),
-                "exp_avg_sq": torch.zeros_like(alpha),
-            }
-        flat.grad = self.weight_gradient = torch.zeros_like(flat)
-        self.alpha_gradients = {name: torch.zeros_like(alpha) for name, alpha in self.alphas.items()}
-        for name, alpha in self.alphas.items():
-            alpha.grad = self.alpha_gradients[name]
-
-    def __call__(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], lr: float) -> Tensor:
-        """`lr` is the learning rate of the weights and the paper's xi. Returns what `take` returns."""
-        self.lr.fill_(lr)
-        return self.take(*train, *validation)
-
-    def take(
-        self,
-        train_images: Tensor,
-        train_labels: Tensor,
-        validation_images: Tensor,
-        validation_labels: Tensor,
-    ) -> Tensor:
-        """[loss, top-1 hits, top-5 hits] of the training batch in the weight step, on the device."""
-        train = self._batch(train_images, train_labels)
-        self._architecture_step(train, self._batch(validation_images, validation_labels))
-        with phase("weight update"):
-            return self._weight_step(*train)
-
-    def take_weights(self, train_images: Tensor, train_labels: Tensor) -> Tensor:
-        """The weight step alone, as in the epochs of `alpha_warmup`; returns what `take` returns."""
-        with phase("weight update"):
-            return self._weight_step(*self._batch(train_images, train_labels))
-
-    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
-        """With the noise that all passes of the batch see in this step."""
-        return images, labels, self.network.noise(images)
-
-    def tensors(self) -> list[Tensor]:
-        """All that `take` changes, but gradients."""
-        moments = [
-            tensor
-            for optimizer in (self.weight_optimizer, self.alpha_optimizer)
-            for state in optimizer.state.values()
-            for tensor in state.values()
-        ]
-        scale = [] if self.loss_scale is None else [self.loss_scale.value]
-        return [self.network.flat_weights, *self.alphas.values(), *self.network.buffers(), *moments, *scale]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, alphas, the moments of both optimizers, and float16's loss scale: the
-        tensors themselves, no copies."""
-        state = {
-            "network": self.network.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict()["state"],
-            "alpha_optimizer": self.alpha_optimizer.state_dict()["state"],
-        }
-        if self.loss_scale is not None:
-            state["loss_scale"] = self.loss_scale.value
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies what `state_dict` gave in its place."""
-        copy_state(self.state_dict(), state)
-
-    def loss(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Loss:
-        """Of a batch, as a function of weights and alphas, for the architecture step."""
-        # Differences of 2-byte losses along a step of 0.01 are rounding (docs/differences.md).
-        differences = self.config.order == 2 and self.config.hvp == "finite-difference"
-        activations = None if differences else self.activations
-        return partial(self.network.loss, images, labels, activations=activations, noise=noise)
-
-    @property
-    def scale(self) -> Tensor | None:
-        return None if self.loss_scale is None else self.loss_scale.value
-
-    def _architecture_step(self, train: Batch, validation: Batch) -> None:
-        """Adam on the alphas; the paper's xi is the learning rate of the weights."""
-        train_loss, validation_loss = self.loss(*train), self.loss(*validation)
-        if self.config.beta_decay or self.config.macs_weight:
-            validation_loss = architect.with_penalty(validation_loss, self.penalty)
-        with self.network.frozen_statistics():
-            if self.config.order == 1:
-                found = architect.first_order(
-                    validation_loss, self.weights, self.alphas, self.scale, self.average
-                )
-            else:
-                step = architect.VirtualStep(self.lr, self.config.w_momentum, self.config.w_weight_decay)
-                arguments = (train_loss, validation_loss, self.weights, self.alphas, self._momenta(), step)
-                if self.config.hvp == "exact":
-                    found = architect.second_order_exact(*arguments, self.scale, self.average)
-                else:
-                    found = architect.second_order_finite_difference(*arguments, self.average)
-        with phase("architecture update"):
-            self._alpha_step(found)
-
-    def penalty(self, alphas: architect.Tensors) -> Tensor:
-        """What is added to the validation loss: Beta-DARTS's penalty, and the weighed cost."""
-        config, terms = self.config, []
-        if config.beta_decay:
-            terms.append(self.beta * architect.beta_penalty(self.network.present(alphas)))
-        if config.macs_weight:
-            assert self.cost is not None  # see the class
-            expected = self.cost.expected(*self.network.probabilities(alphas))
-            if config.macs_target is None:
-                terms.append(config.macs_weight * expected / self.equal_cost)
-            else:
-                terms.append(config.macs_weight * (expected / (1e6 * config.macs_target) - 1).relu())
-        return torch.stack(terms).sum()
-
-    def _alpha_step(self, gradients: architect.Tensors) -> None:
-        for name, own in self.alpha_gradients.items():
-            own.copy_(gradients[name])
-        if self.loss_scale is not None:
-            self.loss_scale.check(self.alpha_optimizer)
-        self.alpha_optimizer.step()
-
-    def _weight_step(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """SGD on the weights at the new alphas -> [loss, top-1 hits, top-5 hits], on the device."""
-        alphas, network = architect.detached(self.alphas), self.network
-        with network.weighed(network.kept, self._perturbed(images, labels, noise)):
-            logits = network.logits(images, self.weights, alphas, self.activations, noise)
-        loss = F.cross_entropy(logits, labels)
-        found = architect.gradients(architect.times(loss, self.scale), self.weights)
-        self.weight_gradient.copy_(self.average(architect.divided(found, self.scale))["weights"])
-        if self.loss_scale is not None:
-            self.loss_scale.check(self.weight_optimizer)
-        torch.nn.utils.clip_grad_norm_([network.flat_weights], self.config.w_grad_clip)
-        self.weight_optimizer.step()
-        return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
-
-    def _perturbed(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> architect.Tensors:
-        """What the weight step adds to the probabilities, see `Supernet.mixture`."""
-        network, epsilon, generator = self.network, self.epsilon, self.generator
-        if self.config.perturb is None:
-            return network.added
-
-        def with_added(delta: architect.Tensors) -> architect.Tensors:
-            return {
-                name: network.added[name] + d if name in network.added else d for name, d in delta.items()
-            }
-
-        def loss(delta: architect.Tensors) -> Tensor:
-            with network.weighed(network.kept, with_added(delta)):
-                weights, alphas = architect.detached(self.weights), architect.detached(self.alphas)
-                found = network.loss(images, labels, weights, alphas, self.activations, noise)
-            return architect.times(found, self.scale)
-
-        # Of the softmaxed alphas: what is added beside them is not perturbed, nor is a decided edge.
-        with torch.no_grad(), network.weighed(network.kept, {}):
-            p = dict(zip(network.ALPHAS, network.mixture(), strict=True))
-        if self.config.perturb == "random":
-            return with_added(random_perturbation(p, epsilon, generator))
-        with network.frozen_statistics():
-            return with_added(adversarial_perturbation(loss, p, epsilon, generator, self.average))
-
-    def _momenta(self) -> architect.Tensors:
-        return {"weights": self.momentum_buffer}
-
-    @property
-    def momentum_buffer(self) -> Tensor:
-        return self.weight_optimizer.state[self.network.flat_weights]["momentum_buffer"]
-
-
 class Search(Loop):
     """A search under way: the supernet, both optimizers, and the position in the schedule.
 
@@ -341,14 +121,11 @@ class Search(Loop):
         self.noise = self.network.noise_generator = seeded(self.device, *self.noise_seed)
         self.cost = self.cells.cost(config, dataset)
         self.search_step = SearchStep(self.network, config, self.perturbation, self.cost, self.ranks.average)
-        nothing = nothing_decided(
-            {name: getattr(self.network, name).detach() for name in self.network.ALPHAS}
-        )
-        self.decisions = nothing if config.derive == "perturbation" else None
-        if self.decisions:
-            self.network.kept = nothing.kept
-        if self.decisions or config.auxiliary_skip:
-            self.network.added = nothing.added
+        self.decisions: Decisions | None = None  # of DARTS-PT
+        if config.derive == "perturbation":
+            self.decisions = nothing_decided(architect.detached(self.network.alphas()))
+            self.network.kept, self.network.added = self.decisions
+        self._set_strengths()  # of the first epoch, for the step whose launches the log counts
         self.decided: tuple[Decisions, list[str]] | None = None  # after this epoch, once it is evaluated
         names = ("train_images", "train_labels", "validation_images", "validation_labels")
         size = self.part_sizes(split)[0]
@@ -376,18 +153,15 @@ class Search(Loop):
         self._set_strengths()
 
     def _set_strengths(self) -> None:
-        """What grows or falls with the epochs, in place: a captured step reads it."""
+        """Sets the strengths that grow or fall with the epochs; in place, as a captured step reads them."""
         config, epochs = self.config, self.config.epochs
         done = min(self.epoch / epochs, 1)
         self.search_step.epsilon.fill_(config.perturb_epsilon * (0.1 + 0.9 * done))
         self.search_step.beta.fill_(config.beta_decay * done)
         if config.auxiliary_skip and self.epoch < epochs:
             # From all of it in the first epoch to 0 in the last
-            beta = config.auxiliary_skip * (1 - self.epoch / (epochs - 1) if epochs > 1 else 1)
-            for name, added in self.network.added.items():
-                present = self.network.present_alphas(name).isfinite()
-                skips = [candidate == "skip_connect" for candidate in self.cells.names.candidates]
-                added.copy_(beta * present * torch.tensor(skips, device=self.device))
+            left = 1 - self.epoch / (epochs - 1) if epochs > 1 else 1
+            self.network.set_auxiliary_skip(config.auxiliary_skip * left)
 
     def take_step(self, lr: float) -> tuple[Tensor, int]:
         with phase("data"):
@@ -413,7 +187,7 @@ class Search(Loop):
             train = self.batches.prepared(train_images, True)
         return self.search_step.take_weights(train, train_labels)
 
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         found = self.measured({"val": self.network}, self.batches, self.validation_half)
         past = self.epoch + 1 - self.config.epochs
         if self.decisions and past >= 0 and past % self.config.projection_epochs == 0:
@@ -475,12 +249,13 @@ class Search(Loop):
 
     @property
     def space(self) -> Space:
-        """Of the cells of DARTS."""
+        """The search space of DARTS's cells; those of NAS-Bench-201 have none."""
         assert isinstance(self.cells, DartsCells)
         return self.cells.space
 
     def _commit_decisions(self) -> None:
-        """Those of this epoch, in place; the first ones begin a new descent of the weights."""
+        """Takes over this epoch's decisions of DARTS-PT, in place. After the first ones a new descent of the
+        weights begins: the momentum is set to 0."""
         if self.decided is None:
             return
         (decisions, said), self.decided = self.decided, None
@@ -492,24 +267,37 @@ class Search(Loop):
         for sentence in said:
             self.folder.log(sentence)
 
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records the epoch, and keeps its genotype if it is the best so far."""
         self.record_evaluation(found)
         self._commit_decisions()
         epoch, genotype = self.epoch + 1, self._genotype()
         self.folder.log(f"genotype = {genotype}", shown=False)
         self._diagnose(genotype, epoch)
-        if self.eigenvalue is not None:
-            self.folder.log(
-                "largest eigenvalue of the Hessian of the validation loss in the alphas: "
-                f"{self.eigenvalue:.4g}"
-            )
-            self.folder.metrics(epoch=epoch, step=self.steps_done, eigenvalue=self.eigenvalue)
-            self.folder.scalars(self.steps_done, {"val/eigenvalue": self.eigenvalue})
+        self._record_eigenvalue(epoch)
         self._record_alphas(self.steps_done)
         self._draw(genotype, epoch)
         _, top1, _ = found["val"]
         final = {"epoch": epoch, "top1": top1, "genotype": genotype.as_json()}
+        why = self._choose(final)
+        if why is not None:
+            self.folder.log(f"The search ends here: {why}")
+        stopped = {} if why is None else {"stopped": why}
+        self.folder.write_json("genotype.json", {"best": self.best, "final": final, **stopped})
+
+    def _record_eigenvalue(self, epoch: int) -> None:
+        if self.eigenvalue is None:
+            return
+        self.folder.log(
+            f"largest eigenvalue of the Hessian of the validation loss in the alphas: {self.eigenvalue:.4g}"
+        )
+        self.folder.metrics(epoch=epoch, step=self.steps_done, eigenvalue=self.eigenvalue)
+        self.folder.scalars(self.steps_done, {"val/eigenvalue": self.eigenvalue})
+
+    def _choose(self, final: dict[str, Any]) -> str | None:
+        """Makes `best` the record of the genotype that the search takes if no other epoch follows this one,
+        whose record is `final`. Returns why no other one follows, in words."""
+        epoch = final["epoch"]
         if epoch > self.config.alpha_warmup:
             if self.best is not None and self.best["epoch"] <= self.config.alpha_warmup:
                 self.best = None  # the genotype of alphas that were not trained
@@ -522,10 +310,7 @@ class Search(Loop):
             self.best = {name: self.recent[MIDDLE][name] for name in final}
         if self.decisions and epoch == self.epochs:
             self.best = final
-        if why is not None:
-            self.folder.log(f"The search ends here: {why}")
-        stopped = {} if why is None else {"stopped": why}
-        self.folder.write_json("genotype.json", {"best": self.best, "final": final, **stopped})
+        return why
 
     def _why_it_ends(self, epochs: int) -> str | None:
         """Why no other epoch begins after so many, in words. (In the warm-up the alphas say nothing.)"""
@@ -661,52 +446,60 @@ class Search(Loop):
         )
 
     def engine(self) -> dict[str, str]:
-        config, activations = self.config, self.search_step.activations
-        form = "first order"
-        if config.order == 2:
-            form = f"second order, {config.hvp} Hessian-vector product"
-            if activations is not None and config.hvp == "finite-difference":
-                form += ", in float32: in 2 bytes the differences would be rounding"
-        cells = "reference cells"
-        if config.fused:
-            dtype = activations or torch.float32
-            cells = f"fused cells, kernels: {kernels_on(self.device, dtype)}"
-        if config.partial_channels > 1:
-            cells += f"; candidates read 1/{config.partial_channels} of the channels"
-        weighed = []
-        if config.partial_channels > 1:
-            weighed.append("edges by softmaxed betas")
-        if config.auxiliary_skip:
-            weighed.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
-        if config.perturb:
-            weighed.append(
-                f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}"
-            )
-        if config.macs_weight:
-            form += f", plus {config.macs_weight} times the expected multiply-adds, relative to "
-            target = config.macs_target
-            form += "those of equal alphas" if target is None else f"{target} M where above it"
-        if config.beta_decay:
-            form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
-        warm_up = {}
+        config, lines = (
+            self.config,
+            {
+                "device": environment(self.config.device)["device"],
+                "cells": self._cells_in_words(),
+                "precision": precision.in_words(self.config.amp, self.activations),
+            },
+        )
+        beside = self._weights_beside_in_words()
+        if beside:
+            lines["weights beside the softmaxed alphas"] = "; ".join(beside)
+        lines["architecture gradient"] = self._gradient_in_words()
         if config.alpha_warmup:
-            warm_up["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
-        decided = {}
+            lines["alpha warm-up"] = f"only the weights are trained up to epoch {config.alpha_warmup}"
         if self.decisions is not None:
-            decided["genotype"] = (
+            lines["genotype"] = (
                 f"decided by perturbation after epoch {config.epochs}, in {rounds(self.space)} rounds with "
                 f"{config.projection_epochs} epochs between two"
             )
-        return {
-            "device": environment(config.device)["device"],
-            "cells": cells,
-            "precision": precision.in_words(config.amp, activations),
-            **({"weights beside the softmaxed alphas": "; ".join(weighed)} if weighed else {}),
-            "architecture gradient": form,
-            **warm_up,
-            **decided,
-            "step": capture.in_words(self.captured),
-        }
+        lines["step"] = capture.in_words(self.captured)
+        return lines
+
+    def _cells_in_words(self) -> str:
+        cells, partial_channels = "reference cells", self.config.partial_channels
+        if self.config.fused:
+            cells = f"fused cells, kernels: {kernels_on(self.device, self.activations or torch.float32)}"
+        if partial_channels > 1:
+            cells += f"; candidates read 1/{partial_channels} of the channels"
+        return cells
+
+    def _weights_beside_in_words(self) -> list[str]:
+        """What weighs candidates and edges beside the softmaxed alphas."""
+        config, found = self.config, []
+        if config.partial_channels > 1:
+            found.append("edges by softmaxed betas")
+        if config.auxiliary_skip:
+            found.append(f"an auxiliary skip connection of weight {config.auxiliary_skip} falling to 0")
+        if config.perturb:
+            found.append(f"in the weight step {config.perturb} perturbations up to {config.perturb_epsilon}")
+        return found
+
+    def _gradient_in_words(self) -> str:
+        config, form = self.config, "first order"
+        if config.order == 2:
+            form = f"second order, {config.hvp} Hessian-vector product"
+            if self.activations is not None and config.hvp == "finite-difference":
+                form += ", in float32: in 2 bytes the differences would be rounding"
+        if config.macs_weight:
+            target = config.macs_target
+            relative_to = "those of equal alphas" if target is None else f"{target} M where above it"
+            form += f", plus {config.macs_weight} times the expected multiply-adds, relative to {relative_to}"
+        if config.beta_decay:
+            form += f", Beta-DARTS's penalty, from 0 towards {config.beta_decay}"
+        return form
 
     def _shuffled(self, half: Tensor, stream: int) -> Tensor:
         return half[permutation(len(half), self.config.seed, stream, self.epoch)]
@@ -759,8 +552,8 @@ class Search(Loop):
         self.folder.scalars(self.steps_done, {f"{CELLS}/{name}": value for name, value in values.items()})
 
     def _costs(self, genotype: Any) -> dict[str, float]:
-        """Multiply-adds of the genotype's network at the search's own size, and expected ones, by their names
-        in metrics.jsonl."""
+        """By their names in metrics.jsonl, the multiply-adds of the genotype's network at the search's own
+        size, and the expected ones of the alphas; {} of NAS-Bench-201."""
         if self.cost is None or self.search_step.cost is None:
             return {}
         with torch.no_grad():

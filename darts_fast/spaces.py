@@ -60,9 +60,10 @@ def read_space(text: str) -> Space:
         return SPACES[text]
     if text.lstrip().startswith("{"):
         try:
-            return _space_of(json.loads(text), "space")
+            found = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"space is no JSON ({error})") from error
+        return _space_of(found, "space")
     if not os.path.lexists(text):
         raise InputError(
             f"space must be {', '.join(SPACES)}, nasbench201, or a JSON file; there is no file "

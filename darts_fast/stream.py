@@ -47,8 +47,8 @@ class Stream(Batches):
         workers: int = 0,
         ranks: Ranks | None = None,
     ):
-        nothing = torch.empty(0)  # of the images is in memory
-        super().__init__(nothing, nothing, device, statistics, generator, cutout_length=cutout_length)
+        empty = torch.empty(0)  # no image is in memory
+        super().__init__(empty, empty, device, statistics, generator, cutout_length=cutout_length)
         self.files, self.file_labels, self.workers, self.ranks = files, labels, workers, ranks or Ranks()
         self.transforms = _transforms(files.image_size, color_jitter)
 

@@ -49,6 +49,7 @@ class Supernet(FlatNetwork):
     ):
         super().__init__()
         self.fused, self.space, self.partial_channels = fused, space, partial_channels
+        self.candidates = space.candidates
         width = STEM_MULTIPLIER * channels
         self.stem = nn.Sequential(
             nn.Conv2d(image_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)

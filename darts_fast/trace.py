@@ -14,7 +14,7 @@ REST = "rest of the step"
 
 
 class Row(NamedTuple):
-    """Of an operation or a phase, in all recorded steps."""
+    """The totals of an operation or of a phase over all recorded steps."""
 
     name: str
     launches: int
@@ -23,6 +23,8 @@ class Row(NamedTuple):
 
 
 class Profile(NamedTuple):
+    """What the trace of a recording says of its steps."""
+
     device: str  # "cpu" or "cuda"
     steps: int
     seconds: float  # wall clock, of all steps

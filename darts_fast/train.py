@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from darts_fast import architect, capture, plot, precision
+from darts_fast import capture, plot, precision
 from darts_fast.capture import Captured
 from darts_fast.config import TrainConfig, available_device
 from darts_fast.data import Batches, Dataset, ImageFiles, check_for_network, fingerprint, permutation, seeded
@@ -28,29 +27,21 @@ from darts_fast.derived import (
 )
 from darts_fast.distributed import Ranks
 from darts_fast.errors import InputError
+from darts_fast.evaluation import Metrics, evaluated
 from darts_fast.fused import kernels_on, missing_on
-from darts_fast.loop import (
-    MEASURED,
-    Loop,
-    Means,
-    cosine,
-    evaluated,
-    hits,
-    refusing_what_does_not_fit,
-)
+from darts_fast.loop import MEASURED, Loop, cosine, refusing_what_does_not_fit
 from darts_fast.notation import load_genotype
-from darts_fast.precision import LossScale, strict_float32
+from darts_fast.precision import strict_float32
 from darts_fast.profiling import phase
 from darts_fast.runs import environment, read_config
-from darts_fast.state import check_keys, check_number, copy_state
+from darts_fast.state import check_keys, check_number
 from darts_fast.stream import Stream
+from darts_fast.train_step import TrainStep
 
 # Streams of random numbers, told apart by the second number of a seed.
 TRAIN_ORDER, AUGMENTATION, DROP_PATH, SPLIT, NOISE = range(5)
 
 BEST, FINAL, AVERAGE = "best.pt", "final.pt", "ema.pt"
-
-NO_TEST_IMAGES = "data has no test images; give them and their labels as its third and fourth tensor"
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # training images and labels, test images and labels
 
@@ -100,7 +91,7 @@ def resume_training(path: str | Path, data: Data | None = None, device: str | No
     return Training.go_on(TrainConfig, path, data, device)
 
 
-def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Means]:
+def evaluate(path: str | Path, device: str | None = None, data: Data | None = None) -> dict[str, Metrics]:
     """Loss, top-1 and top-5 accuracy (0 to 1) of the networks saved in a run folder, on its test images, also
     where it was trained on a part of the training images and judged by the others.
 
@@ -125,8 +116,7 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
     if not files:
         raise InputError(f"{path} has no {FINAL} or {BEST} yet: no epoch was finished; resume it first")
     dataset, where = read_data(config, data, resumed=path), available_device(device)
-    if not len(dataset.test_labels):
-        raise InputError(NO_TEST_IMAGES)
+    check_test_images(dataset)
     checksum, found = fingerprint(dataset), {}
     for name in files:
         module, content = unpacked(path / name)
@@ -147,6 +137,15 @@ def evaluate(path: str | Path, device: str | None = None, data: Data | None = No
         with strict_float32(), refusing_what_does_not_fit(what, where):
             found[name] = evaluated(module.to(where), batches, order, config.batch_size)
     return found
+
+
+def check_test_images(dataset: Dataset) -> None:
+    """Raises InputError where there are none."""
+    if not len(dataset.test_labels):
+        remedy = "give them and their labels as the third and fourth tensor of data"
+        if dataset.name == "folder":
+            remedy = "put some into test/CLASS/, or at least five images into a CLASS/"
+        raise InputError(f"{dataset.name} has no test images; {remedy}")
 
 
 def split(images: int, train_portion: float) -> tuple[Tensor, Tensor]:
@@ -179,147 +178,6 @@ def scheduled(config: TrainConfig, epoch: int) -> float:
     return lr * (epoch + 1) / config.warmup_epochs if epoch < config.warmup_epochs else lr
 
 
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
-    """Moves the parameters into one new tensor, a leaf, of which they are views from here on."""
-    flat = torch.cat([p.detach().flatten() for p in parameters])
-    for p, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.data = view.view_as(p)
-    return flat.requires_grad_(parameters[0].requires_grad)
-
-
-class TrainStep:
-    """One step of the training of a network: the loss of its heads, the gradient, clipped, and SGD; and a
-    moving average of the weights and running statistics, if there is one.
-
-    Nothing in `take` is read back to the host or moves in memory, so that it can be captured: the learning
-    rate, the drop-path probability and the share by which the average moves are on the device, and weights,
-    their gradients and momenta stay where they are. All weights are views of one tensor, and so are their
-    gradients and momenta: an update is a few operations, and not some for each weight.
-
-    Args:
-        network: in training mode, of any floating dtype; its drop-path probability becomes a tensor where
-            the settings have one.
-        config: learning rate, weights of the losses, precision.
-        average: a network of the same kind, whose weights become the moving average.
-        average_gradients: of a batch shared among several processes, see `architect`.
-    """
-
-    def __init__(
-        self,
-        network: DerivedNetwork,
-        config: TrainConfig,
-        average: DerivedNetwork | None = None,
-        average_gradients: architect.Average = architect.alone,
-    ):
-        self.network, self.config, self.average = network, config, average
-        self.average_gradients = average_gradients
-        for module in (network, average):
-            if module is not None and module.fused:
-                module.cells_on_kernels()  # before the statistics are listed
-        self.parameters = list(network.parameters())
-        self.weights = flat = _joined(self.parameters)
-        self.activations = precision.activations(config.amp, config.amp_dtype, flat.device)
-        self.loss_scale = LossScale(flat.device) if self.activations == torch.float16 else None
-        if config.drop_path_prob:
-            network.drop_path_prob = torch.zeros((), device=flat.device)
-        self.lr = torch.tensor(config.lr, dtype=flat.dtype, device=flat.device)
-        fused = flat.device.type in ("cpu", "cuda")  # meta tensors, which only count, have no such optimizer
-        lr = self.lr if fused else config.lr
-        self.optimizer = torch.optim.SGD(
-            [flat], lr, config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
-        flat.grad = self.gradient = torch.zeros_like(flat)
-        # The optimizer would make it in its first step.
-        self.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
-        # What is differentiated by, and where the gradients go: with kernels the weights of all cells, which
-        # are neighbours, are one of them.
-        self.leaves: list[Tensor] = [*self.parameters]
-        self.cells: Tensor | None = None
-        if network.fused:
-            names = [name for name, _ in network.named_parameters()]
-            inside = [i for i, name in enumerate(names) if name.startswith("cells.")]
-            before, behind = self.parameters[: inside[0]], self.parameters[inside[-1] + 1 :]
-            start, end = (sum(p.numel() for p in self.parameters[:i]) for i in (inside[0], inside[-1] + 1))
-            self.cells = flat.detach()[start:end].requires_grad_()
-            self.leaves = [*before, self.cells, *behind]
-        parts = self.gradient.split([t.numel() for t in self.leaves])
-        self.gradients = [g.view_as(leaf) for g, leaf in zip(parts, self.leaves, strict=True)]
-        self.average_share = torch.zeros((), dtype=flat.dtype, device=flat.device)
-        self._averaged: list[list[Tensor]] = []  # the average's weights and statistics; those they follow
-        if average is not None:
-            for module, weights in ((average, _joined(list(average.parameters()))), (network, flat.detach())):
-                self._averaged.append([weights, *(t for t in module.buffers() if t.is_floating_point())])
-
-    def take(self, images: Tensor, labels: Tensor) -> Tensor:
-        """[loss, top-1 hits, top-5 hits] of the batch (images normalised), on the device."""
-        with phase("forward"):
-            outputs = self.network(images, self.activations, self.cells)
-            logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            smoothing = self.config.label_smoothing
-            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-            for other in auxiliary:
-                of_other = F.cross_entropy(other, labels, label_smoothing=smoothing)
-                loss = loss + self.config.aux_weight * of_other
-        with phase("backward"):
-            scaled = loss if self.loss_scale is None else loss * self.loss_scale.value
-            # Zeros for what the genotype's cells leave unused.
-            found = torch.autograd.grad(scaled, self.leaves, materialize_grads=True)
-            torch._foreach_copy_(self.gradients, found)
-            averaged = self.average_gradients({"weights": self.gradient})["weights"]
-            if averaged is not self.gradient:
-                self.gradient.copy_(averaged)
-        with phase("weight update"):
-            if self.loss_scale is not None:
-                self.gradient.div_(self.loss_scale.value)
-                self.loss_scale.check(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
-            self.optimizer.step()
-            if self.average is not None:
-                self._move_average()
-            return torch.stack([loss.detach(), *hits(logits.detach(), labels)])
-
-    def set_average_share(self, steps: int) -> None:
-        """The share by which the step after so many steps moves the average, 1 - decay. The decay begins as
-        (1 + steps) / (10 + steps), so that the weights before the training soon count for nothing."""
-        self.average_share.fill_(1 - min(self.config.ema, (1 + steps) / (10 + steps)))
-
-    @torch.no_grad()
-    def _move_average(self) -> None:
-        averages, sources = self._averaged
-        differences = torch._foreach_sub(sources, averages)
-        torch._foreach_mul_(differences, self.average_share)
-        torch._foreach_add_(averages, differences)
-
-    def tensors(self) -> list[Tensor]:
-        """All that `take` changes, but gradients and the drop path's generator."""
-        momentum = self.optimizer.state[self.weights]["momentum_buffer"]
-        scale = [] if self.loss_scale is None else [self.loss_scale.value]
-        average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
-        return [self.weights, *self.network.buffers(), momentum, *scale, *average]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, running statistics, momenta, float16's loss scale, the moving average: the tensors
-        themselves, no copies."""
-        momentum = self.optimizer.state[self.weights]["momentum_buffer"]
-        momenta = momentum.split([p.numel() for p in self.parameters])
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": {
-                i: {"momentum_buffer": m.view_as(p)}
-                for i, (m, p) in enumerate(zip(momenta, self.parameters, strict=True))
-            },
-        }
-        if self.loss_scale is not None:
-            state["loss_scale"] = self.loss_scale.value
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies what `state_dict` gave in its place."""
-        copy_state(self.state_dict(), state)
-
-
 class Training(Loop):
     """A training under way: the network, its optimizer, and the position in the schedule.
 
@@ -339,8 +197,8 @@ class Training(Loop):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks | None = None):
         check_for_network(dataset, SIZE_MULTIPLE[config.stem])
-        if config.train_portion == 1 and not len(dataset.test_labels):
-            raise InputError(NO_TEST_IMAGES)
+        if config.train_portion == 1:
+            check_test_images(dataset)
         config = config.resolved(dataset.name)
         self.train_part, held_out = split(len(dataset.labels), config.train_portion)
         super().__init__(config, dataset, ranks or Ranks(), len(self.train_part), config.seed, AUGMENTATION)
@@ -409,13 +267,13 @@ class Training(Loop):
             images = self.batches.prepared(images, augment=True)
         return self.train_step.take(images, labels)
 
-    def evaluate(self) -> dict[str, Means]:
+    def evaluate(self) -> dict[str, Metrics]:
         networks, average = {self.judge: self.network}, self.train_step.average
         if average is not None:
             networks["ema"] = average
         return self.measured(networks, self.judge_batches, self.judge_order)
 
-    def finish_epoch(self, found: dict[str, Means]) -> None:
+    def finish_epoch(self, found: dict[str, Metrics]) -> None:
         """Records the epoch; keeps its network where it is the best so far, or the last."""
         self.record_evaluation(found)
         tested = {
@@ -491,7 +349,7 @@ class Training(Loop):
                 module(torch.zeros(size, *shape))
 
     def _network(self) -> DerivedNetwork:
-        """A new one, on PyTorch's default device."""
+        """A new network of the genotype, on PyTorch's default device."""
         config, dataset = self.config, self.dataset
         return network(
             self.genotype,

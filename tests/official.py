@@ -5,7 +5,7 @@ import torch
 from darts_fast import architect
 from darts_fast.config import SearchConfig
 from darts_fast.interop import load_official_search
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

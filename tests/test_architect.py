@@ -1,6 +1,5 @@
 """Architecture gradients against the official code's numbers, and against numerical derivatives."""
 
-import copy
 import math
 
 import pytest
@@ -10,11 +9,8 @@ from official import everything, flat, official_network, three_steps
 from torch import nn
 
 from darts_fast import architect
-from darts_fast.config import SearchConfig
 from darts_fast.genotype import derive
 from darts_fast.interop import load_official_search
-from darts_fast.search import SearchStep
-from darts_fast.spaces import SPACES
 from darts_fast.supernet import Supernet
 
 
@@ -214,57 +210,9 @@ def test_beta_decay_is_part_of_the_derivative_of_the_loss_one_step_ahead(smooth_
         assert relative_error(sum((found[n] * direction[n]).sum() for n in alphas), expected) < 1e-8
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("settings", [{"order": 1}, {}, {"hvp": "finite-difference"}], ids=str)
-def test_beta_decay_adds_the_gradient_of_its_penalty(fused, settings):
-    """In each form of the architecture gradient: strength * softmax / 28 edges, and nothing else."""
-    torch.manual_seed(0)
-    network = Supernet(2, 3, 3, fused=fused).double()
-    with torch.no_grad():
-        for alpha in network.alphas().values():
-            alpha.normal_()
-    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(3, (4,))) for _ in range(2)]
-    found = []
-    for decay in (0.0, 7.0):
-        steps = SearchStep(copy.deepcopy(network), SearchConfig(fused=fused, beta_decay=decay, **settings))
-        steps.beta.fill_(3.0)
-        steps._architecture_step(*batches)
-        found.append({name: alpha.grad for name, alpha in steps.alphas.items()})
-    for name, alpha in network.alphas().items():
-        expected = 3.0 * alpha.detach().exp() / alpha.detach().exp().sum(1, keepdim=True) / 28
-        assert relative_error(found[1][name] - found[0][name], expected) < 1e-9, name
-
-
-def test_a_candidate_that_an_edge_lacks_is_not_penalised():
-    network = Supernet(2, 3, 3, space=SPACES["s1"]).double()
-    step = SearchStep(network, SearchConfig(beta_decay=1.0))
-    step.beta.fill_(1.0)
-    for (name, a), present in zip(network.alphas().items(), SPACES["s1"].present(), strict=True):
-        (gradient,) = torch.autograd.grad(step.penalty(network.alphas()), a)
-        expected = network.present_alphas(name).exp()
-        assert relative_error(gradient, expected / expected.sum(1, keepdim=True) / 28) < 1e-9
-        assert torch.equal(gradient != 0, torch.tensor(present))
-
-
 def test_alphas_at_minus_infinity_add_nothing_to_the_penalty():
     alphas = {"one": torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)}
     penalty = architect.beta_penalty(alphas)
     assert float(penalty.detach()) == pytest.approx(math.log(math.e + math.e**2))
     (gradient,) = torch.autograd.grad(penalty, alphas["one"])
     assert gradient[0, 1] == 0 and torch.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
-def test_architecture_step_leaves_weights_and_statistics_alone(hvp):
-    torch.manual_seed(0)
-    network = Supernet(2, 3, 3)
-    take_step = SearchStep(network, SearchConfig(hvp=hvp))
-    batches = [(torch.randn(4, 3, 8, 8), torch.randint(3, (4,))) for _ in range(2)]
-    take_step(*batches, 0.025)  # so that there are momenta
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    take_step._architecture_step(*batches)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith("alphas"), name
-    take_step._weight_step(*batches[0])
-    assert not torch.equal(network.state_dict()["stem.1.running_mean"], before["stem.1.running_mean"])
-    assert network.state_dict()["stem.1.num_batches_tracked"] == 2

@@ -16,7 +16,8 @@ from darts_fast.data import from_tensors
 from darts_fast.kernels import aten as aten_backend
 from darts_fast.kernels.backends import using
 from darts_fast.precision import strict_float32
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet

@@ -12,7 +12,7 @@ from darts_fast import SearchConfig, network, search
 from darts_fast.cost import cost
 from darts_fast.derived import multiply_adds
 from darts_fast.genotype import Genotype
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.space import DARTS, Space
 from darts_fast.supernet import Supernet
 

@@ -38,15 +38,18 @@ from darts_fast import (
 from darts_fast import distributed as distributed_module
 from darts_fast.data import from_tensors, seeded
 from darts_fast.distributed import Ranks, joined
+from darts_fast.evaluation import evaluated
 from darts_fast.kernels import aten as aten_backend
 from darts_fast.kernels.backends import using
-from darts_fast.loop import RANKS, Loop, check_shares, evaluated
+from darts_fast.loop import RANKS, Loop, check_shares
 from darts_fast.protocol import protocol, resume_protocol
 from darts_fast.runs import CHECKPOINT, METRICS, Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
-from darts_fast.train import Training, TrainStep
+from darts_fast.train import Training
+from darts_fast.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -572,6 +575,29 @@ def test_batches_that_cannot_be_shared():
         InputError, match="129 images in batches of 64 end in a batch of 1, which 2 processes"
     ):
         check_shares(64, 129, 2)
+
+
+class ThreeAlike(Ranks):
+    """Three ranks whose tensors are the same, in one process."""
+
+    def __init__(self):
+        super().__init__(0, 3)
+
+    def sum(self, tensor):
+        return tensor.copy_(tensor + tensor + tensor)
+
+    def gathered(self, tensor):
+        return [tensor] * 3
+
+
+def test_statistics_that_are_averaged_stay_as_they_are():
+    """A run that was stopped in an evaluation resumes there, with what was averaged before it."""
+    images = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
+    config = SearchConfig(batch_size=6, init_channels=2, layers=3, space=SMALL_SPACE)
+    run = Search(config, from_tensors(images, torch.arange(24) % 3), ThreeAlike())
+    before = [tensor.uniform_(0.5, 1.5).clone() for tensor in run._statistics()]
+    run._average_statistics()
+    assert all(map(torch.equal, run._statistics(), before))
 
 
 def test_one_process_exchanges_nothing(monkeypatch):

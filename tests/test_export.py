@@ -363,6 +363,7 @@ BAD = {
     "run --input int8": "invalid choice: 'int8'",
     "run --output labels": "invalid choice: 'labels'",
     "run --format safetensors --output probabilities": "input and output are for the formats torch and onnx",
+    "run --out .": ". exists and is not overwritten; choose another --out",
     "run --out run": "run exists and is not overwritten; choose another --out",
     "run --out run/config.json/x": "cannot write run/config.json",
     f"run --out {'o' * 300}": "cannot write oooo",

@@ -18,7 +18,7 @@ from darts_fast import load_genotype, network
 from darts_fast.config import SearchConfig
 from darts_fast.kernels import aten, native
 from darts_fast.kernels.backends import using
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES, Space
 from darts_fast.supernet import Supernet
 

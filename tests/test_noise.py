@@ -11,11 +11,12 @@ from darts_fast import InputError, SearchConfig, TrainConfig, architect, evaluat
 from darts_fast.curvature import largest_eigenvalue
 from darts_fast.data import Dataset, seeded
 from darts_fast.distributed import Ranks
+from darts_fast.evaluation import evaluated
 from darts_fast.genotype import Genotype
-from darts_fast.loop import evaluated
 from darts_fast.reference import CellNoise, MixedOp
 from darts_fast.runs import METRICS
-from darts_fast.search import NOISE, Search, SearchStep
+from darts_fast.search import NOISE, Search
+from darts_fast.search_step import SearchStep
 from darts_fast.space import Space
 from darts_fast.spaces import SPACES
 from darts_fast.supernet import Supernet

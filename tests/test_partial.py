@@ -12,8 +12,9 @@ from darts_fast.genotype import derive
 from darts_fast.kernels import aten, native, triton
 from darts_fast.kernels.backends import using
 from darts_fast.reference import MixedOp, edge_weights
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES, DARTS, EDGES, Space
+from darts_fast.state import copy_state
 from darts_fast.supernet import Supernet
 
 pytestmark = pytest.mark.usefixtures("no_heat_maps")
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_one_resumes_in_the_other():
     for step in steps:
         step(batch(0), batch(1), 0.025)
     for step, other in zip(steps, reversed(others), strict=True):
-        other.load_state_dict(copy.deepcopy(step.state_dict()))
+        copy_state(other.state_dict(), step.state_dict())
     for step in (*steps, *others):
         step(batch(2), batch(3), 0.02)
     expected = networks[0].state_dict()

@@ -8,7 +8,8 @@ from conftest import checkpoint, relative_error, same
 
 from darts_fast import SearchConfig, architect, search
 from darts_fast.perturb import ATTACK_STEPS, adversarial_perturbation, projected, random_perturbation
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES
 from darts_fast.spaces import SPACES
 from darts_fast.supernet import Supernet
@@ -95,11 +96,11 @@ def test_an_adversarial_perturbation_raises_a_networks_loss(fused):
     with torch.no_grad():
         p = dict(zip(network.ALPHAS, network.probabilities(), strict=True))
 
-    def loss(added):
-        with network.weighed({}, added), network.frozen_statistics(), torch.no_grad():
+    def loss(delta):
+        with network.perturbed(delta), network.frozen_statistics(), torch.no_grad():
             return network.loss(images, labels, step.weights, step.alphas)
 
-    adversarial = loss(step._perturbed(images, labels))
+    adversarial = loss(step._perturbation(images, labels))
     drawn = [loss(random_perturbation(p, step.epsilon, generator(seed))) for seed in range(5)]
     assert adversarial > max(drawn) and adversarial > loss({})
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
@@ -129,9 +130,7 @@ def test_the_auxiliary_skip_connection_is_the_papers(order):
     beta, found = 0.7, []
     for fused in (False, True):
         network = network_of(fused)
-        network.added = {name: torch.zeros_like(alphas.detach()) for name, alphas in network.alphas().items()}
-        for added in network.added.values():
-            added[:, SKIP] = beta
+        network.set_auxiliary_skip(beta)
         found.append(architecture_gradient(network, order))
     network = network_of()
     for cell in network.cells:
@@ -192,14 +191,16 @@ def test_strength_zero_has_the_bits_of_none(data, tmp_path, monkeypatch):
 def test_what_is_added_beside_the_softmax_is_not_perturbed(how):
     """At strength 0 the auxiliary skip connection stays whole; at any, |delta| is at most epsilon."""
     network, (images, labels) = network_of(), batch(0)
-    network.added = {name: torch.zeros_like(alphas.detach()) for name, alphas in network.alphas().items()}
-    for added in network.added.values():
-        added[:, SKIP] = 1
+    network.set_auxiliary_skip(1.0)
     step = SearchStep(network, SearchConfig(perturb=how), generator())
     for epsilon in (0.0, 0.1):
         step.epsilon.fill_(epsilon)
-        for name, added in step._perturbed(images, labels).items():
-            assert (added - network.added[name]).abs().max() <= epsilon + 1e-12
+        delta, whole = step._perturbation(images, labels), network.mixture()
+        assert all(d.abs().max() <= epsilon + 1e-12 for d in delta.values())
+        with network.perturbed(delta):
+            for name, p, perturbed in zip(network.ALPHAS, whole, network.mixture(), strict=True):
+                assert torch.allclose(perturbed, p + delta[name]) and (epsilon == 0 or delta[name].any())
+        assert all(map(torch.equal, network.mixture(), whole))
 
 
 @pytest.mark.parametrize("given", [{"perturb": "adversarial"}, {"perturb": "random", "auxiliary_skip": 0.5}])

@@ -14,6 +14,7 @@ from PIL import Image
 from darts_fast import plot
 from darts_fast.genotype import derive
 from darts_fast.notation import NAMED
+from darts_fast.plot import render
 from darts_fast.space import PRIMITIVES
 
 
@@ -79,6 +80,16 @@ def test_a_caption_of_any_text_is_drawn(genotype):
 def test_rendered_without_dot_on_the_path(genotype, kind, start, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert plot.render(plot.source(genotype), kind).startswith(start)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a program in sh, and process groups")
+def test_ctrl_c_in_a_terminal_does_not_reach_the_drawing_program(tmp_path, monkeypatch):
+    """It signals the process group of the run, which finishes its step and saves."""
+    program = tmp_path / "dot"
+    program.write_text(f"#!{sys.executable}\nimport os\nprint(os.getpgrp())\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert int(render("digraph {}", "svg")) != os.getpgrp()
 
 
 def test_only_what_fontconfig_says_is_kept_off_stderr(capfd):

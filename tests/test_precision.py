@@ -17,10 +17,11 @@ from darts_fast import SearchConfig, TrainConfig, network, precision, resume_sea
 from darts_fast.datasets import load
 from darts_fast.notation import NAMED
 from darts_fast.runs import Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
-from darts_fast.train import TrainStep
+from darts_fast.train_step import TrainStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import hvp_forms

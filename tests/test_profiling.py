@@ -1,16 +1,20 @@
 """Profiled runs: what is recorded and written, and that the run stays the same."""
 
+import dataclasses
 import gzip
 import json
 import re
+import signal
 
 import pytest
 import torch
 from conftest import checkpoint, same
 from test_report import CHROMIUM, opened
 
-from darts_fast import SearchConfig, TrainConfig, profiling, search, train
+from darts_fast import SearchConfig, TrainConfig, profiling, resume_search, search, train
 from darts_fast.kernels import native
+from darts_fast.runs import Stopped
+from darts_fast.search import Search
 from darts_fast.trace import read_trace
 
 SECOND_ORDER = ["data", "virtual step", "validation pass", "hessian-vector product", "architecture update"]
@@ -91,6 +95,35 @@ def test_a_run_too_short_to_profile_says_so(in_tmp, data):
     path = search(config, data).path
     assert "no profile: the run has no step after the first 3" in next(path.glob("*.log")).read_text()
     assert not (path / "profile").exists()
+
+
+def test_a_run_that_is_stopped_while_it_is_recorded(in_tmp, data, signal_at):
+    """Its process records nothing more; the resumed run records all steps."""
+    signal_at(Search, 4, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        search(dataclasses.replace(small(profile=2, name="stopped"), epochs=2), data)
+    assert not profiling._recording and not torch.autograd._profiler_enabled()
+    path = resume_search("searchs/stopped", data).path
+    assert "recorded: 2 steps" in (path / "profile" / "report.md").read_text()
+
+
+def test_a_report_whose_writing_was_killed_is_written_again(in_tmp, data, monkeypatch):
+    """No half of a report is taken for one."""
+
+    def killed(profiler, folder, settings, captured):
+        folder.mkdir()
+        (folder / "trace.json").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("darts_fast.loop.write_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(small(profile=2, name="killed"), data)
+    path = resume_search("searchs/killed", data).path
+    assert sorted(file.name for file in (path / "profile").iterdir()) == [
+        "report.html", "report.md", "trace.json.gz",
+    ]  # fmt: skip
+    assert not (path / "profile.partial").exists()
 
 
 def test_nothing_is_recorded_outside_a_profile():

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from processes import start
 
 from darts_fast import InputError, ProtocolConfig, RunError, SearchConfig, load_genotype, plot
 from darts_fast import protocol as module
-from darts_fast.protocol import compute, protocol, random_cell, resume_protocol
+from darts_fast.protocol import Protocol, compute, protocol, random_cell, resume_protocol
 from darts_fast.runs import METRICS, Locked, Run, Stopped, lock, run_program
 from darts_fast.search import Search, SearchResult
 from darts_fast.train import Training
@@ -392,6 +393,19 @@ def test_what_does_not_fit_the_folder_is_refused(whole, data, in_tmp):
         assert (path / name).read_bytes() == before[path / name], name
 
 
+def test_a_protocol_of_before_goes_on(whole, data, in_tmp):
+    """Without the settings that came later."""
+    path = shutil.copytree(whole.path, in_tmp / "protocols" / "tensors")
+    later = {"stream": False, "color_jitter": 0.0}
+    for name in ("config.json", "runs.json"):
+        content = json.loads((path / name).read_text())
+        found = content if name == "config.json" else content["settings"]
+        assert {key: found.pop(key) for key in later} == later
+        (path / name).write_text(json.dumps(content))
+    assert resume_protocol(path, data)._replace(path=whole.path) == whole
+    assert all((path / name).read_bytes() == (whole.path / name).read_bytes() for name in REPORT)
+
+
 def test_a_second_process_is_kept_out(whole, data, in_tmp):
     from darts_fast.runs import CONFIG, lock
 
@@ -447,3 +461,12 @@ def test_hours_of_a_killed_run_count_up_to_its_last_checkpoint(whole, data, in_t
     assert after[key]["since"] is None and 3 < after.pop(key)["hours"] < 3.1
     del before[key]
     assert after == before
+
+
+def test_a_clock_that_is_set_back_takes_no_hours(whole, data, in_tmp):
+    """Else hours.json would be refused."""
+    path = shutil.copytree(whole.path, in_tmp / "protocols" / "tensors")
+    run = Protocol(path, ProtocolConfig(**{**vars(TINY), "name": "tensors"}), {}, data)
+    run.hours = {"searches/found-1": {"hours": 0.5, "since": time.time() + 1000}}
+    run._end_hours("searches/found-1")
+    assert run.hours == {"searches/found-1": {"hours": 0.5, "since": None}}

@@ -30,10 +30,11 @@ from darts_fast import (
 )
 from darts_fast.curvature import largest_eigenvalue
 from darts_fast.data import Batches
-from darts_fast.diagnosis import KINDS
+from darts_fast.diagnosis import operations
 from darts_fast.plot import alpha_heat_map
 from darts_fast.runs import METRICS, RunFolder, Stopped
-from darts_fast.search import Search, SearchStep
+from darts_fast.search import Search
+from darts_fast.search_step import SearchStep
 from darts_fast.spaces import read_space
 from darts_fast.supernet import Supernet
 
@@ -168,7 +169,9 @@ def test_every_step_is_recorded_once(undisturbed):
     tags = {tag for _, tag, _ in events(path)}
     assert {"train/lr", "train/loss", "train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} <= tags
     of_cells = {
-        f"x_cells/{cell}_{what}" for cell in ("normal", "reduce") for what in (*KINDS, "entropy", "none")
+        f"x_cells/{cell}_{what}"
+        for cell in ("normal", "reduce")
+        for what in (*operations([]), "entropy", "none")
     } | {"x_cells/macs", "x_cells/expected_macs"}
     assert of_cells <= tags and "z_alphas_normal/c_k-1 to 2/sep_conv_5x5" in tags
     assert len(tags) == 7 + len(of_cells) + 2 * 14 * 8
@@ -579,7 +582,7 @@ def test_refusals_of_resume_change_nothing(data, finished):
     whole = (path / "checkpoint.pt").read_bytes()
     for damaged in (whole[:1000], b"", b"\x00" * 1000):
         (path / "checkpoint.pt").write_bytes(damaged)
-        refused("cannot be read as a checkpoint", path, data)
+        refused("cannot be read as a checkpoint .*; put the run's own back, or start", path, data)
     (path / "checkpoint.pt").unlink()
     refused("stopped before its first step", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
@@ -589,7 +592,7 @@ def test_refusals_of_resume_change_nothing(data, finished):
         refused("checkpoint.pt does not fit the settings beside it", path, data)
     for junk in (3, {"lengths": 3}, {"lengths": {METRICS: 1}}):
         torch.save(junk, path / "checkpoint.pt")
-        refused("cannot be read as a checkpoint", path, data)
+        refused("cannot be read as a checkpoint .*; put the run's own back, or start", path, data)
     (path / "checkpoint.pt").write_bytes(whole)
     config = json.loads((path / "config.json").read_text())
     for name, value in (

@@ -106,7 +106,7 @@ def test_derive_takes_only_what_an_edge_has():
                 alphas = []
                 for name in network.ALPHAS:
                     torch.nn.init.normal_(getattr(network, name))
-                    alphas.append(network.present_alphas(name))
+                    alphas.append(network.present(network.alphas())[name])
                 genotype = derive(*alphas, rule, space)
                 kinds = ((genotype.normal, space.normal), (genotype.reduce, space.reduce))
                 for gene, candidates in kinds:
@@ -151,6 +151,15 @@ def test_what_is_no_space_is_refused(content, said, tmp_path):
     with pytest.raises(InputError, match="space.json") as caught:
         read_space(str(tmp_path / "space.json"))
     assert said in str(caught.value)
+    if content.startswith("{") and content.endswith("}"):  # written out, in place of the file
+        with pytest.raises(InputError) as caught:
+            read_space(content)
+        assert said in str(caught.value) and "no JSON" not in str(caught.value)
+
+
+def test_a_space_written_out_that_is_no_json_is_refused():
+    with pytest.raises(InputError, match=r"^space is no JSON \(Unterminated string"):
+        read_space('{"nodes')
 
 
 def test_a_search_in_a_space_of_ones_own_needs_its_file_no_more(in_tmp, resumed_like_undisturbed):

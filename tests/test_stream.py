@@ -33,7 +33,6 @@ from darts_fast.data import IMAGENET_MEAN, IMAGENET_STD, fingerprint, permutatio
 from darts_fast.datasets import load
 from darts_fast.distributed import Ranks
 from darts_fast.errors import DamagedImage
-from darts_fast.loop import batch_parts
 from darts_fast.runs import Stopped
 from darts_fast.search import Search
 from darts_fast.stream import Stream
@@ -90,7 +89,7 @@ def test_the_data_set_of_files(folder):
 
 def test_any_workers_ranks_and_starts_give_the_same_batches(folder):
     order = torch.randperm(22, generator=torch.Generator().manual_seed(3))
-    parts = batch_parts(22, 6, Ranks())
+    parts = Ranks().parts(22, 6)
     assert parts == [range(0, 6), range(6, 12), range(12, 18), range(18, 22)]
     before = torch.random.get_rng_state()
     expected = walked(stream_of(folder, color_jitter=0.4), order, parts)
@@ -105,7 +104,7 @@ def test_any_workers_ranks_and_starts_give_the_same_batches(folder):
             for one, two in zip(walked(stream, order, parts[start:]), expected[start:], strict=True):
                 assert all(map(torch.equal, one, two))
     of_ranks = [
-        walked(stream_of(folder, color_jitter=0.4), order, batch_parts(22, 6, Ranks(r, 4))) for r in range(4)
+        walked(stream_of(folder, color_jitter=0.4), order, Ranks(r, 4).parts(22, 6)) for r in range(4)
     ]
     for number, whole in enumerate(expected):
         for together, of_whole in zip(
@@ -184,7 +183,7 @@ def test_cutout_is_on_the_device_and_nothing_is_cropped_twice(folder):
 def test_a_damaged_file_is_named_when_it_is_needed(folder, workers):
     victim = folder / "train/a/08.png"
     victim.write_bytes(victim.read_bytes()[:100])
-    found = stream_of(folder, workers=workers).picked(torch.arange(22), batch_parts(22, 6, Ranks()), SEED)
+    found = stream_of(folder, workers=workers).picked(torch.arange(22), Ranks().parts(22, 6), SEED)
     assert len(next(found)[0]) == 6
     with pytest.raises(DamagedImage) as refused:
         next(found)

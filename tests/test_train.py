@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, checkpoint, events, relative_error, same
+from PIL import Image
 from processes import kill_at_work, start_program
 from test_run import call
 
@@ -31,7 +32,8 @@ from darts_fast import (
 )
 from darts_fast.data import from_tensors, permutation
 from darts_fast.runs import METRICS, Stopped
-from darts_fast.train import TRAIN_ORDER, Training, TrainStep, scheduled
+from darts_fast.train import TRAIN_ORDER, Training, scheduled
+from darts_fast.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainConfig(
@@ -130,7 +132,7 @@ def test_a_checkpoint_of_before_is_resumed_to_the_same_bits(data, undisturbed, i
     state, settings = checkpoint(path), json.loads((path / "config.json").read_text())
     later = {
         "label_smoothing": 0.0, "ema": 0.0, "train_portion": 1.0, "schedule": "cosine", "warmup_epochs": 0,
-        "stream": False, "color_jitter": 0.0,
+        "stream": False, "color_jitter": 0.0, "amp": False, "amp_dtype": None,
     }  # fmt: skip
     for name, value in later.items():
         assert state["settings"].pop(name) == settings.pop(name) == value
@@ -242,23 +244,6 @@ def test_a_recipe_yields_to_what_is_given_beside_it():
         TrainConfig.of_recipe("cifar")
 
 
-def test_label_smoothing_is_that_of_the_paper(data):
-    """Szegedy et al. (arXiv 1512.00567, section 7): the label's share is 1 - s + s / K, the others' s / K."""
-    module = network(load_genotype("DARTS_V1"), 6, 2, 3, auxiliary=True).double()
-    config = dataclasses.replace(TINY, label_smoothing=0.3, aux_weight=0.4, drop_path_prob=0.0)
-    step = TrainStep(module, config)
-    images, labels = data[0][:8].double() / 255, data[1][:8]
-    share = torch.full((8, 6), 0.3 / 6, dtype=torch.float64)
-    share[torch.arange(8), labels] += 0.7
-    parts = [-(share * logits.log_softmax(1)).sum(1).mean() for logits in module(images)]
-    expected = torch.autograd.grad(parts[0] + 0.4 * parts[1], step.parameters)
-    norm = torch.stack([g.norm() for g in expected]).norm()
-    loss, *_ = step.take(images, labels)
-    assert relative_error(loss, (parts[0] + 0.4 * parts[1]).detach()) < 1e-12
-    for found, g in zip(step.gradients, expected, strict=True):
-        assert relative_error(found, g * min(1, 5 / (norm + 1e-6))) < 1e-9
-
-
 def test_the_moving_average_is_that_of_the_steps(data, in_tmp, signal_at):
     """Of weights and running statistics, written out; the same bits when the run was stopped between."""
     config, decay = dataclasses.replace(TINY, ema=0.25), [min(0.25, (1 + t) / (10 + t)) for t in range(8)]
@@ -310,6 +295,17 @@ def test_drop_path_rises_linearly_and_the_first_epoch_has_none(data, in_tmp, mon
     assert seen == [0.0] * 4 + [pytest.approx(0.15)] * 4
 
 
+def test_classes_too_small_for_a_test_split_are_refused(in_tmp):
+    for file in ("a/0", "a/1", "b/0", "b/1"):
+        (in_tmp / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(in_tmp / "data" / f"{file}.png")
+    with pytest.raises(
+        InputError, match="^folder has no test images; put some into test/CLASS/, or at least"
+    ):
+        train(dataclasses.replace(TINY, dataset="folder"))
+    assert not (in_tmp / "augments").exists()
+
+
 def test_a_genotype_object_and_an_imagenet_stem(in_tmp):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 64, 64), generator=generator, dtype=torch.uint8)
@@ -346,7 +342,7 @@ def test_refusals(data, undisturbed, in_tmp):
         assert "\n" not in str(error.value)
 
     refused("genotype must be given", train, TrainConfig())
-    refused("no test images", train, TINY, data[:2])
+    refused("tensors has no test images; give them .* third and fourth tensor", train, TINY, data[:2])
     assert os.listdir(in_tmp) == []
     path = shutil.copytree(undisturbed.path, Path("augments") / "tensors")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}

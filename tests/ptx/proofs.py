@@ -26,10 +26,10 @@ from darts_fast.kernels.backends import using
 from darts_fast.kernels.triton import compilation
 from darts_fast.kernels.triton.launch import Launch, _counters
 from darts_fast.kernels.types import Call, Task, tensors
-from darts_fast.search import SearchStep
+from darts_fast.search_step import SearchStep
 from darts_fast.space import CANDIDATES, Space, edges
 from darts_fast.supernet import Supernet
-from darts_fast.train import TrainStep
+from darts_fast.train_step import TrainStep
 from ptx.execution import Execution, unchanged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
