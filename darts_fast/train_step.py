@@ -92,7 +92,8 @@ class TrainStep:
             scaled = loss if self.loss_scale is None else loss * self.loss_scale.value
             # Zeros for what the genotype's cells leave unused.
             found = torch.autograd.grad(scaled, self.leaves, materialize_grads=True)
-            torch._foreach_copy_(self.gradients, found)
+            with torch.no_grad():  # PyTorch 2.9's zeros want gradients themselves
+                torch._foreach_copy_(self.gradients, found)
             averaged = self.average_gradients({"weights": self.gradient})["weights"]
             if averaged is not self.gradient:
                 self.gradient.copy_(averaged)

@@ -248,7 +248,8 @@ def cells(
     """The output of the last cell of a search.
 
     Differentiable once with respect to x, weights and p; and the gradients of x and weights once more with
-    respect to x and p, along tangents of x and of the weights.
+    respect to x and p, along tangents of x and of the weights. (Their derivative with respect to the
+    adjoint of the output is valid until the next pass.)
 
     Args:
         plan: with `derivatives` 2, or 0 in evaluation.

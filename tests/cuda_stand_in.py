@@ -57,6 +57,7 @@ def build(folder: Path) -> dict[str, str]:
     include = Path(nvidia.__file__).with_name("include")  # cuda.h
     command = [compiler(), "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", f"-I{include}"]
     subprocess.run([*command, "-o", folder / LIBRARY, SOURCE], check=True)
+    (folder / "libcuda.so").symlink_to(LIBRARY)  # the name that Triton 3.5 links
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
         **kept,
