@@ -19,6 +19,7 @@ sweep. The forward sweep is its constructor.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -379,12 +380,11 @@ class Sweeps:
 
     def gradient_order(self) -> Tensor:
         """int64 [parameters]: gradients[order] is the gradient of the weights."""
-        found = torch.full((self.weights.numel(),), -1)
-        for start, p in self._gradient_parts:
-            found[p.offset : p.offset + p.size] = torch.arange(start, start + p.size)
-        if sum(p.size for _, p in self._gradient_parts) != len(found) or (found < 0).any():
+        parts = sorted(self._gradient_parts, key=lambda part: part[1].offset)
+        ends = accumulate((p.size for _, p in parts), initial=0)
+        if [*(p.offset for _, p in parts), self.weights.numel()] != list(ends):
             raise ValueError("there are weights that no operation of the cells has, or several")
-        return found
+        return torch.cat([torch.arange(start, start + p.size) for start, p in parts])
 
 
 # The parts of a cell
