@@ -296,6 +296,8 @@ def draw(path: Path, table: Table, runs: dict[Run, list[Epoch]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(by_arm) :]:
         axes.set_visible(False)
+    for axes in panels[len(by_arm) - columns : len(by_arm)]:  # the last of their columns
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("points below the best cell (regret)", fontsize=9)
     picture = io.BytesIO()
