@@ -34,7 +34,7 @@ def nothing_old_collected() -> Iterator[None]:
     """Within, Python's garbage collector leaves alone what is there at the start: to walk the 400,000 objects
     of torch's modules took 0.15 s every seventh step. Where the caller has frozen objects (`gc.freeze`),
     nothing is done, because Python can only unfreeze all of them together."""
-    if gc.get_freeze_count() > 1000:  # Python 3.12 itself begins with 375
+    if gc.get_freeze_count() > 1000:  # in Python 3.12 375 always are
         yield
         return
     gc.collect()
