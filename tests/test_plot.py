@@ -82,7 +82,8 @@ def test_rendered_without_dot_on_the_path(genotype, kind, start, monkeypatch):
     assert plot.render(plot.source(genotype), kind).startswith(start)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a program in sh, and process groups")
+# The drawing program here is a script of sh, and Ctrl-C a signal to a process group; Windows has neither.
+@pytest.mark.skipif(os.name != "posix", reason="needs sh and POSIX process groups")
 def test_ctrl_c_in_a_terminal_does_not_reach_the_drawing_program(tmp_path, monkeypatch):
     """It signals the process group of the run, which finishes its step and saves."""
     program = tmp_path / "dot"
