@@ -6,11 +6,14 @@ optimizers' compiler, scikit-learn, matplotlib, which are four seconds of a proc
 
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from conftest import checkpoint
 
 # Windows has no fork: there each imports it all.
 _CONTEXT = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -36,6 +39,19 @@ def start(work, *arguments, output: str | Path = os.devnull) -> BaseProcess:
 def start_program(program: Path, *arguments: str, output: str | Path = os.devnull) -> BaseProcess:
     """As `python program arguments` in the current folder."""
     return start(_run, str(program), arguments, output=output)
+
+
+def killed_twice_and_resumed(program: Path, arguments: list[str], run: Path, later: float) -> None:
+    """Runs `python program arguments` to its end, but kills it twice, at random moments up to so many seconds
+    after it has written a checkpoint in its run folder, which then can be read and gone on from."""
+    rng = random.Random(1)
+    process = start_program(program, *arguments)
+    for _ in range(2):
+        kill_at_work(process, run, later * rng.random())
+        checkpoint(run)
+        process = start_program(program, "--resume", str(run))
+    process.join()
+    assert process.exitcode == 0
 
 
 def kill_at_work(process: BaseProcess, run: Path, later: float) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_SPACE, assert_same_run, checkpoint, events, log_lines, relative_error, same
-from processes import kill_at_work, start_program
+from processes import killed_twice_and_resumed, start_program
 from test_run import call
 
 from darts_fast import (
@@ -632,14 +631,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, c
     arguments = [*CHEAP, "--epochs", "5", "--fused"]
     assert call(monkeypatch, capsys, *arguments, "--name", "whole")[0] == 0
     whole, cut = in_tmp / "searchs" / "whole", in_tmp / "searchs" / "cut"
-    rng = random.Random(1)
-    process = start_program(ROOT / "run.py", *arguments, "--name", "cut")
-    for _ in range(2):
-        kill_at_work(process, cut, rng.random() * 0.4)
-        checkpoint(cut)  # can be read whenever the kill came
-        process = start_program(ROOT / "run.py", "--resume", "searchs/cut")
-    process.join()
-    assert process.exitcode == 0
+    killed_twice_and_resumed(ROOT / "run.py", [*arguments, "--name", "cut"], cut, 0.4)
     assert_same_run(whole, cut)
 
 

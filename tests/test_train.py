@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_run, checkpoint, events, relative_error, same
 from PIL import Image
-from processes import kill_at_work, start_program
+from processes import killed_twice_and_resumed
 from test_run import call
 
 from darts_fast import (
@@ -444,14 +443,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(monkeypatch, c
     arguments = [*CHEAP, "--epochs", "8", "--drop_path_prob", "0.2", "--cutout_length", "2"]
     assert call(monkeypatch, capsys, *arguments, "--name", "whole", program="run_from")[0] == 0
     whole, cut = in_tmp / "augments" / "whole", in_tmp / "augments" / "cut"
-    rng = random.Random(1)
-    process = start_program(ROOT / "run_from.py", *arguments, "--name", "cut")
-    for _ in range(2):
-        kill_at_work(process, cut, rng.random() * 0.2)
-        checkpoint(cut)  # can be read whenever the kill came
-        process = start_program(ROOT / "run_from.py", "--resume", "augments/cut")
-    process.join()
-    assert process.exitcode == 0
+    killed_twice_and_resumed(ROOT / "run_from.py", [*arguments, "--name", "cut"], cut, 0.2)
     assert_same_run(whole, cut)
 
 
